@@ -1,0 +1,91 @@
+"""What every test runs under: no network, one thread, fixed seeds, and gpu tests only where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from typing import Any
+
+# Read once, when the libraries that they belong to are imported: set before any of them is.
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[_name] = "1"
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    # Triton decides at import whether kernels are compiled or interpreted on CPU tensors.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+_WHY_NO_GPU = "needs a CUDA device: " + (
+    "this PyTorch is built without CUDA"
+    if torch.version.cuda is None and torch.version.hip is None
+    else "torch.cuda.is_available() is False"
+)
+_skipped = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "slow: takes more than some seconds or a GiB; select with -m")
+    config.stash[_skipped] = 0
+    # The sizes are tiny: threads would cost more than they save, and vary the order of sums.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=_WHY_NO_GPU))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not HAS_CUDA and item.get_closest_marker("gpu"):
+        item.config.stash[_skipped] += 1
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if count := config.stash[_skipped]:
+        terminalreporter.write_line(f"{count} gpu tests skipped: {_WHY_NO_GPU}", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test starts from the same random state, whichever ran before it."""
+    random.seed(0)
+    torch.manual_seed(0)
+    try:
+        import numpy
+    except ImportError:
+        return
+    numpy.random.seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """The test runs once on the CPU and, where there is one, once on the GPU."""
+    return request.param
+
+
+@pytest.fixture
+def kernel_device() -> str:
+    """Where Triton kernels run: compiled on the GPU, or interpreted on CPU tensors without one."""
+    return "cuda" if HAS_CUDA else "cpu"
+
+
+@pytest.fixture
+def poison_empty() -> Iterator[None]:
+    """``torch.empty`` returns NaN (or the largest integer), so that a kernel that leaves an element unwritten fails."""
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
