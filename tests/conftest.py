@@ -7,14 +7,14 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-# Read once, when the libraries that they belong to are imported: set before any of them is.
+import pytest
+import torch
+
+# Read once, when the libraries that they belong to are imported: this file is imported before any test module.
 for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[_name] = "1"
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-import pytest
-import torch
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
@@ -82,7 +82,8 @@ def kernel_device() -> str:
 @pytest.fixture
 def poison_empty() -> Iterator[None]:
     """``torch.empty`` returns NaN (or the largest integer), so that a kernel that leaves an element unwritten fails."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -1,13 +1,13 @@
 """The one tolerance policy of the tests, and the problems that they share.
 
-``truth`` is ``fastlora.reference`` in float64 on the same packed bytes; ``plain`` is the same computation in plain PyTorch
-at the working type. A result passes when both of its errors against the truth are within
+``truth`` is ``fastlora.reference`` in float64 on the same packed bytes; ``plain`` is the same computation in plain
+PyTorch at the working type. A result passes when both of its errors against the truth are within
 
     largest absolute error   2 * (that of plain) + eps * max |truth|
     Frobenius norm           2 * (that of plain) + eps / 2 * ||truth||
 
-where eps is ``torch.finfo(actual.dtype).eps``: the floor of the first is one unit in the last place of the largest element,
-that of the second is what one rounding of every element can cost. No test has a number of its own.
+where eps is ``torch.finfo(actual.dtype).eps``: the floor of the first is about one unit in the last place of the
+largest element, that of the second is what one rounding of every element can cost. No test has a number of its own.
 """
 
 from __future__ import annotations
