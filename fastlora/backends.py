@@ -1,0 +1,249 @@
+"""Which kernel runs, and why.
+
+A backend answers two questions about a problem: can it be right (``unsupported`` lists the reasons against), and was it
+measured to be the fastest (``preferred``). A backend that the user names runs or raises with its reasons; ``auto`` takes
+the first that is supported and preferred. Selection looks only at sizes, types and at what the machine has, so it can be
+asked about any machine from any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastlora import eager, native, reference
+from fastlora.nf4 import NF4Weight, Weight
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One pass through one layer: all that selection may look at."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    dtype: torch.dtype = torch.bfloat16
+    device_type: str = "cuda"
+    quant_type: str | None = "nf4"
+    """None for a dense base weight."""
+    blocksize: int = 64
+    nested: bool = True
+    direction: str = "forward"
+
+    def __str__(self) -> str:
+        base = "dense" if self.quant_type is None else f"{self.quant_type}/{self.blocksize}"
+        base += " nested" if self.quant_type is not None and self.nested else ""
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.direction} M={self.m} N={self.n} K={self.k} R={self.r}, {kind} on {self.device_type}, {base} base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What is installed and present. A field holds None when the thing works, else the reason why it does not."""
+
+    triton: str | None
+    native_cpu: str | None
+    native_cuda: str | None
+    capability: tuple[int, int] | None
+    """Compute capability of the GPU, None without one."""
+    triton_interpreted: bool = False
+    """Triton kernels run on CPU tensors (TRITON_INTERPRET=1), slowly: for tests."""
+
+
+@functools.cache
+def this_machine() -> Machine:
+    """The machine this process runs on."""
+    triton = None if importlib.util.find_spec("triton") else "triton is not installed (extra: triton)"
+    interpreted = triton is None and os.environ.get("TRITON_INTERPRET") == "1"
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    return Machine(triton, native.available("cpu"), native.available("cuda"), capability, interpreted)
+
+
+def _kernels() -> Any:
+    # By name, so that importing this module never imports Triton.
+    return importlib.import_module("fastlora.kernels")
+
+
+def dequantizer(device_type: str, machine: Machine) -> str:
+    """Name of what turns a packed weight into a dense one on ``device_type``: triton, native or portable."""
+    if device_type == "cuda" and machine.triton is None:
+        return "triton"
+    reason = machine.native_cuda if device_type == "cuda" else machine.native_cpu
+    return "native" if reason is None else "portable"
+
+
+def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The dense matrix (N, K) of a packed weight, by the fastest exact dequantizer of this machine.
+
+    ``out`` (N, K) may have a row stride, as a part of a larger buffer has.
+    """
+    if dtype in COMPUTE_DTYPES:
+        which = dequantizer(w.device.type, this_machine())
+        if which == "triton":
+            return _kernels().dequantize(w, dtype, out)
+        if which == "native":
+            return native.dequantize(w, dtype, out)
+    dense = w.dequantize(dtype)
+    return dense if out is None else out.copy_(dense)
+
+
+def _dense(w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    return dequantize(w, dtype) if isinstance(w, NF4Weight) else w.to(dtype)
+
+
+def _torch_forward(x: torch.Tensor, w: Weight, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return eager.forward(x, _dense(w, x.dtype), *args)
+
+
+def _torch_backward(dy: torch.Tensor, x: Any, u: Any, w: Weight, *args: Any) -> Any:
+    need_dx = args[-1][0]
+    return eager.backward(dy, x, u, _dense(w, dy.dtype) if need_dx else None, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """A way to compute one layer. ``forward`` and ``backward`` have the signatures of `fastlora.reference`."""
+
+    name: str
+    what: str
+    unsupported: Callable[[Problem, Machine], list[str]]
+    preferred: Callable[[Problem, Machine], bool]
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    backward: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+
+
+def _triton_unsupported(problem: Problem, machine: Machine) -> list[str]:
+    reasons = [] if machine.triton is None else [machine.triton]
+    if problem.device_type != "cuda" and not machine.triton_interpreted:
+        reasons.append(f"Triton kernels run on cuda, not on {problem.device_type} (except under TRITON_INTERPRET=1)")
+    if problem.device_type == "cuda" and machine.capability is None:
+        reasons.append("no CUDA device")
+    elif problem.device_type == "cuda" and machine.capability is not None and machine.capability < (8, 0):
+        reasons.append(f"needs compute capability 8.0, this GPU has {'.'.join(map(str, machine.capability))}")
+    if problem.dtype not in COMPUTE_DTYPES:
+        reasons.append(f"{problem.dtype} is not a type of these kernels")
+    return reasons
+
+
+def _torch_unsupported(problem: Problem, machine: Machine) -> list[str]:
+    return ["no CUDA device"] if problem.device_type == "cuda" and machine.capability is None else []
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "triton",
+            "fused kernels that decode the base weight inside the matrix product",
+            _triton_unsupported,
+            lambda problem, machine: False,
+            lambda *args: _kernels().forward(*args),
+            lambda *args: _kernels().backward(*args),
+        ),
+        Backend(
+            "torch",
+            "dequantize into a transient buffer, then library matrix products that accumulate onto the LoRA term",
+            _torch_unsupported,
+            lambda problem, machine: True,
+            _torch_forward,
+            _torch_backward,
+        ),
+        Backend(
+            "reference",
+            "the formulas in plain PyTorch",
+            _torch_unsupported,
+            lambda problem, machine: False,
+            reference.forward,
+            reference.backward,
+        ),
+    )
+}
+"""In the order in which ``auto`` asks them."""
+
+
+def select(problem: Problem, name: str = "auto", machine: Machine | None = None) -> Backend:
+    """The backend that runs ``problem``.
+
+    Raises ValueError for an unknown name and RuntimeError, with every reason, when the named backend (or, for
+    ``auto``, each one) does not support the problem.
+    """
+    machine = machine or this_machine()
+    if name != "auto":
+        if name not in BACKENDS:
+            raise ValueError(f"unknown backend {name!r}; choose from {', '.join(('auto', *BACKENDS))}")
+        if reasons := BACKENDS[name].unsupported(problem, machine):
+            raise RuntimeError(f"backend {name!r} cannot run {problem}: {'; '.join(reasons)}")
+        return BACKENDS[name]
+    able = [backend for backend in BACKENDS.values() if not backend.unsupported(problem, machine)]
+    for backend in able:
+        if backend.preferred(problem, machine):
+            return backend
+    raise RuntimeError(f"no backend can run {problem}; ask fastlora explain for the reasons")
+
+
+def explain(problem: Problem, machine: Machine | None = None) -> str:
+    """What would run for ``problem``, forward and backward, and why each other backend would not."""
+    machine = machine or this_machine()
+    lines = []
+    for direction in ("forward", "backward"):
+        problem = dataclasses.replace(problem, direction=direction)
+        lines.append(str(problem))
+        try:
+            chosen: Backend | None = select(problem, machine=machine)
+        except RuntimeError:
+            chosen = None
+        for backend in BACKENDS.values():
+            reasons = backend.unsupported(problem, machine)
+            if backend is chosen:
+                verdict = f"runs: {backend.what}"
+            elif reasons:
+                verdict = "cannot run: " + "; ".join(reasons)
+            else:
+                verdict = "can run when named; not the fastest measured here"
+            lines.append(f"  {'->' if backend is chosen else '  '} {backend.name:<10} {verdict}")
+        if chosen is not None and chosen.name == "torch" and problem.quant_type is not None:
+            lines.append(f"     dequantizer: {dequantizer(problem.device_type, machine)}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def info() -> str:
+    """Versions, devices and backends of this machine, with the reason for each one that is missing."""
+    machine = this_machine()
+    lines = [f"python         {platform.python_version()} on {platform.machine()}"]
+    for package in ("fastlora-kernels", "torch", "triton", "bitsandbytes", "peft", "transformers", "accelerate", "trl"):
+        lines.append(f"{package:<16} {_version(package)}")
+    lines.append(f"cpu              {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            p = torch.cuda.get_device_properties(i)
+            lines.append(f"cuda:{i}           {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
+    else:
+        built = torch.version.cuda
+        lines.append(f"cuda             none: {'no device is visible' if built else 'this torch is built without CUDA'}")
+    lines.append(f"extension, cpu   {machine.native_cpu or 'loaded: ' + native.capability()}")
+    lines.append(f"extension, cuda  {machine.native_cuda or 'loaded'}")
+    for device_type in ("cuda", "cpu"):
+        lines.append(f"dequantizer      {device_type}: {dequantizer(device_type, machine)}")
+        for backend in BACKENDS.values():
+            reasons = backend.unsupported(Problem(1, 1, 1, 1, device_type=device_type), machine)
+            lines.append(f"backend {backend.name:<10} {device_type}: {'; '.join(reasons) or 'available'}")
+    return "\n".join(lines)

@@ -1,0 +1,70 @@
+"""The `torch` backend on a dense base weight: library matrix products, ordered so that nothing large is passed twice.
+
+The LoRA term (and the bias) is written first and the large product accumulates onto it (``addmm_``): only the small
+term is rounded on the way, where adding it last would round the whole output twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from fastlora.dropout import Dropout
+
+
+def _mm(a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """scale * (a b) in ``dtype``, from an accumulator that is rounded once where PyTorch offers that."""
+    if dtype == a.dtype:
+        return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    if dtype == torch.float32 and a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32).mul_(scale)
+    return torch.mm(a, b).to(dtype).mul_(scale)
+
+
+def forward(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (M, N) and u (M, R) for x (M, K) and a dense w (N, K) of x's type."""
+    bias = None if bias is None else bias.to(x.dtype)
+    if lora_a is None or lora_b is None:
+        return F.linear(x, w, bias), x.new_empty(x.shape[0], 0)
+    u = (dropout.apply(x) if dropout else x) @ lora_a.to(x.dtype).T
+    b = lora_b.to(x.dtype).T
+    y = _mm(u, b, scale, x.dtype) if bias is None else torch.addmm(bias, u, b, alpha=scale)
+    return y.addmm_(x, w.T), u
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor,
+    w: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dx (M, K), dA (R, K) and dB (N, R); ``w`` may be None where dx is not needed, ``x`` where dA is not."""
+    need_dx, need_da, need_db = needs
+    dx = da = db = None
+    if lora_a is None or lora_b is None:
+        return (dy @ w if need_dx and w is not None else None), None, None
+    if need_dx or need_da:
+        du = _mm(dy, lora_b.to(dy.dtype), scale, dy.dtype)
+    if need_dx:
+        assert w is not None
+        dx = du @ lora_a.to(dy.dtype)
+        dx = (dropout.apply(dx) if dropout else dx).addmm_(dy, w)
+    if need_da:
+        assert x is not None
+        da = _mm(du.T, dropout.apply(x) if dropout else x, 1.0, lora_a.dtype)
+    if need_db:
+        db = _mm(dy.T, u, scale, lora_b.dtype)
+    return dx, da, db

@@ -1,0 +1,248 @@
+"""Fused layers in place of PEFT's: ``fastlora.accelerate(model)`` and ``fastlora.restore(model)``.
+
+A layer is converted by changing its class to a subclass of its own: parameters, optimizer references, hooks, buffers and
+state-dict names stay the same objects, and every PEFT method goes on working. Only ``forward`` differs, and only where the
+fused operator computes what PEFT would; in any other situation PEFT's own forward runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import backends
+from fastlora.backends import Problem
+from fastlora.linear import adapter_forward, base_weight
+from fastlora.nf4 import NF4Weight
+
+try:
+    from peft.tuners import lora
+    from peft.tuners.lora import LoraLayer
+except ImportError as error:
+    raise ImportError("fastlora.accelerate needs PEFT: pip install 'fastlora-kernels[train]'") from error
+
+_REPORTED_TOKENS = 2048
+"""The report names the backend for this many tokens: a usual training step of one sequence."""
+
+
+def _intact(module: nn.Module) -> str | None:
+    """None when calling ``module`` does nothing but its class's forward; else what would be missed."""
+    if "forward" in module.__dict__:
+        return "its forward is replaced on the instance"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has hooks"
+    return None
+
+
+def _base_reason(layer: Any) -> str | None:
+    """Why the base layer cannot be read by the fused operator, or None."""
+    base = layer.base_layer
+    if getattr(layer, "fan_in_fan_out", False):
+        return "the base layer stores its weight as (in_features, out_features)"
+    if type(base) is not nn.Linear and not hasattr(base, "quant_state") and not hasattr(base.weight, "quant_state"):
+        return f"the base layer is a {type(base).__name__}"
+    if reason := _intact(base):
+        return f"base layer: {reason}"
+    try:
+        weight = base_weight(base)
+    except ValueError as error:
+        return str(error)
+    if isinstance(weight, torch.Tensor):
+        if type(weight) not in (torch.Tensor, nn.Parameter):
+            return f"the base weight is a {type(weight).__name__}"
+        if weight.requires_grad:
+            return "the base weight is trained"
+        if weight.dim() != 2 or not weight.is_floating_point():
+            return f"the base weight is {weight.dtype} of shape {tuple(weight.shape)}"
+    return None
+
+
+def _adapter_reason(layer: Any, adapter: str) -> str | None:
+    """Why ``adapter`` is not plain LoRA on plain linear layers, or None."""
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} uses {type(layer.lora_variant[adapter]).__name__}"
+    if layer.lora_bias[adapter]:
+        return f"adapter {adapter!r} has a bias on lora_B"
+    for name, parts in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+        part = parts[adapter]
+        if type(part) is not nn.Linear:
+            return f"{name} is a {type(part).__name__}"
+        if type(part.weight) not in (torch.Tensor, nn.Parameter):
+            return f"{name} is sharded or wrapped ({type(part.weight).__name__})"
+        if getattr(part.weight, "ds_id", None) is not None:
+            return f"{name} is partitioned by DeepSpeed"
+        if reason := _intact(part):
+            return f"{name}: {reason}"
+    dropout = layer.lora_dropout[adapter]
+    if type(dropout) not in (nn.Identity, nn.Dropout):
+        return f"lora_dropout is a {type(dropout).__name__}"
+    return f"lora_dropout: {reason}" if (reason := _intact(dropout)) else None
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _state_reason(layer: Any) -> str | None:
+    """Why PEFT's forward runs at the moment, or None when the fused operator does."""
+    active = _active(layer)
+    if len(active) != 1:
+        return f"{len(active)} adapters are active" if active else "no adapter is active"
+    return _base_reason(layer) or _adapter_reason(layer, active[0])
+
+
+class _Fused:
+    """The forward that the converted classes share. Expects to stand before a PEFT layer class."""
+
+    stock: type
+    """The PEFT class that `restore` gives back."""
+    fastlora_backend: str = "auto"
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        extra = bool(args) or any(value is not None for value in kwargs.values())
+        if extra or self.disable_adapters or self.merged or not x.is_floating_point() or _state_reason(self):
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return adapter_forward(self, x, _active(self)[0], self.fastlora_backend)
+
+
+class FastLinear(_Fused, lora.Linear):
+    """PEFT's ``lora.Linear`` with the fused forward."""
+
+    stock = lora.Linear
+
+
+FUSED: dict[type, type] = {lora.Linear: FastLinear}
+"""The fused class of each PEFT class."""
+
+if hasattr(lora, "bnb") and hasattr(lora.bnb, "Linear4bit"):
+
+    class FastLinear4bit(_Fused, lora.bnb.Linear4bit):
+        """PEFT's ``lora.bnb.Linear4bit`` with the fused forward."""
+
+        stock = lora.bnb.Linear4bit
+
+    FUSED[lora.bnb.Linear4bit] = FastLinear4bit
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What became of one PEFT layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    """(out_features, in_features)"""
+    rank: int
+    backend: str | None
+    reason: str | None
+    """Why PEFT's forward runs; None when the fused operator does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `accelerate` did. ``str(report)`` is a table in which layers that differ only by their number share a row."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def replaced(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.reason is None]
+
+    @property
+    def skipped(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.reason is not None]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", layer.name)
+            key = (pattern, layer.kind, layer.shape, layer.rank, layer.backend, layer.reason)
+            groups.setdefault(key, []).append(layer)
+        rows = [("layer", "count", "base", "out x in", "rank", "runs on")]
+        for (pattern, kind, (n, k), rank, backend, reason), layers in groups.items():
+            name = layers[0].name if len(layers) == 1 else pattern
+            rows.append((name, str(len(layers)), kind, f"{n} x {k}", str(rank), backend or f"PEFT: {reason}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        total = f"{len(self.replaced)} of {len(self.layers)} LoRA layers fused"
+        return "\n".join([*lines, total])
+
+
+def _report(name: str, layer: Any, backend: str, reason: str | None) -> LayerReport:
+    active = _active(layer)
+    rank = layer.r[active[0]] if active else 0
+    shape = (layer.out_features, layer.in_features)
+    kind, chosen = type(layer.base_layer).__name__, None
+    if reason is None:
+        weight = base_weight(layer.base_layer)
+        problem = Problem(_REPORTED_TOKENS, *shape, rank, device_type=weight.device.type, dtype=weight.dtype)
+        if isinstance(weight, NF4Weight):
+            kind = f"{weight.quant_type}/{weight.blocksize}{' nested' if weight.nested else ''}"
+            dtype = getattr(layer.base_layer, "compute_dtype", None) or weight.dtype
+            problem = dataclasses.replace(
+                problem, dtype=dtype, quant_type=weight.quant_type, blocksize=weight.blocksize, nested=weight.nested
+            )
+        else:
+            kind = f"dense {str(weight.dtype).removeprefix('torch.')}"
+            problem = dataclasses.replace(problem, quant_type=None)
+        chosen = backends.select(problem, backend).name
+    return LayerReport(name, kind, shape, rank, chosen, reason)
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def accelerate(model: nn.Module, backend: str = "auto") -> Report:
+    """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights.
+
+    model: a PEFT model, or any module with PEFT LoRA layers inside, on a bitsandbytes 4-bit or a dense base.
+    backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
+
+    Returns the report of every LoRA layer: fused, or left to PEFT and why. Raises ValueError when the model has no PEFT
+    LoRA layer or the backend is unknown, RuntimeError when a named backend cannot run on these layers; the model is
+    then unchanged.
+    """
+    layers = list(_lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no PEFT LoRA layers; wrap it with peft.get_peft_model first")
+    reports, fused = [], []
+    for name, layer in layers:
+        convertible = type(layer) in FUSED or isinstance(layer, _Fused)
+        reason = _state_reason(layer) if convertible else f"{type(layer).__name__} layers are not linear LoRA layers"
+        reports.append(_report(name, layer, backend, reason))
+        if convertible:
+            fused.append(layer)
+    for layer in fused:
+        layer.__class__ = FUSED.get(type(layer), type(layer))
+        layer.fastlora_backend = backend
+        if getattr(layer.base_layer, "support_avx512bf16_for_cpu", False):
+            # bitsandbytes would repack these bytes in place during the first forward in eval mode.
+            layer.base_layer.support_avx512bf16_for_cpu = False
+            layer.fastlora_repack = True
+    report = Report(tuple(reports))
+    if not report.replaced:
+        warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Undo `accelerate`: give every fused layer its PEFT class back. Returns how many layers changed."""
+    count = 0
+    for _, layer in _lora_layers(model):
+        if isinstance(layer, _Fused):
+            layer.__class__ = layer.stock  # type: ignore[assignment]
+            layer.__dict__.pop("fastlora_backend", None)
+            if layer.__dict__.pop("fastlora_repack", False):  # type: ignore[attr-defined]
+                layer.base_layer.support_avx512bf16_for_cpu = True  # type: ignore[attr-defined]
+            count += 1
+    return count

@@ -1,0 +1,210 @@
+"""The operators of fastlora: schemas, fake implementations, CPU and CUDA implementations, autograd.
+
+One opaque node per layer and direction. Saved for backward: x (only if A learns), u (only if B learns), the seed of the
+dropout, and references to the weights; never a dense base weight, never a mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from fastlora import backends
+from fastlora.backends import Problem
+from fastlora.dropout import Dropout
+from fastlora.nf4 import NF4Weight, Weight
+
+_LIB = torch.library.Library("fastlora", "DEF")
+
+# A dense base weight has quant_type None and no statistics.
+_WEIGHT = (
+    "Tensor w, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, "
+    "SymInt n, SymInt k, int blocksize, str? quant_type"
+)
+_ADAPTER = "Tensor? lora_a, Tensor? lora_b"
+_CONTEXT = "float scale, float dropout_p, Tensor? seed, str backend"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+_LIB.define(f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, {_CONTEXT}) -> (Tensor, Tensor)", tags=_TAGS)
+_LIB.define(
+    f"lora_linear_backward(Tensor dy, Tensor? x, Tensor u, {_WEIGHT}, {_ADAPTER}, {_CONTEXT}, "
+    "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_LIB.define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", tags=_TAGS)
+
+
+def weight_args(w: Weight) -> tuple[Any, ...]:
+    """The arguments that stand for a base weight in every schema."""
+    if isinstance(w, NF4Weight):
+        statistics = (w.absmax, w.absmax_q, w.absmax_scale, w.absmax_code, w.absmax_offset)
+        return (w.w_packed, *statistics, *w.shape, w.blocksize, w.quant_type)
+    return (w, None, None, None, None, None, *w.shape, 0, None)
+
+
+def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
+    """The inverse of ``weight_args``."""
+    w, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, quant_type = args
+    if quant_type is None:
+        return w
+    return NF4Weight(w, (n, k), blocksize, quant_type, dtype, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset)
+
+
+_N_WEIGHT = 10
+
+
+def _problem(x: torch.Tensor, weight: tuple[Any, ...], r: int, direction: str) -> Problem:
+    n, k, blocksize, quant_type = weight[-4:]
+    return Problem(
+        x.shape[0], n, k, r, x.dtype, x.device.type, quant_type, blocksize, weight[2] is not None, direction
+    )
+
+
+def _without_autocast(device_type: str) -> Any:
+    # The caller has chosen the type to compute in; autocast must not choose again for the products inside.
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, columns: int) -> None:
+    n, k = weight[6:8]
+    torch._check(
+        x.dim() == 2 and x.shape[1] == columns,
+        lambda: f"expected a matrix with {columns} columns for a base weight ({n}, {k}), got {tuple(x.shape)}",
+    )
+    if lora_a is not None:
+        torch._check(
+            lora_a.dim() == 2 and lora_a.shape[1] == k,
+            lambda: f"lora_a must be (R, {k}), got {tuple(lora_a.shape)}",
+        )
+        torch._check(
+            lora_b.dim() == 2 and lora_b.shape[0] == n and lora_b.shape[1] == lora_a.shape[0],
+            lambda: f"lora_b must be ({n}, {lora_a.shape[0]}), got {tuple(lora_b.shape)}",
+        )
+
+
+def _forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, (lora_a, lora_b, bias, scale, p, seed, backend) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    _check(x, weight, lora_a, lora_b, weight[7])
+    r = 0 if lora_a is None else lora_a.shape[0]
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight[6]), x.new_empty(0, r)
+    chosen = backends.select(_problem(x, weight, r, "forward"), backend)
+    dropout = None if seed is None else Dropout(p, seed)
+    with _without_autocast(x.device.type):
+        return chosen.forward(x.contiguous(), _weight(weight, x.dtype), lora_a, lora_b, bias, scale, dropout)
+
+
+def _backward(dy: torch.Tensor, x: torch.Tensor | None, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    weight, rest = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    lora_a, lora_b, scale, p, seed, backend, *needs = rest
+    _check(dy, weight, lora_a, lora_b, weight[6])
+    if dy.shape[0] == 0:
+        return tuple(out.zero_() for out in _empty_grads(dy, weight, lora_a, lora_b, needs))
+    chosen = backends.select(_problem(dy, weight, u.shape[1], "backward"), backend)
+    dropout = None if seed is None else Dropout(p, seed)
+    with _without_autocast(dy.device.type):
+        grads = chosen.backward(
+            dy.contiguous(), x, u, _weight(weight, dy.dtype), lora_a, lora_b, scale, dropout, tuple(needs)
+        )
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _empty_grads(dy: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, needs: Any) -> list[torch.Tensor]:
+    """Outputs of the backward operator; one that is not needed has no elements."""
+    need_dx, need_da, need_db = needs
+    return [
+        dy.new_empty((dy.shape[0], weight[7]) if need_dx else 0),
+        torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_da else dy.new_empty(0),
+        torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_db else dy.new_empty(0),
+    ]
+
+
+def _dequantize(*args: Any) -> torch.Tensor:
+    weight, dtype = args[:_N_WEIGHT], args[_N_WEIGHT]
+    return backends.dequantize(_weight(weight, dtype), dtype)
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("lora_linear", _forward, _device)
+    _LIB.impl("lora_linear_backward", _backward, _device)
+    _LIB.impl("dequantize", _dequantize, _device)
+
+
+@torch.library.register_fake("fastlora::lora_linear", lib=_LIB)
+def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, (lora_a, lora_b, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    _check(x, weight, lora_a, lora_b, weight[7])
+    return x.new_empty(x.shape[0], weight[6]), x.new_empty(x.shape[0], 0 if lora_a is None else lora_a.shape[0])
+
+
+@torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIB)
+def _(dy: torch.Tensor, x: Any, u: Any, *args: Any) -> tuple[torch.Tensor, ...]:
+    weight, (lora_a, lora_b, *rest) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    _check(dy, weight, lora_a, lora_b, weight[6])
+    return tuple(_empty_grads(dy, weight, lora_a, lora_b, rest[-3:]))
+
+
+@torch.library.register_fake("fastlora::dequantize", lib=_LIB)
+def _(w: torch.Tensor, *args: Any) -> torch.Tensor:
+    n, k, _, _, dtype = args[-5:]
+    return w.new_empty((n, k), dtype=dtype)
+
+
+_FORWARD_ARGS = 1 + _N_WEIGHT + 7
+_A, _B, _BIAS = 1 + _N_WEIGHT, 2 + _N_WEIGHT, 3 + _N_WEIGHT
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, lora_a, lora_b, bias = inputs[0], inputs[_A], inputs[_B], inputs[_BIAS]
+    weight, seed = inputs[1 : 1 + _N_WEIGHT], inputs[-2]
+    if ctx.needs_input_grad[1]:
+        raise RuntimeError("the base weight of a fused LoRA layer is frozen: set requires_grad = False on it")
+    u = output[1]
+    ctx.mark_non_differentiable(u)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if ctx.needs_input_grad[_A] else None,
+        u if ctx.needs_input_grad[_B] else None,
+        *weight[:6],
+        lora_a,
+        lora_b,
+        seed,
+    )
+    ctx.sizes, ctx.scale, ctx.dropout_p, ctx.backend = weight[6:], inputs[-4], inputs[-3], inputs[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _autograd(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+    grads: list[Any] = [None] * _FORWARD_ARGS
+    if dy is None:
+        return tuple(grads)
+    x, u, *weight, lora_a, lora_b, seed = ctx.saved_tensors
+    needs = [ctx.needs_input_grad[i] for i in (0, _A, _B)]
+    if any(needs):
+        if u is None:
+            u = dy.new_empty(dy.shape[0], 0 if lora_a is None else lora_a.shape[0])
+        out = torch.ops.fastlora.lora_linear_backward(
+            dy, x, u, *weight, *ctx.sizes, lora_a, lora_b, ctx.scale, ctx.dropout_p, seed, ctx.backend, *needs
+        )
+        for i, need, grad in zip((0, _A, _B), needs, out, strict=True):
+            grads[i] = grad if need else None
+    if ctx.needs_input_grad[_BIAS]:
+        grads[_BIAS] = dy.sum(0, dtype=ctx.bias_dtype)
+    return tuple(grads)
+
+
+torch.library.register_autograd("fastlora::lora_linear", _autograd, setup_context=_setup_context, lib=_LIB)
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise RuntimeError(
+        "the backward of a fused LoRA layer cannot be differentiated again; "
+        "fastlora.reference.lora_linear computes the same layer with derivatives of any order"
+    )
+
+
+torch.library.register_autograd("fastlora::lora_linear_backward", _no_second_derivative, lib=_LIB)
