@@ -38,7 +38,7 @@ _NF4 = (
     0.7229568362236023, 1.0,
 )  # fmt: skip
 _FP4 = tuple(v / 12.0 for v in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
-CODES = {"nf4": _NF4, "fp4": _FP4 + tuple(-v for v in _FP4)}
+CODES = {"nf4": _NF4, "fp4": _FP4 + tuple(0.0 - v for v in _FP4)}  # both zeros are +0.0, as in bitsandbytes
 """The 16 values of a nibble, in the order of their bit patterns. NF4: Dettmers et al., QLoRA (2023), appendix E."""
 
 # Elements that the portable dequantizer handles at once: it bounds the float32 temporaries to 16 MiB.
@@ -274,7 +274,7 @@ class NF4Weight:
         """
         state: Any = quant_state if quant_state is not None else getattr(weight, "quant_state", None)
         if state is None:
-            raise ValueError("the weight carries no quant_state: it is not quantized yet (move the model to its device)")
+            raise ValueError("the weight carries no quant_state: it is not quantized (move the model to its device)")
         if getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 "bitsandbytes repacked this weight for CPU inference, which loses statistics; reload the model and set "
@@ -370,7 +370,7 @@ class NF4Weight:
 
     @classmethod
     def from_state_dict(cls, w_packed: torch.Tensor, state: dict[str, torch.Tensor]) -> NF4Weight:
-        """The inverse of ``state_dict``; reads what bitsandbytes saved, too. Raises ValueError when keys are missing."""
+        """The inverse of ``state_dict``; reads what bitsandbytes saved, too. Raises ValueError if keys are missing."""
         packed_keys = [key for key in state if key.startswith("quant_state.bitsandbytes__")]
         if len(packed_keys) != 1 or "absmax" not in state:
             raise ValueError(f"not the state of one 4-bit weight: {sorted(state)}")
