@@ -26,13 +26,11 @@ _WHY_NO_GPU = "needs a CUDA device: " + (
     if torch.version.cuda is None and torch.version.hip is None
     else "torch.cuda.is_available() is False"
 )
-_skipped = pytest.StashKey[int]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
     config.addinivalue_line("markers", "slow: takes more than some seconds or a GiB; select with -m")
-    config.stash[_skipped] = 0
     # The sizes are tiny: threads would cost more than they save, and vary the order of sums.
     torch.set_num_threads(1)
 
@@ -45,14 +43,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=_WHY_NO_GPU))
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if not HAS_CUDA and item.get_closest_marker("gpu"):
-        item.config.stash[_skipped] += 1
-
-
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    if count := config.stash[_skipped]:
-        terminalreporter.write_line(f"{count} gpu tests skipped: {_WHY_NO_GPU}", yellow=True)
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = [report for report in terminalreporter.getreports("skipped") if "gpu" in report.keywords]
+    if skipped and not HAS_CUDA:
+        terminalreporter.write_line(f"{len(skipped)} gpu tests skipped: {_WHY_NO_GPU}", yellow=True)
 
 
 @pytest.fixture(autouse=True)
