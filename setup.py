@@ -1,0 +1,99 @@
+"""Builds the optional extension fastlora._C; everything else is in pyproject.toml.
+
+FASTLORA_BUILD = auto (default) | cpu | cuda | none. ``auto`` builds what the machine can build and installs the
+pure-Python package when that fails; ``cpu`` and ``cuda`` fail instead. Whether CUDA code is built depends on nvcc and
+on torch's own CUDA version, never on a GPU being present. torch must be importable, so build without isolation:
+``pip install --no-build-isolation .``
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import Command, setup
+from setuptools.command.build_py import build_py
+
+MODE = os.environ.get("FASTLORA_BUILD", "auto")
+if MODE not in ("auto", "cpu", "cuda", "none"):
+    raise SystemExit(f"FASTLORA_BUILD must be auto, cpu, cuda or none, got {MODE!r}")
+REASON_FILE = "_build_info.txt"
+
+
+def record(command: Command, in_place: bool, reason: str) -> None:
+    """Leave the reason that there is no extension where fastlora.native reads it; no reason removes it."""
+    root = Path(__file__).parent if in_place else Path(command.build_lib)
+    path = root / "fastlora" / REASON_FILE
+    path.unlink(missing_ok=True)
+    if reason:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(reason + "\n", encoding="utf-8")
+        command.announce(f"fastlora: pure-Python package: {reason}", level=4)
+
+
+def plan() -> tuple[list, dict, str]:
+    """Extensions, commands, and the reason when there are none."""
+    if MODE == "none":
+        return [], {}, "the package was built with FASTLORA_BUILD=none"
+    try:
+        import torch
+        from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+    except ImportError as error:
+        if MODE != "auto":
+            raise SystemExit(f"FASTLORA_BUILD={MODE} needs torch at build time ({error}): pass --no-build-isolation")
+        return [], {}, "torch was not importable at build time; install with: pip install --no-build-isolation ."
+    nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
+    with_cuda = MODE == "cuda" or (MODE == "auto" and bool(nvcc) and torch.version.cuda is not None)
+    if with_cuda and (not nvcc or torch.version.cuda is None):
+        raise SystemExit(f"FASTLORA_BUILD=cuda needs nvcc (found {nvcc}) and a CUDA torch (found {torch.__version__})")
+    if with_cuda:
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0+PTX")
+
+    class build_ext(BuildExtension):
+        def run(self) -> None:
+            self.in_place = bool(self.inplace or getattr(self, "editable_mode", False))
+            super().run()
+
+        def build_extensions(self) -> None:
+            reason = ""
+            try:
+                super().build_extensions()
+            except Exception as error:
+                if MODE != "auto":
+                    raise
+                reason = f"the extension did not compile: {' '.join(str(error).split())[:400]}"
+                for extension in self.extensions:
+                    extension.optional = True
+            record(self, self.in_place, reason)
+
+    stable_abi = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    no_contraction = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+    define = ["-DFASTLORA_WITH_CUDA", "-DUSE_CUDA"] if with_cuda else []
+    extension = (CUDAExtension if with_cuda else CppExtension)(
+        "fastlora._C",
+        ["csrc/bindings.cpp", "csrc/cpu/dequantize.cpp"] + ["csrc/cuda/dequantize.cu"] * with_cuda,
+        depends=["csrc/nf4.h", "csrc/params.h"],
+        extra_compile_args={
+            "cxx": [*stable_abi, *no_contraction, *define],
+            "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", *define],
+        },
+        py_limited_api=True,
+    )
+    return [extension], {"build_ext": build_ext}, ""
+
+
+extensions, commands, no_extension = plan()
+
+
+class build_python(build_py):
+    def run(self) -> None:
+        super().run()
+        record(self, bool(getattr(self, "editable_mode", False)), no_extension)
+
+
+setup(
+    ext_modules=extensions,
+    cmdclass={**commands, "build_py": build_python},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if extensions else {},
+)
