@@ -41,7 +41,9 @@ def plan() -> tuple[list, dict, str]:
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
     except ImportError as error:
         if MODE != "auto":
-            raise SystemExit(f"FASTLORA_BUILD={MODE} needs torch at build time ({error}): pass --no-build-isolation")
+            raise SystemExit(
+                f"FASTLORA_BUILD={MODE} needs torch at build time ({error}): pass --no-build-isolation"
+            ) from error
         return [], {}, "torch was not importable at build time; install with: pip install --no-build-isolation ."
     nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
     with_cuda = MODE == "cuda" or (MODE == "auto" and bool(nvcc) and torch.version.cuda is not None)

@@ -157,7 +157,7 @@ class TestMessages:
 
     def test_capability(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(native.CAPABILITY_VARIABLE, "sse9")
-        with pytest.raises(ValueError, match="FASTLORA_CPU_CAPABILITY must be one of .* got 'sse9'"):
+        with pytest.raises(ValueError, match=r"FASTLORA_CPU_CAPABILITY must be one of .* got 'sse9'"):
             native.dequantize(make((4, 64)))
 
 
@@ -168,7 +168,7 @@ def test_device_without_code() -> None:
 
 
 def test_reason_of_a_missing_extension() -> None:
-    """A fresh interpreter in which fastlora._C cannot be found reports it, raises nothing at import, and keeps going."""
+    """A fresh interpreter in which fastlora._C cannot be found reports it and raises nothing at import."""
     code = (
         "import sys; sys.modules['fastlora._C'] = None\n"
         "from fastlora import native\n"

