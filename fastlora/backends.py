@@ -218,7 +218,8 @@ def explain(problem: Problem, machine: Machine | None = None) -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """The installed version of a distribution, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -230,7 +231,7 @@ def info() -> str:
     machine = this_machine()
     lines = [f"python         {platform.python_version()} on {platform.machine()}"]
     for package in ("fastlora-kernels", "torch", "triton", "bitsandbytes", "peft", "transformers", "accelerate", "trl"):
-        lines.append(f"{package:<16} {_version(package)}")
+        lines.append(f"{package:<16} {package_version(package)}")
     lines.append(f"cpu              {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

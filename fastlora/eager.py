@@ -29,15 +29,46 @@ def forward(
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N) and u (M, R) for x (M, K) and a dense w (N, K) of x's type."""
+    """y (M, N) of ``out_dtype`` (default: x's) and u (M, R) for x (M, K) and a dense w (N, K) of x's type."""
+    if out_dtype not in (None, x.dtype):
+        return _forward_wide(x, w, lora_a, lora_b, bias, scale, dropout, out_dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if lora_a is None or lora_b is None:
         return F.linear(x, w, bias), x.new_empty(x.shape[0], 0)
-    u = (dropout.apply(x) if dropout else x) @ lora_a.to(x.dtype).T
+    u = _u(x, lora_a, dropout)
     b = lora_b.to(x.dtype).T
     y = _mm(u, b, scale, x.dtype) if bias is None else torch.addmm(bias, u, b, alpha=scale)
     return y.addmm_(x, w.T), u
+
+
+def _u(x: torch.Tensor, lora_a: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
+    return (dropout.apply(x) if dropout else x) @ lora_a.to(x.dtype).T
+
+
+def _forward_wide(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` with products of 16-bit operands whose sums are never rounded to 16 bits."""
+
+    def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.is_cuda and out_dtype == torch.float32:
+            return torch.mm(a, b, out_dtype=out_dtype)
+        return torch.mm(a.to(out_dtype), b.to(out_dtype))
+
+    y, u = mm(x, w.T), x.new_empty(x.shape[0], 0)
+    if lora_a is not None and lora_b is not None:
+        u = _u(x, lora_a, dropout)
+        y.add_(mm(u, lora_b.to(x.dtype).T), alpha=scale)
+    return (y if bias is None else y.add_(bias)), u
 
 
 def backward(

@@ -22,6 +22,7 @@ def lora_linear(
     *,
     scale: float | torch.Tensor = 1.0,
     dropout_p: float = 0.0,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """``y = x W^T + scale * (dropout(x) A^T) B^T + bias`` with a frozen base weight, as one node with a fused backward.
@@ -30,6 +31,7 @@ def lora_linear(
     lora_a: (R, K), lora_b: (N, R), of any floating type: the products run in the type of x (under autocast: in its
     type), the gradients come back in the adapters' own type. Without them the layer is the base product alone.
     bias: (N,). scale: a number or a tensor without dimensions. dropout_p: probability, 0 for evaluation.
+    out_dtype: type of the result, by default the type computed in; a wider one is filled from the accumulator.
     backend: "auto", or a name of `fastlora.backends.BACKENDS`.
 
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
@@ -63,8 +65,10 @@ def lora_linear(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     seed = draw_seed(x.device) if dropout_p > 0 and lora_a is not None else None
+    if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
+        raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
     y, _ = torch.ops.fastlora.lora_linear(
-        x.reshape(-1, k), *ops.weight_args(w), lora_a, lora_b, bias, scale, dropout_p, seed, backend
+        x.reshape(-1, k), *ops.weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend
     )
     return y.view(*x.shape[:-1], n)
 
@@ -188,8 +192,10 @@ def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, backend: str) -> 
     if isinstance(weight, torch.Tensor) or isinstance(base, NF4Linear):
         return lora_linear(x, weight, lora_a, lora_b, base.bias, **rest)
     compute_dtype = getattr(base, "compute_dtype", None) or x.dtype
+    wide = x.dtype if x.dtype.itemsize > compute_dtype.itemsize else None
     with torch.autocast(x.device.type, enabled=False):
-        return lora_linear(x.to(compute_dtype), weight, lora_a, lora_b, base.bias, **rest).to(x.dtype)
+        y = lora_linear(x.to(compute_dtype), weight, lora_a, lora_b, base.bias, out_dtype=wide, **rest)
+        return y.to(x.dtype)
 
 
 class FastLoRALinear(nn.Module):

@@ -27,7 +27,7 @@ _ADAPTER = "Tensor? lora_a, Tensor? lora_b"
 _CONTEXT = "float scale, float dropout_p, Tensor? seed, str backend"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-_LIB.define(f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, {_CONTEXT}) -> (Tensor, Tensor)", tags=_TAGS)
+_LIB.define(f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) -> (Tensor, Tensor)", tags=_TAGS)
 _LIB.define(
     f"lora_linear_backward(Tensor dy, Tensor? x, Tensor u, {_WEIGHT}, {_ADAPTER}, {_CONTEXT}, "
     "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor)",
@@ -87,15 +87,15 @@ def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, c
 
 
 def _forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, (lora_a, lora_b, bias, scale, p, seed, backend) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    weight, (lora_a, lora_b, bias, out_dtype, scale, p, seed, backend) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
     r = 0 if lora_a is None else lora_a.shape[0]
     if x.shape[0] == 0:
-        return x.new_empty(0, weight[6]), x.new_empty(0, r)
+        return x.new_empty(0, weight[6], dtype=out_dtype), x.new_empty(0, r)
     chosen = backends.select(_problem(x, weight, r, "forward"), backend)
     dropout = None if seed is None else Dropout(p, seed)
     with _without_autocast(x.device.type):
-        return chosen.forward(x.contiguous(), _weight(weight, x.dtype), lora_a, lora_b, bias, scale, dropout)
+        return chosen.forward(x.contiguous(), _weight(weight, x.dtype), lora_a, lora_b, bias, scale, dropout, out_dtype)
 
 
 def _backward(dy: torch.Tensor, x: torch.Tensor | None, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
@@ -136,9 +136,9 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("fastlora::lora_linear", lib=_LIB)
 def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, (lora_a, lora_b, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    weight, (lora_a, lora_b, _, out_dtype, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
-    return x.new_empty(x.shape[0], weight[6]), x.new_empty(x.shape[0], 0 if lora_a is None else lora_a.shape[0])
+    return x.new_empty(x.shape[0], weight[6], dtype=out_dtype), x.new_empty(x.shape[0], 0 if lora_a is None else lora_a.shape[0])
 
 
 @torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIB)
@@ -154,7 +154,7 @@ def _(w: torch.Tensor, *args: Any) -> torch.Tensor:
     return w.new_empty((n, k), dtype=dtype)
 
 
-_FORWARD_ARGS = 1 + _N_WEIGHT + 7
+_FORWARD_ARGS = 1 + _N_WEIGHT + 8
 _A, _B, _BIAS = 1 + _N_WEIGHT, 2 + _N_WEIGHT, 3 + _N_WEIGHT
 
 
@@ -175,6 +175,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         seed,
     )
     ctx.sizes, ctx.scale, ctx.dropout_p, ctx.backend = weight[6:], inputs[-4], inputs[-3], inputs[-1]
+    ctx.dtype = x.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -185,6 +186,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
     x, u, *weight, lora_a, lora_b, seed = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, _A, _B)]
     if any(needs):
+        dy = dy.to(ctx.dtype)
         if u is None:
             u = dy.new_empty(dy.shape[0], 0 if lora_a is None else lora_a.shape[0])
         out = torch.ops.fastlora.lora_linear_backward(

@@ -33,14 +33,16 @@ def forward(
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N) and u (M, R) for x (M, K). Without adapters u has no columns."""
+    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K). Without adapters u has no columns."""
     y = x @ dense(w, x.dtype).T
     u = x.new_empty(x.shape[0], 0)
     if lora_a is not None and lora_b is not None:
         u = (dropout.apply(x) if dropout else x) @ lora_a.to(x.dtype).T
         y = y + scale * (u @ lora_b.to(x.dtype).T)
-    return (y if bias is None else y + bias.to(x.dtype)), u
+    y = y if bias is None else y + bias.to(x.dtype)
+    return y.to(out_dtype or y.dtype), u
 
 
 def backward(

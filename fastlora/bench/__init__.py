@@ -1,0 +1,1 @@
+"""Measurements: correctness first, every variant interleaved in one run, losses shown as well as wins."""
