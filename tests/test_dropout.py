@@ -134,6 +134,12 @@ def test_threshold_and_gain(p: float, threshold: int, gain: float) -> None:
     assert dropout.gain == pytest.approx(gain, rel=1e-9)
 
 
+def test_a_word_equal_to_the_threshold_is_kept() -> None:
+    word = 0x6627E8D5  # the first of seed 0
+    assert Dropout(word / 2**32, seed(0)).keep(1, 1).item()
+    assert not Dropout((word + 1) / 2**32, seed(0)).keep(1, 1).item()
+
+
 def test_p_of_almost_one() -> None:
     dropout = Dropout(0.999999, seed(1))
     kept = dropout.keep(1000, 1000)
