@@ -95,7 +95,7 @@ class Problem:
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Every dense tensor in ``dtype``; a packed weight stays as it is."""
-        changed = {
+        changed: dict[str, Any] = {
             field.name: value.to(dtype)
             for field in dataclasses.fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
