@@ -216,7 +216,8 @@ class NF4Weight:
         if w.numel() == 0:
             raise ValueError(f"w has no elements: shape {tuple(w.shape)}")
         flat, numel = w.detach().reshape(-1), w.numel()
-        order = code_table(quant_type, w.device).argsort()
+        # Stable: FP4 has two zeros, whose order would otherwise depend on the device.
+        order = code_table(quant_type, w.device).argsort(stable=True)
         code = code_table(quant_type, w.device)[order]
         bounds = (code[:-1] + code[1:]) / 2
         packed = torch.empty(-(-numel // 2), dtype=torch.uint8, device=w.device)
