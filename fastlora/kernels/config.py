@@ -1,0 +1,201 @@
+"""Tile sizes of every Triton kernel: the one place to tune. Pure functions of sizes, types and the device."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+# Bytes of shared memory that one block may use, by compute capability.
+_SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448}
+_SHARED_MEMORY |= {(10, 0): 232448, (10, 3): 232448, (12, 0): 101376, (12, 1): 101376}
+_SMALLEST_SHARED_MEMORY = min(_SHARED_MEMORY.values())
+_REGISTERS = 255
+_MIN_DOT = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a choice of tiles depends on."""
+
+    capability: tuple[int, int] = (8, 0)
+    multiprocessors: int = 8
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes that one block may use."""
+        return _SHARED_MEMORY.get(self.capability, _SMALLEST_SHARED_MEMORY)
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        """The properties of a CUDA device; of anything else (the interpreter), the defaults."""
+        if device.type != "cuda":
+            return cls()
+        return _cuda_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device((properties.major, properties.minor), properties.multi_processor_count)
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """Tile sizes along M, N, K and R. A kernel reads those it has."""
+
+    block_m: int = 16
+    block_n: int = 16
+    block_k: int = 16
+    block_r: int = 16
+    group_m: int = 8
+    """Tiles of M that are walked before the next tile of N, so that both stay in the L2 cache."""
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def launch(self) -> dict[str, int | bool]:
+        """The options of a Triton launch. Nothing is fused: the 4-bit format rounds every product and sum."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+
+def shared_memory(config: TileConfig, stage: int, lookups: int = 0) -> int:
+    """Bytes that a reduction loop needs; its pipeline stages table lookups too, once it has more than one stage."""
+    return config.num_stages * (stage + (lookups if config.num_stages > 1 else 0))
+
+
+def invalid(config: TileConfig, accumulator: int, stage: int, device: Device, lookups: int = 0) -> str | None:
+    """Why ``config`` cannot run, or None when it can.
+
+    ``accumulator``: float32 values that one block keeps in registers. ``stage``: bytes of the operands that one step
+    of the reduction loop multiplies. ``lookups``: bytes that it loads to decode them.
+    """
+    for name in ("block_m", "block_n", "block_k", "block_r"):
+        side = getattr(config, name)
+        if side < _MIN_DOT or side & (side - 1):
+            return f"{name} must be a power of two of at least {_MIN_DOT}, got {side}"
+    if config.num_warps not in (1, 2, 4, 8, 16):
+        return f"num_warps must be 1, 2, 4, 8 or 16, got {config.num_warps}"
+    if config.num_stages < 1:
+        return f"num_stages must be at least 1, got {config.num_stages}"
+    if config.group_m < 1:
+        return f"group_m must be at least 1, got {config.group_m}"
+    registers = accumulator / (32 * config.num_warps)
+    if registers > _REGISTERS:
+        return f"{registers:.0f} accumulator registers a thread, more than {_REGISTERS}"
+    shared = shared_memory(config, stage, lookups)
+    if shared > device.shared_memory:
+        capability = ".".join(map(str, device.capability))
+        return f"{shared} bytes of shared memory, more than the {device.shared_memory} of capability {capability}"
+    return None
+
+
+def power_of_two(size: int, smallest: int, largest: int) -> int:
+    """The least power of two that holds ``size``, kept within the two bounds."""
+    return min(max(1 << (size - 1).bit_length(), smallest), largest)
+
+
+def _fit(config: TileConfig, accumulator: int, stage: int, device: Device, lookups: int = 0) -> TileConfig:
+    """``config`` with as many of its stages as the device has shared memory for."""
+    while config.num_stages > 1 and shared_memory(config, stage, lookups) > device.shared_memory:
+        config = dataclasses.replace(config, num_stages=config.num_stages - 1)
+    reason = invalid(config, accumulator, stage, device, lookups)
+    if reason is not None:
+        raise ValueError(f"{config} cannot run: {reason}")
+    return config
+
+
+def one_statistic_per_row(k: int, blocksize: int, block_k: int) -> bool:
+    """Whether each row of a tile of ``block_k`` columns of W (N, K) lies in a single block of statistics."""
+    return k % blocksize == 0 and blocksize % block_k == 0
+
+
+def _lookup_bytes(k: int, blocksize: int | None, block_k: int) -> float:
+    """Shared memory per element of W that one stage of the pipeline holds for decoding it.
+
+    The pipeliner stages every load of the loop, so the table lookups count as well as the packed bytes.
+    """
+    if blocksize is None:
+        return 0
+    if one_statistic_per_row(k, blocksize, block_k):
+        return 4.5
+    return 9 if k % 2 == 0 else 14
+
+
+def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksize: int | None = None) -> TileConfig:
+    """Tiles of y = x W^T and of dx = dy W with the LoRA term inside. ``blocksize`` is None for a dense weight.
+
+    M enters by its range only (up to 16, up to 64, more), so at most three variants are ever compiled.
+    """
+    block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
+
+    def fit(block_m: int, block_n: int, block_k: int, num_warps: int, num_stages: int) -> TileConfig:
+        block_k = min(block_k, blocksize or block_k)
+        # y reduces over K and dx over N: the larger of the two bounds both.
+        wide, elements = max(block_n, block_k), block_n * block_k
+        stage = (block_m * wide + elements) * dtype.itemsize
+        lookups = math.ceil(elements * _lookup_bytes(k, blocksize, block_k))
+        limit = 32 if dtype == torch.float32 else 64
+        config = TileConfig(block_m, block_n, block_k, min(block_r, limit), num_warps=num_warps, num_stages=num_stages)
+        return _fit(config, block_m * wide, stage, device, lookups)
+
+    if dtype == torch.float32:
+        return fit(16 if m <= 16 else 64, 64, 32, 4, 2)
+    if m <= 16:
+        return fit(16, 64, 64, 4, 4)
+    if m > 64 and (large := fit(128, 128, 64, 8, 3)).num_stages > 1:
+        return large
+    return fit(64, 64, 64, 4, 4)
+
+
+def project(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
+    """Tiles of the narrow products u = x A^T and du = dy B; the reduced side is ``block_k``."""
+    block_r = power_of_two(r, _MIN_DOT, 64 if dtype == torch.float32 else 128)
+    block_k = 64 if dtype == torch.float32 or block_r > 32 else 128
+    config = TileConfig(16 if m <= 16 else 64, 16, block_k, block_r, num_warps=4, num_stages=4)
+    # The adapter may be float32 whatever the type of x.
+    stage = config.block_m * block_k * dtype.itemsize + block_k * block_r * 4
+    return _fit(config, config.block_m * block_r, stage, device)
+
+
+def gradient(r: int, dtype: torch.dtype, device: Device) -> TileConfig:
+    """Tiles of dA and dB: ``block_n`` of the wide side times ``block_r``, reduced over ``block_m`` rows."""
+    small = dtype == torch.float32
+    config = TileConfig(32 if small else 64, 64 if small else 128, 16, power_of_two(r, _MIN_DOT, 64), num_stages=3)
+    stage = config.block_m * (config.block_n + config.block_r) * dtype.itemsize
+    return _fit(config, config.block_n * config.block_r, stage, device)
+
+
+def one_pass(r: int, dtype: torch.dtype, device: Device) -> TileConfig | None:
+    """Tiles of the kernel that makes du and dB from one read of dy; None where two kernels move fewer bytes.
+
+    Every ``block_m`` rows leave a float32 partial of dB that is written and read once; that must be less than
+    another read of dy, and du and dB must fit in the registers together.
+    """
+    config = TileConfig(64 if dtype == torch.float32 else 128, 64, 16, power_of_two(r, _MIN_DOT, 1024), num_stages=2)
+    if config.block_r > 128 or 2 * 4 * r > config.block_m * dtype.itemsize:
+        return None
+    stage = (config.block_m * config.block_n) * dtype.itemsize + config.block_n * config.block_r * 4
+    return _fit(config, (config.block_m + config.block_n) * config.block_r, stage, device)
+
+
+@functools.cache
+def dequantize(blocksize: int) -> TileConfig:
+    """Elements that one block of the dequantizer decodes, as ``block_n`` statistics of ``block_k`` elements."""
+    return TileConfig(block_n=max(4096 // blocksize, 1), block_k=blocksize, num_warps=4)
+
+
+def split(size: int, block: int, tiles: int, device: Device) -> int:
+    """How much of ``size``, in multiples of ``block``, one program reduces when there are ``tiles`` of output.
+
+    The parts are as many as it takes to give every multiprocessor two programs, never more than the blocks.
+    """
+    blocks = -(-size // block)
+    parts = min(blocks, max(1, -(-2 * device.multiprocessors // tiles)))
+    return -(-blocks // parts) * block
+
+
+def add_parts() -> TileConfig:
+    """The second stage of a reduction: ``block_n`` elements a program."""
+    return TileConfig(block_n=1024, num_warps=4, num_stages=2)

@@ -1,0 +1,85 @@
+"""W = dequantize(w_packed, absmax, code) in one launch, bit for bit as NF4Weight.dequantize."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import config
+from fastlora.kernels.decode import both_nibbles, check_dtype, statistic
+from fastlora.kernels.launch import on_device
+from fastlora.nf4 import NF4Weight
+
+
+@triton.jit
+def dequantize_kernel(
+    w_ptr,  # (ceil(N K / 2),) bytes
+    code_ptr,  # (16,)
+    absmax_ptr,
+    absmax_q_ptr,
+    absmax_scale_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    out_ptr,  # (N, K), rows stride_on apart
+    numel,
+    K,
+    stride_on,
+    FORMAT: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """BLOCKS blocks of statistics a program."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    first = block[:, None] * BLOCKSIZE
+    element = first + 2 * tl.arange(0, BLOCKSIZE // 2)[None, :]
+    packed = tl.load(w_ptr + element // 2, mask=element < numel, other=0)
+    a = statistic(
+        block, block * BLOCKSIZE < numel,
+        absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr, FORMAT,
+    )  # fmt: skip
+    values = both_nibbles(packed, a[:, None], code_ptr, dtype)
+    target = first + tl.arange(0, BLOCKSIZE)[None, :]
+    inside = target < numel
+    if not CONTIGUOUS:
+        target = target // K * stride_on + target % K
+    tl.store(out_ptr + target, values, mask=inside)
+
+
+def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The dense matrix (N, K) in ``dtype``: float32, float16 or bfloat16.
+
+    ``out``, where given, is written and returned: (N, K) of ``dtype``, whose rows are contiguous but may lie
+    any distance apart. Raises TypeError for another type, ValueError for an ``out`` that does not fit.
+    """
+    check_dtype(dtype)
+    if out is None:
+        out = torch.empty(w.shape, dtype=dtype, device=w.device)
+    elif (out.shape, out.dtype, out.device) != (w.shape, dtype, w.device) or (w.shape[1] > 1 and out.stride(1) != 1):
+        raise ValueError(
+            f"out must be {tuple(w.shape)} of {dtype} on {w.device} with contiguous rows; "
+            f"got {tuple(out.shape)}, strides {out.stride()}, {out.dtype}, {out.device}"
+        )
+    tiles = config.dequantize(w.blocksize)
+    with on_device(out):
+        dequantize_kernel[(triton.cdiv(w.blocks, tiles.block_n),)](
+            w.w_packed,
+            w.code,
+            w.absmax,
+            w.absmax_q,
+            w.absmax_scale,
+            w.absmax_code,
+            w.absmax_offset,
+            out,
+            w.numel(),
+            w.shape[1],
+            out.stride(0),
+            FORMAT="nested" if w.nested else "flat",
+            CONTIGUOUS=out.is_contiguous(),
+            BLOCKSIZE=w.blocksize,
+            BLOCKS=tiles.block_n,
+            **tiles.launch(),
+        )
+    return out

@@ -1,0 +1,127 @@
+"""y = x W^T + scale * (u B^T) + bias, one product with W decoded in registers and the LoRA term in its accumulator."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.dropout import Dropout
+from fastlora.kernels import config, lora
+from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
+from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.tile import add_lora, cast, dot, grouped
+from fastlora.nf4 import NF4Weight, Weight
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_kernel(
+    x_ptr,  # (M, K), rows stride_xm apart
+    w_ptr,  # (N, K), packed or dense
+    code_ptr,
+    absmax_ptr,
+    absmax_q_ptr,
+    absmax_scale_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    u_ptr,  # (M, R), scale * u; None without adapters
+    b_ptr,  # (N, R), rows stride_bn apart
+    bias_ptr,  # (N,), or None
+    y_ptr,  # (M, N), rows stride_ym apart
+    M,
+    N,
+    K,
+    R,
+    stride_xm,
+    stride_wn,
+    stride_bn,
+    stride_ym,
+    FORMAT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    K_IS_EVEN: tl.constexpr,
+    ROW_STATISTICS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One (BLOCK_M, BLOCK_N) tile of y a program, rounded once."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    tile_m, tile_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = m[:, None].to(tl.int64)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + row * stride_xm + k, mask=(m[:, None] < M) & (k < K), other=0.0)
+        w = weight_tile(
+            w_ptr, code_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr,
+            n, k0, N, K, stride_wn, dtype, FORMAT, BLOCKSIZE, K_IS_EVEN, ROW_STATISTICS, BLOCK_K,
+        )  # fmt: skip
+        acc = dot(x, tl.trans(w), acc)
+    if u_ptr is not None:
+        acc = add_lora(acc, u_ptr, b_ptr, m, n, M, N, R, 1, stride_bn, dtype, BLOCK_R)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + row * stride_ym + n[None, :], cast(acc, dtype), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def linear(
+    x: torch.Tensor,
+    w: Weight,
+    scaled_u: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """y (M, N) from x (M, K) and, with adapters, scale * u (M, R) and lora_b (N, R)."""
+    x, w = with_rows(x), weight_with_rows(w)
+    (m, k), n = x.shape, w.shape[0]
+    r = 0
+    if lora_b is not None:
+        lora_b, r = with_rows(lora_b), lora_b.shape[1]
+    blocksize = w.blocksize if isinstance(w, NF4Weight) else None
+    tiles = config.gemm(m, k, r, x.dtype, config.Device.of(x.device), blocksize=blocksize)
+    y = x.new_empty(m, n)
+    with on_device(x):
+        linear_kernel[(triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)](
+            x_ptr=x,
+            u_ptr=scaled_u,
+            b_ptr=lora_b,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            y_ptr=y,
+            M=m,
+            R=r,
+            stride_xm=x.stride(0),
+            stride_bn=0 if lora_b is None else lora_b.stride(0),
+            stride_ym=y.stride(0),
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            BLOCK_K=tiles.block_k,
+            BLOCK_R=tiles.block_r,
+            GROUP_M=tiles.group_m,
+            **weight_arguments(w, tiles.block_k),
+            **tiles.launch(),
+        )
+    return y
+
+
+def forward(
+    x: torch.Tensor,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    dropout: Dropout | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (M, N) and u (M, R) for x (M, K), as ``fastlora.reference.forward``.
+
+    Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
+    """
+    check_dtype(x.dtype)
+    if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
+        return linear(x, w, None, None, bias), x.new_empty(x.shape[0], 0)
+    u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
+    return linear(x, w, scaled_u, lora_b, bias), u

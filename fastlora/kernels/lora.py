@@ -1,0 +1,303 @@
+"""The products with a side of R: u = x A^T, du = scale * dy B, dA = du^T dropout(x), dB = scale * dy^T u.
+
+Sums over M or N that need more than one program go through float32 partials, which a second kernel adds in a fixed
+order: two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.dropout import Dropout
+from fastlora.kernels import config
+from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.tile import cast, dot, drop, dropout_arguments
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def project_kernel(
+    x_ptr,  # (M, K), rows stride_xm apart
+    adapter_ptr,  # element (k, r) at k * stride_k + r * stride_r
+    out_ptr,  # (M, R), or None
+    scaled_ptr,  # (M, R), or None
+    seed_ptr,
+    threshold,
+    gain,
+    scale,
+    M,
+    K,
+    R,
+    stride_xm,
+    stride_k,
+    stride_r,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out = dropout(x) adapter and scaled = scale * out, each rounded once."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    x_row = x_ptr + m[:, None].to(tl.int64) * stride_xm
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        x = tl.load(x_row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
+        if DROPOUT:
+            x = drop(x, seed_ptr, threshold, gain, m, k0, BLOCK_K)
+        a = tl.load(
+            adapter_ptr + k[:, None].to(tl.int64) * stride_k + r[None, :].to(tl.int64) * stride_r,
+            mask=(k[:, None] < K) & (r[None, :] < R),
+            other=0.0,
+        )
+        acc = dot(x, cast(a, dtype), acc)
+    target = m[:, None].to(tl.int64) * R + r[None, :]
+    inside = (m[:, None] < M) & (r[None, :] < R)
+    if out_ptr is not None:
+        tl.store(out_ptr + target, cast(acc, dtype), mask=inside)
+    if scaled_ptr is not None:
+        tl.store(scaled_ptr + target, cast(acc * scale, dtype), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "part", "stride_part", "threshold"])
+def gradient_kernel(
+    wide_ptr,  # (M, WIDE), rows stride_wide apart: dropout(x) or dy
+    narrow_ptr,  # (M, R): du or u
+    out_ptr,  # part p, element (w, r) at p * stride_part + w * stride_w + r * stride_r
+    seed_ptr,
+    threshold,
+    gain,
+    scale,
+    M,
+    WIDE,
+    R,
+    part,
+    stride_wide,
+    stride_part,
+    stride_w,
+    stride_r,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out = scale * wide^T narrow over rows [p * part, (p + 1) * part) of M; the axes of the grid are WIDE, R, p."""
+    dtype: tl.constexpr = wide_ptr.dtype.element_ty
+    w0 = tl.program_id(0) * BLOCK_W
+    w = w0 + tl.arange(0, BLOCK_W)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(2) * part
+    last = min(first + part, M)
+    acc = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
+    for m0 in range(first, last, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        row = m[:, None].to(tl.int64)
+        inside = m[:, None] < last
+        wide = tl.load(wide_ptr + row * stride_wide + w[None, :], mask=inside & (w[None, :] < WIDE), other=0.0)
+        if DROPOUT:
+            wide = drop(wide, seed_ptr, threshold, gain, m, w0, BLOCK_W)
+        narrow = tl.load(narrow_ptr + row * R + r[None, :], mask=inside & (r[None, :] < R), other=0.0)
+        acc = dot(tl.trans(wide), cast(narrow, dtype), acc)
+    target = w[:, None].to(tl.int64) * stride_w + r[None, :].to(tl.int64) * stride_r
+    part_ptr = out_ptr + tl.program_id(2).to(tl.int64) * stride_part
+    values = cast(acc * scale, out_ptr.dtype.element_ty)
+    tl.store(part_ptr + target, values, mask=(w[:, None] < WIDE) & (r[None, :] < R))
+
+
+@triton.jit(do_not_specialize=["M", "part", "stride_du"])
+def du_db_kernel(
+    dy_ptr,  # (M, N), rows stride_dym apart
+    u_ptr,  # (M, R)
+    b_ptr,  # (N, R), rows stride_bn apart
+    du_ptr,  # (parts of N, M, R), parts stride_du apart
+    db_ptr,  # (tiles of M, N, R)
+    scale,
+    M,
+    N,
+    R,
+    part,
+    stride_dym,
+    stride_bn,
+    stride_du,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """du = scale * dy B over one part of N, and scale * dy^T u over one tile of M, from one read of dy."""
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    row = m[:, None].to(tl.int64)
+    narrow = (m[:, None] < M) & (r[None, :] < R)
+    u = cast(tl.load(u_ptr + row * R + r[None, :], mask=narrow, other=0.0), dtype)
+    db_part = db_ptr + tl.program_id(0).to(tl.int64) * N * R
+    first = tl.program_id(1) * part
+    last = min(first + part, N)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        dy = tl.load(dy_ptr + row * stride_dym + n[None, :], mask=(m[:, None] < M) & (n[None, :] < last), other=0.0)
+        inside = (n[:, None] < last) & (r[None, :] < R)
+        b = tl.load(b_ptr + n[:, None].to(tl.int64) * stride_bn + r[None, :], mask=inside, other=0.0)
+        acc = dot(dy, cast(b, dtype), acc)
+        db = dot(tl.trans(dy), u, tl.zeros((BLOCK_N, BLOCK_R), tl.float32))
+        target = db_part + n[:, None].to(tl.int64) * R + r[None, :]
+        tl.store(target, cast(db * scale, db_ptr.dtype.element_ty), mask=inside)
+    du_part = du_ptr + tl.program_id(1).to(tl.int64) * stride_du
+    tl.store(du_part + row * R + r[None, :], cast(acc * scale, du_ptr.dtype.element_ty), mask=narrow)
+
+
+@triton.jit(do_not_specialize=["parts", "numel"])
+def add_parts_kernel(parts_ptr, out_ptr, parts, numel, BLOCK: tl.constexpr):
+    """out = the sum of (parts, numel) over its first side, first part first."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    part_ptr = parts_ptr + i
+    for _ in range(parts):
+        acc += tl.load(part_ptr, mask=i < numel, other=0.0)
+        part_ptr += numel
+    tl.store(out_ptr + i, cast(acc, out_ptr.dtype.element_ty), mask=i < numel)
+
+
+def _partials(parts: int, out: torch.Tensor) -> torch.Tensor:
+    """Where ``parts`` programs write their share of ``out``: ``out`` itself when there is one."""
+    return out if parts == 1 else torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+
+
+def _add_parts(partials: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    if partials is not out:
+        tiles = config.add_parts()
+        grid = (triton.cdiv(out.numel(), tiles.block_n),)
+        add_parts_kernel[grid](partials, out, partials.shape[0], out.numel(), BLOCK=tiles.block_n, **tiles.launch())
+    return out
+
+
+def _project(
+    x: torch.Tensor, adapter: torch.Tensor, out: torch.Tensor | None, scaled: torch.Tensor, scale: float,
+    dropout: Dropout | None,
+) -> None:  # fmt: skip
+    """``adapter`` is (K, R) in any strides."""
+    (m, k), r = x.shape, adapter.shape[1]
+    tiles = config.project(m, r, x.dtype, config.Device.of(x.device))
+    with on_device(x):
+        project_kernel[(triton.cdiv(m, tiles.block_m), triton.cdiv(r, tiles.block_r))](
+            x_ptr=x,
+            adapter_ptr=adapter,
+            out_ptr=out,
+            scaled_ptr=scaled,
+            scale=float(scale),
+            M=m,
+            K=k,
+            R=r,
+            stride_xm=x.stride(0),
+            stride_k=adapter.stride(0),
+            stride_r=adapter.stride(1),
+            BLOCK_M=tiles.block_m,
+            BLOCK_K=tiles.block_k,
+            BLOCK_R=tiles.block_r,
+            **dropout_arguments(dropout),
+            **tiles.launch(),
+        )
+
+
+def project_x(
+    x: torch.Tensor, lora_a: torch.Tensor, scale: float, dropout: Dropout | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """u = dropout(x) A^T and scale * u, (M, R) each, for x (M, K) and lora_a (R, K)."""
+    u, scaled = (x.new_empty(x.shape[0], lora_a.shape[0]) for _ in range(2))
+    _project(with_rows(x), lora_a.T, u, scaled, scale, dropout)
+    return u, scaled
+
+
+def project_dy(dy: torch.Tensor, lora_b: torch.Tensor, scale: float) -> torch.Tensor:
+    """du = scale * (dy B), (M, R), for dy (M, N) and lora_b (N, R)."""
+    du = dy.new_empty(dy.shape[0], lora_b.shape[1])
+    _project(with_rows(dy), lora_b, None, du, scale, None)
+    return du
+
+
+def _gradient(
+    wide: torch.Tensor, narrow: torch.Tensor, out: torch.Tensor, stride_w: int, stride_r: int, scale: float,
+    dropout: Dropout | None,
+) -> torch.Tensor:  # fmt: skip
+    wide, narrow = with_rows(wide), narrow.contiguous()
+    (m, columns), r = wide.shape, narrow.shape[1]
+    device = config.Device.of(wide.device)
+    tiles = config.gradient(r, wide.dtype, device)
+    grid_w, grid_r = triton.cdiv(columns, tiles.block_n), triton.cdiv(r, tiles.block_r)
+    part = config.split(m, tiles.block_m, grid_w * grid_r, device)
+    parts = triton.cdiv(m, part)
+    partials = _partials(parts, out)
+    with on_device(wide):
+        gradient_kernel[(grid_w, grid_r, parts)](
+            wide_ptr=wide,
+            narrow_ptr=narrow,
+            out_ptr=partials,
+            scale=float(scale),
+            M=m,
+            WIDE=columns,
+            R=r,
+            part=part,
+            stride_wide=wide.stride(0),
+            stride_part=out.numel(),
+            stride_w=stride_w,
+            stride_r=stride_r,
+            BLOCK_M=tiles.block_m,
+            BLOCK_W=tiles.block_n,
+            BLOCK_R=tiles.block_r,
+            **dropout_arguments(dropout),
+            **tiles.launch(),
+        )
+        return _add_parts(partials, out)
+
+
+def gradient_a(du: torch.Tensor, x: torch.Tensor, dropout: Dropout | None, dtype: torch.dtype) -> torch.Tensor:
+    """dA = du^T dropout(x), (R, K) of ``dtype``, for du (M, R) and x (M, K)."""
+    da = x.new_empty(du.shape[1], x.shape[1], dtype=dtype)
+    return _gradient(x, du, da, 1, x.shape[1], 1.0, dropout)
+
+
+def gradient_b(dy: torch.Tensor, u: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """dB = scale * (dy^T u), (N, R) of ``dtype``, for dy (M, N) and u (M, R)."""
+    db = dy.new_empty(dy.shape[1], u.shape[1], dtype=dtype)
+    return _gradient(dy, u, db, u.shape[1], 1, scale, None)
+
+
+def du_db(dy: torch.Tensor, u: torch.Tensor, lora_b: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """du (M, R) and dB (N, R), from one read of dy where the rank allows it. dB has lora_b's dtype."""
+    device = config.Device.of(dy.device)
+    r = u.shape[1]
+    tiles = config.one_pass(r, dy.dtype, device)
+    if tiles is None:
+        return project_dy(dy, lora_b, scale), gradient_b(dy, u, scale, lora_b.dtype)
+    dy, u, lora_b = with_rows(dy), u.contiguous(), with_rows(lora_b)
+    m, n = dy.shape
+    tiles_m = triton.cdiv(m, tiles.block_m)
+    part = config.split(n, tiles.block_n, tiles_m, device)
+    parts = triton.cdiv(n, part)
+    du, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=lora_b.dtype)
+    du_parts, db_parts = _partials(parts, du), _partials(tiles_m, db)
+    with on_device(dy):
+        du_db_kernel[(tiles_m, parts)](
+            dy_ptr=dy,
+            u_ptr=u,
+            b_ptr=lora_b,
+            du_ptr=du_parts,
+            db_ptr=db_parts,
+            scale=float(scale),
+            M=m,
+            N=n,
+            R=r,
+            part=part,
+            stride_dym=dy.stride(0),
+            stride_bn=lora_b.stride(0),
+            stride_du=m * r,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            BLOCK_R=tiles.block_r,
+            **tiles.launch(),
+        )
+        return _add_parts(du_parts, du), _add_parts(db_parts, db)

@@ -1,0 +1,119 @@
+"""Compile every launch of the Triton backend for a GPU that need not be there, and print a JSON line for each.
+
+    python aot.py 9.0 bfloat16 float16
+
+The host functions run on CPU tensors as they are; a launch compiles its kernel down to machine code instead of
+running it. So what is compiled is what a GPU would get: the same types, constants, divisibility and tiles.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from fastlora import kernels
+from fastlora.dropout import Dropout
+from fastlora.kernels import config, launch
+from fastlora.nf4 import NF4Weight
+
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+_POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
+
+
+def specialize(fn: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """(signature, constants, attributes) of a call, as Triton's own launcher derives them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for i, p in enumerate(fn.params):
+        value = arguments[p.name]
+        if p.is_constexpr or value is None or (type(value) is int and value == 1 and not p.do_not_specialize):
+            signature[p.name], constants[p.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[p.name], attributes[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[p.name] = "fp32"
+        else:
+            signature[p.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not p.do_not_specialize:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+class Compiler:
+    """Stands in for ``JITFunction.run``."""
+
+    def __init__(self, capability: tuple[int, int]) -> None:
+        self.device = config.Device(capability, 132)
+        self.target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+        self.case = ""
+        self.done: set[str] = set()
+
+    def __call__(self, fn: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
+        arguments = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+        signature, constants, attributes = specialize(fn, arguments)
+        key = repr((fn.__name__, signature, sorted(constants.items()), attributes, options))
+        if key in self.done:
+            return
+        self.done.add(key)
+        source = ASTSource(fn, signature, constants, attributes)
+        compiled = triton.compile(source, target=self.target, options=options)
+        record = {
+            "kernel": fn.__name__,
+            "case": self.case,
+            "cubin": len(compiled.asm["cubin"]),
+            "shared": compiled.metadata.shared,
+            "shared_limit": self.device.shared_memory,
+            "fused": compiled.asm["ptx"].count("fma.rn.f32"),
+            "target": f"sm_{self.target.arch}" in compiled.asm["ptx"],
+        }
+        print(json.dumps(record), flush=True)
+
+
+def launches(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
+    """One forward, backward and dequantization of every kind of weight, rank and range of M."""
+    cases: list[tuple[int, int, int, int, str, float]] = [
+        # M, N, K, R, weight, dropout
+        (300, 256, 512, 16, "nested", 0.1),
+        (1, 256, 512, 3, "flat", 0.0),
+        (40, 65, 33, 200, "nested", 0.1),
+    ]
+    if thorough:
+        cases += [(300, 256, 512, 64, "dense", 0.0), (300, 256, 512, 0, "flat", 0.0), (300, 256, 96, 8, "nested", 0.0)]
+    for m, n, k, r, kind, p in cases:
+        compiler.case = f"{m}x{n}x{k} r={r} {kind} p={p} {dtype}"
+        w: Any = torch.randn(n, k).to(dtype)
+        if kind != "dense":
+            w = NF4Weight.quantize(w, nested=kind == "nested")
+            kernels.dequantize(w, dtype)
+        x, dy, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
+        a, b = (torch.randn(r, k), torch.randn(n, r)) if r else (None, None)
+        dropout = Dropout(p, torch.tensor([1])) if p else None
+        _, u = kernels.forward(x, w, a, b, bias, 0.5, dropout)
+        kernels.backward(dy, x, u, w, a, b, 0.5, dropout)
+
+
+def main(capability: str, *dtypes: str) -> None:
+    major, minor = capability.split(".")
+    compiler = Compiler((int(major), int(minor)))
+    JITFunction.run = lambda fn, *args, **kwargs: compiler(fn, *args, **kwargs)
+    config.Device.of = classmethod(lambda cls, device: compiler.device)
+    for module in ("dequantize", "forward", "backward", "lora"):
+        sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
+    assert not launch.interpreted()
+    for i, name in enumerate(dtypes):
+        launches(compiler, getattr(torch, name), thorough=i == 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

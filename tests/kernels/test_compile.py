@@ -1,0 +1,55 @@
+"""Every kernel compiles to machine code for the GPUs that the project names, with no GPU at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = {
+    "dequantize_kernel", "project_kernel", "linear_kernel", "input_gradient_kernel",
+    "du_db_kernel", "gradient_kernel", "add_parts_kernel",
+}  # fmt: skip
+
+
+def compile_all(capability: str, dtypes: list[str], cache: Path) -> list[dict[str, Any]]:
+    """The records of ``aot.py``, run where Triton compiles."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": path}
+    command = [sys.executable, str(Path(__file__).with_name("aot.py")), capability, *dtypes]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes"),
+    [
+        ("9.0", ["bfloat16"]),
+        ("8.0", ["float16"]),
+        *(
+            pytest.param(capability, dtypes, marks=pytest.mark.slow)
+            for capability, dtypes in (
+                ("9.0", ["float16", "float32"]), ("8.0", ["bfloat16", "float32"]), ("8.6", ["bfloat16", "float32"]),
+                ("8.9", ["bfloat16", "float16"]), ("10.0", ["bfloat16", "float16"]),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_every_kernel_compiles(capability: str, dtypes: list[str], tmp_path: Path) -> None:
+    records = compile_all(capability, dtypes, tmp_path)
+    assert {record["kernel"] for record in records} == KERNELS
+    for record in records:
+        assert record["target"], record
+        assert record["cubin"] > 0, record
+        assert record["shared"] <= record["shared_limit"], record
+        if record["kernel"] == "dequantize_kernel":
+            assert record["fused"] == 0, "a fused multiply-add changes the bits of nested statistics"

@@ -1,0 +1,69 @@
+"""The choice of tiles: valid for every size and device, and blind to M within a range."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastlora.kernels.config import Device, TileConfig, gemm, gradient, invalid, one_pass, project, split
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICES = [
+    Device(capability, 132) for capability in ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (99, 0))
+]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: str(d.capability))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_choice_exists_for_every_problem(dtype: torch.dtype, device: Device) -> None:
+    for r in (0, 1, 3, 16, 33, 64, 200, 1024):
+        for m in (1, 16, 17, 64, 65, 100_000):
+            for k in (1, 33, 96, 4096):
+                for blocksize in (None, 32, 64, 4096):
+                    gemm(m, k, r, dtype, device, blocksize=blocksize)
+            if r:
+                project(m, r, dtype, device)
+        if r:
+            gradient(r, dtype, device)
+            one_pass(r, dtype, device)
+
+
+def test_m_enters_by_its_range_only() -> None:
+    device = Device((9, 0), 132)
+    for low, high in ((1, 16), (17, 64), (65, 9999)):
+        assert len({gemm(m, 4096, 16, torch.bfloat16, device, blocksize=64) for m in range(low, high + 1)}) == 1
+    assert len({project(m, 16, torch.bfloat16, device) for m in range(17, 9999)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"block_m": 8}, "block_m must be a power of two of at least 16"),
+        ({"block_n": 48}, "block_n must be a power of two"),
+        ({"num_warps": 3}, "num_warps"),
+        ({"num_stages": 0}, "num_stages"),
+        ({"group_m": 0}, "group_m"),
+        ({"num_stages": 9}, "shared memory"),
+        ({"num_warps": 1}, "accumulator registers"),
+    ],
+)
+def test_says_why_a_config_is_invalid(change: dict[str, int], why: str) -> None:
+    good = TileConfig(128, 128, 64, 16)
+    assert invalid(good, 128 * 128, 32768, Device((9, 0))) is None
+    reason = invalid(dataclasses.replace(good, **change), 128 * 128, 32768, Device((9, 0)))
+    assert reason is not None
+    assert why in reason
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 8192])
+@pytest.mark.parametrize("tiles", [1, 7, 1000])
+def test_split_covers_everything_once(size: int, tiles: int) -> None:
+    part = split(size, 64, tiles, Device((9, 0), 132))
+    assert part % 64 == 0
+    parts = -(-size // part)
+    assert (parts - 1) * part < size <= parts * part
+    assert parts == 1 or (parts - 1) * tiles < 2 * 132

@@ -1,0 +1,101 @@
+"""The fused products and their gradients against the float64 truth."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from grids import CASES, DTYPES, Case, check
+from tolerance import make_problem
+
+from fastlora import kernels
+from fastlora.kernels import config, lora
+
+pytestmark = pytest.mark.usefixtures("poison_empty")
+
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@DTYPE
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_result(case: Case, dtype: torch.dtype, kernel_device: str) -> None:
+    problem = make_problem(case.m, case.n, case.k, case.r, dtype, device=kernel_device, **case.options)
+    check(problem)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3)), ids=str)
+@pytest.mark.parametrize("r", [0, 3])
+def test_only_what_is_needed(needs: tuple[bool, bool, bool], r: int, kernel_device: str) -> None:
+    problem = make_problem(18, 33, 40, r, dropout_p=0.2, device=kernel_device)
+    check(problem, needs)
+
+
+def test_x_may_be_absent_when_lora_a_is_frozen(kernel_device: str) -> None:
+    p = make_problem(18, 33, 40, 3, device=kernel_device)
+    _, u = kernels.forward(p.x, p.w, p.lora_a, p.lora_b, None, p.scale, None)
+    whole = kernels.backward(p.dy, p.x, u, p.w, p.lora_a, p.lora_b, p.scale, None)
+    dx, da, db = kernels.backward(p.dy, None, u, p.w, p.lora_a, p.lora_b, p.scale, None, (True, False, True))
+    assert da is None
+    assert torch.equal(dx, whole[0])
+    assert torch.equal(db, whole[2])
+    with pytest.raises(ValueError, match="needs x"):
+        kernels.backward(p.dy, None, u, p.w, p.lora_a, p.lora_b, p.scale, None)
+
+
+@pytest.mark.parametrize("r", [16, 130])
+def test_strided_arguments(r: int, kernel_device: str) -> None:
+    """Rows of a wider buffer, a transposed adapter and an expanded gradient are read where they lie or copied."""
+    p = make_problem(20, 48, 64, r, bias=True, device=kernel_device)
+
+    def columns_of_a_wider_buffer(t: torch.Tensor) -> torch.Tensor:
+        nothing = torch.full_like(t, torch.nan)
+        return torch.cat((nothing, t, nothing), 1)[:, t.shape[1] : 2 * t.shape[1]]
+
+    x, dy = columns_of_a_wider_buffer(p.x), columns_of_a_wider_buffer(p.dy)
+    a, b = p.lora_a.T.contiguous().T, p.lora_b.T.contiguous().T
+    bias = torch.stack((p.bias, p.bias), 1)[:, 0]
+    assert not any(t.is_contiguous() for t in (x, dy, a, b, bias))
+    y, u = kernels.forward(p.x, p.w, p.lora_a, p.lora_b, p.bias, p.scale, None)
+    plain = (y, u, *kernels.backward(p.dy, p.x, u, p.w, p.lora_a, p.lora_b, p.scale, None))
+    y, u = kernels.forward(x, p.w, a, b, bias, p.scale, None)
+    strided = (y, u, *kernels.backward(dy, x, u, p.w, a, b, p.scale, None))
+    for one, other in zip(plain, strided, strict=True):
+        assert torch.equal(one, other)
+    expanded = torch.ones((), device=kernel_device).expand(20, 48)
+    one = kernels.backward(expanded, x, u, p.w, a, b, p.scale, None)
+    other = kernels.backward(expanded.contiguous(), x, u, p.w, a, b, p.scale, None)
+    assert all(torch.equal(i, j) for i, j in zip(one, other, strict=True))
+
+
+@DTYPE
+@pytest.mark.parametrize("r", [3, 16])
+def test_one_pass_and_two_passes_agree(r: int, dtype: torch.dtype, kernel_device: str) -> None:
+    """du is the same sum in either kernel when N is one part; dB differs by the order of its sum only."""
+    p = make_problem(150, 64, 96, r, dtype, device=kernel_device)
+    assert config.one_pass(r, dtype, config.Device.of(p.x.device)) is not None
+    u = p.x @ p.lora_a.T
+    du, db = lora.du_db(p.dy, u, p.lora_b, p.scale)
+    torch.testing.assert_close(du, lora.project_dy(p.dy, p.lora_b, p.scale))
+    torch.testing.assert_close(db, lora.gradient_b(p.dy, u, p.scale, dtype))
+
+
+def test_bfloat16_rounds_to_nearest_even_in_the_interpreter(kernel_device: str) -> None:
+    """The interpreter alone would truncate, and would multiply bit patterns."""
+    x = torch.full((1, 16), 1.0, dtype=torch.bfloat16, device=kernel_device)
+    w = torch.zeros(16, 16, dtype=torch.bfloat16, device=kernel_device)
+    w[0, 0], w[0, 1] = 1.0, 2.0**-8  # halfway to the next number, whose mantissa is odd
+    w[1, 0], w[1, 1] = 1.0 + 2.0**-7, 2.0**-8  # halfway again, and now the next one is even
+    y, _ = kernels.forward(x, w, None, None, None, 1.0, None)
+    assert y[0, :2].tolist() == [1.0, 1.0 + 2.0**-6]
+
+
+def test_refuses_float64() -> None:
+    x = torch.zeros(2, 4, dtype=torch.float64)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.forward(x, x, None, None, None, 1.0, None)
+    with pytest.raises(TypeError, match="float64"):
+        kernels.backward(x, x, x[:, :0], x, None, None, 1.0, None)
