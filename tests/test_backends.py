@@ -1,0 +1,234 @@
+"""Selection and its explanations, asked about machines that are made up."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastlora import NF4Weight, backends
+from fastlora.backends import BACKENDS, Backend, Machine, Problem, dequantizer, explain, select
+
+H100 = Machine(triton=None, native_cpu=None, native_cuda=None, capability=(9, 0))
+A100 = dataclasses.replace(H100, capability=(8, 0))
+T4 = dataclasses.replace(H100, capability=(7, 5))
+WITHOUT_TRITON = dataclasses.replace(H100, triton="triton is not installed (extra: triton)")
+LAPTOP = Machine(
+    "triton is not installed (extra: triton)", "fastlora._C is not built", "fastlora._C is not built", None
+)
+INTERPRETER = Machine(None, None, "no CUDA device", None, triton_interpreted=True)
+
+STEP = Problem(4096, 14336, 4096, 16)
+ON_CPU = dataclasses.replace(STEP, device_type="cpu")
+
+
+class TestSelect:
+    @pytest.mark.parametrize("machine", [H100, A100, T4, WITHOUT_TRITON], ids=str)
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_auto_finds_a_backend_on_every_gpu(self, direction: str, machine: Machine) -> None:
+        problem = dataclasses.replace(STEP, direction=direction)
+        chosen = select(problem, machine=machine)
+        assert not chosen.unsupported(problem, machine)
+        assert chosen.preferred(problem, machine)
+
+    @pytest.mark.parametrize("machine", [LAPTOP, INTERPRETER, H100], ids=str)
+    def test_auto_on_cpu_tensors(self, machine: Machine) -> None:
+        assert select(ON_CPU, machine=machine).name == "torch"
+
+    @pytest.mark.parametrize("name", BACKENDS)
+    def test_a_named_backend_is_the_one_that_runs(self, name: str) -> None:
+        assert select(STEP, name, H100) is BACKENDS[name]
+
+    def test_interpreted_triton_runs_when_named(self) -> None:
+        assert select(dataclasses.replace(ON_CPU, dtype=torch.float32), "triton", INTERPRETER).name == "triton"
+
+    def test_unknown_name_lists_the_known(self) -> None:
+        with pytest.raises(ValueError, match=r"unknown backend 'cublas'; choose from auto, triton, .*torch, reference"):
+            select(STEP, "cublas", H100)
+
+    def test_the_error_holds_every_reason(self) -> None:
+        problem = dataclasses.replace(ON_CPU, dtype=torch.float64)
+        with pytest.raises(RuntimeError) as error:
+            select(problem, "triton", LAPTOP)
+        message = str(error.value)
+        assert "backend 'triton' cannot run forward M=4096 N=14336 K=4096 R=16, float64 on cpu" in message
+        for reason in ("triton is not installed", "run on cuda, not on cpu", "float64 is not a type of these kernels"):
+            assert reason in message
+
+    @pytest.mark.parametrize(
+        ("name", "machine", "reason"),
+        [
+            ("triton", T4, r"needs compute capability 8\.0, this GPU has 7\.5"),
+            ("triton", WITHOUT_TRITON, r"triton is not installed \(extra: triton\)"),
+            ("triton", LAPTOP, r"no CUDA device"),
+            ("torch", LAPTOP, r"no CUDA device"),
+            ("reference", LAPTOP, r"no CUDA device"),
+        ],
+    )
+    def test_a_named_backend_raises_its_reason(self, name: str, machine: Machine, reason: str) -> None:
+        with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run .*{reason}"):
+            select(STEP, name, machine)
+
+    def test_auto_raises_where_nothing_can_run(self) -> None:
+        with pytest.raises(RuntimeError, match=r"no backend can run forward M=4096 .* on cuda"):
+            select(STEP, machine=LAPTOP)
+
+    def test_auto_takes_the_first_that_is_supported_and_preferred(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def backend(name: str, reasons: list[str], preferred: bool) -> Backend:
+            return dataclasses.replace(
+                BACKENDS["torch"], name=name, unsupported=lambda p, m: reasons, preferred=lambda p, m: preferred
+            )
+
+        order = [
+            backend("cannot", ["a reason"], True),
+            backend("slow", [], False),
+            backend("first", [], True),
+            backend("second", [], True),
+        ]
+        monkeypatch.setattr(backends, "BACKENDS", {b.name: b for b in order})
+        assert select(STEP, machine=H100).name == "first"
+        monkeypatch.setattr(backends, "BACKENDS", {b.name: b for b in order[:2]})
+        with pytest.raises(RuntimeError, match="no backend"):  # never one that nobody measured to be the fastest
+            select(STEP, machine=H100)
+
+    def test_selection_asks_only_the_machine_that_it_is_given(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forbidden() -> Machine:
+            raise AssertionError("looked at the real machine")
+
+        monkeypatch.setattr(backends, "this_machine", forbidden)
+        for machine in (H100, T4, WITHOUT_TRITON):
+            select(STEP, machine=machine)
+            explain(STEP, machine)
+
+
+class TestDequantizer:
+    @pytest.mark.parametrize(
+        ("device_type", "machine", "name"),
+        [
+            ("cuda", H100, "triton"),
+            ("cuda", WITHOUT_TRITON, "native"),
+            ("cuda", dataclasses.replace(WITHOUT_TRITON, native_cuda="not built"), "portable"),
+            ("cpu", H100, "native"),
+            ("cpu", LAPTOP, "portable"),
+            ("cpu", INTERPRETER, "native"),
+        ],
+    )
+    def test_choice(self, device_type: str, machine: Machine, name: str) -> None:
+        assert dequantizer(device_type, machine) == name
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+    @pytest.mark.parametrize("nested", [True, False])
+    def test_every_choice_gives_the_same_bits(self, nested: bool, dtype: torch.dtype, device: str) -> None:
+        w = NF4Weight.quantize(torch.randn(9, 70, device=device), nested=nested)
+        assert torch.equal(backends.dequantize(w, dtype), w.dequantize(dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+    def test_out_may_be_part_of_a_larger_buffer(self, dtype: torch.dtype, device: str) -> None:
+        w = NF4Weight.quantize(torch.randn(9, 70, device=device))
+        buffer = torch.full((9, 80), 7.0, dtype=dtype, device=device)
+        out = backends.dequantize(w, dtype, buffer[:, 2:72])
+        assert out.data_ptr() == buffer[:, 2:].data_ptr()
+        assert torch.equal(buffer[:, 2:72], w.dequantize(dtype))
+        assert (buffer[:, :2] == 7).all()
+        assert (buffer[:, 72:] == 7).all()
+
+
+class TestExplain:
+    def test_both_directions_and_every_backend(self) -> None:
+        lines = explain(STEP, H100).splitlines()
+        heads = [i for i, line in enumerate(lines) if not line.startswith(" ")]
+        assert [lines[i].split()[0] for i in heads] == ["forward", "backward"]
+        for head in heads:
+            block = lines[head + 1 : head + 1 + len(BACKENDS)]
+            assert [line.removeprefix("  -> ").split()[0] for line in block] == list(BACKENDS)
+            assert sum(line.startswith("  -> ") for line in block) == 1
+
+    def test_reasons_and_the_dequantizer(self) -> None:
+        text = explain(ON_CPU, LAPTOP)
+        assert "triton     cannot run: triton is not installed (extra: triton); Triton kernels run on cuda" in text
+        assert "-> torch      runs: dequantize" in text
+        assert "reference  can run when named; not the fastest measured here" in text
+        assert text.count("dequantizer: portable") == 2
+
+    def test_a_dense_base_needs_no_dequantizer(self) -> None:
+        text = explain(dataclasses.replace(ON_CPU, quant_type=None), LAPTOP)
+        assert "dense base" in text
+        assert "dequantizer" not in text
+
+    def test_where_nothing_can_run(self) -> None:
+        text = explain(STEP, LAPTOP)
+        assert "->" not in text
+        assert text.count("no CUDA device") == 2 * len(BACKENDS)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({}, "forward M=4096 N=14336 K=4096 R=16, bfloat16 on cuda, nf4/64 nested base"),
+            ({"quant_type": "fp4", "blocksize": 128, "nested": False}, "bfloat16 on cuda, fp4/128 base"),
+            ({"quant_type": None, "dtype": torch.float16}, "float16 on cuda, dense base"),
+        ],
+    )
+    def test_problem_in_words(self, changes: dict, words: str) -> None:
+        assert str(dataclasses.replace(STEP, **changes)).endswith(words)
+
+
+class TestInfo:
+    def test_versions_devices_and_backends(self) -> None:
+        text = backends.info()
+        assert torch.__version__ in text
+        for name in BACKENDS:
+            for device_type in ("cuda", "cpu"):
+                assert f"backend {name:<10} {device_type}: " in text
+        if not torch.cuda.is_available():
+            assert "no CUDA device" in text
+
+    def test_missing_parts_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_package(name: str) -> str:
+            raise backends.importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(backends, "this_machine", lambda: LAPTOP)
+        monkeypatch.setattr(backends.importlib.metadata, "version", no_package)
+        text = backends.info()
+        assert "peft             not installed" in text
+        assert "extension, cpu   fastlora._C is not built" in text
+        assert "backend triton     cpu: triton is not installed (extra: triton); Triton kernels run on cuda" in text
+        assert "dequantizer      cpu: portable" in text
+
+
+def test_this_machine_gives_a_reason_for_whatever_is_missing() -> None:
+    machine = backends.this_machine()
+    for reason in (machine.triton, machine.native_cpu, machine.native_cuda):
+        assert reason is None or reason.strip()
+    assert (machine.capability is None) == (not torch.cuda.is_available())
+
+
+def run_python(code: str) -> str:
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_fastlora_imports_nothing_optional() -> None:
+    optional = "triton peft transformers bitsandbytes accelerate trl datasets typer pydantic rich yaml"
+    out = run_python(
+        "import sys, torch; before = set(sys.modules); import fastlora\n"
+        f"optional = {optional.split()!r}\n"
+        "print(sorted(name for name in set(sys.modules) - before if name.split('.')[0] in optional))\n"
+        "print(torch.cuda.is_initialized(), 'fastlora._C' in sys.modules)"
+    )
+    assert out.split("\n")[:2] == ["[]", "False False"]
+
+
+def test_accelerate_without_peft_names_the_extra() -> None:
+    out = run_python(
+        "import sys; sys.modules['peft'] = None\n"
+        "import fastlora\n"
+        "try: fastlora.accelerate\n"
+        "except ImportError as error: print(error)"
+    )
+    assert out.strip() == "fastlora.accelerate needs PEFT: pip install 'fastlora-kernels[train]'"
