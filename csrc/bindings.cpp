@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -31,12 +30,14 @@ using torch::stable::Tensor;
 // Elements below which another thread costs more than it saves.
 constexpr int64_t kGrainElements = 1 << 16;
 
+std::string text(const char* part) { return part; }
+std::string text(const std::string& part) { return part; }
+std::string text(int64_t part) { return std::to_string(part); }
+
+// Strings instead of streams: the C++ runtimes of torch and of this module may differ, and streams do not survive that.
 template <typename... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw std::invalid_argument(text.str());
+[[noreturn]] void fail(const Parts&... parts) {
+  throw std::invalid_argument((text(parts) + ...));
 }
 
 const char* name_of(ScalarType type) {
@@ -57,26 +58,25 @@ const char* name_of(ScalarType type) {
 }
 
 std::string shape_of(const Tensor& t) {
-  std::ostringstream text;
-  text << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.sizes()[i];
-  text << ')';
-  return text.str();
+  std::string shape = "(";
+  for (int64_t i = 0; i < t.dim(); ++i) shape += (i ? ", " : "") + std::to_string(t.sizes()[i]);
+  return shape + ")";
 }
 
 template <typename T>
 const T* checked(const char* name, const Tensor& t, const Tensor& out, ScalarType type, int64_t numel) {
-  check(
-      t.scalar_type() == type && t.numel() == numel && t.is_contiguous(), name, " must be a contiguous ", name_of(type),
-      " tensor of ", numel, " elements, got ", name_of(t.scalar_type()), " of shape ", shape_of(t),
-      t.is_contiguous() ? "" : ", not contiguous");
-  check(t.device() == out.device(), name, " must be on the device of out");
+  if (t.scalar_type() != type || t.numel() != numel || !t.is_contiguous()) {
+    fail(
+        name, " must be a contiguous ", name_of(type), " tensor of ", numel, " elements, got ",
+        name_of(t.scalar_type()), " of shape ", shape_of(t), t.is_contiguous() ? "" : ", not contiguous");
+  }
+  if (t.device() != out.device()) fail(name, " must be on the device of out");
   return static_cast<const T*>(t.const_data_ptr());
 }
 
 template <typename T>
 const T* checked(const char* name, const std::optional<Tensor>& t, const Tensor& out, ScalarType type, int64_t numel) {
-  check(t.has_value(), name, " is missing");
+  if (!t.has_value()) fail(name, " is missing");
   return checked<T>(name, *t, out, type, numel);
 }
 
@@ -89,8 +89,7 @@ DType dtype_of(const Tensor& out) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      check(false, "out must be float32, bfloat16 or float16, got ", name_of(out.scalar_type()));
-      return DType::kFloat32;
+      fail("out must be float32, bfloat16 or float16, got ", name_of(out.scalar_type()));
   }
 }
 
@@ -106,17 +105,19 @@ DequantizeParams make_params(
     int64_t blocksize,
     bool fp4,
     const Tensor& out) {
-  check(
-      blocksize >= 32 && blocksize <= 4096 && (blocksize & (blocksize - 1)) == 0,
-      "blocksize must be a power of two from 32 to 4096, got ", blocksize);
-  check(
-      out.dim() == 2 && out.sizes()[0] == n && out.sizes()[1] == k, "out must have shape (", n, ", ", k, "), got ",
-      shape_of(out));
-  check(k <= 1 || out.stride(1) == 1, "the last dimension of out must be contiguous, got stride ", out.stride(1));
-  check(n <= 1 || out.stride(0) >= k, "rows of out must not overlap: stride ", out.stride(0), " of ", k, " columns");
-  check(
-      absmax.has_value() != absmax_q.has_value(),
-      "exactly one of absmax (flat statistics) and absmax_q (nested statistics) must be given");
+  if (blocksize < 32 || blocksize > 4096 || (blocksize & (blocksize - 1)) != 0) {
+    fail("blocksize must be a power of two from 32 to 4096, got ", blocksize);
+  }
+  if (out.dim() != 2 || out.sizes()[0] != n || out.sizes()[1] != k) {
+    fail("out must have shape (", n, ", ", k, "), got ", shape_of(out));
+  }
+  if (k > 1 && out.stride(1) != 1) fail("the last dimension of out must be contiguous, got stride ", out.stride(1));
+  if (n > 1 && out.stride(0) < k) {
+    fail("rows of out must not overlap: stride ", out.stride(0), " of ", k, " columns");
+  }
+  if (absmax.has_value() == absmax_q.has_value()) {
+    fail("exactly one of absmax (flat statistics) and absmax_q (nested statistics) must be given");
+  }
 
   const int64_t blocks = (n * k + blocksize - 1) / blocksize;
   const int64_t groups = (blocks + kNestedBlocksize - 1) / kNestedBlocksize;
@@ -157,7 +158,7 @@ void dequantize_cpu_op(
   const DequantizeParams p =
       make_params(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out);
   const auto best = static_cast<int64_t>(cpu_capability());
-  check(capability >= 0 && capability <= best, "capability must be from 0 to ", best, " here, got ", capability);
+  if (capability < 0 || capability > best) fail("capability must be from 0 to ", best, " here, got ", capability);
   const int64_t numel = n * k;
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
   torch::stable::parallel_for(0, blocks, kGrainElements / blocksize, [&](int64_t begin, int64_t end) {

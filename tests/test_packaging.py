@@ -75,6 +75,9 @@ def test_metadata(wheel: Path) -> None:
 def test_pure_python_install(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
+        # An editable install of the checkout would lend its extension to any package of the same name.
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
         "import fastlora, torch\n"
         "from fastlora import native\n"
         "from fastlora.nf4 import NF4Weight\n"
