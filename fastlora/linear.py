@@ -42,8 +42,9 @@ def lora_linear(
         raise ValueError(f"the last dimension of x must be in_features = {k}, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating-point, got {x.dtype}")
-    if x.device != w.device:
-        raise ValueError(f"x is on {x.device}, the base weight on {w.device}")
+    for name, t in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+        if t is not None and t.device != w.device:
+            raise ValueError(f"{name} is on {t.device}, the base weight on {w.device}")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("give both lora_a and lora_b, or neither")
     if lora_a is not None and lora_b is not None:
@@ -131,15 +132,16 @@ class NF4Linear(nn.Module):
         state = {key[len(inner) :]: value for key, value in state_dict.items() if key.startswith(inner)}
         rest = {key: value for key, value in state_dict.items() if not key.startswith(inner)}
         packed = rest.get(f"{prefix}weight")
-        if packed is not None and not state:
-            missing_keys.append(f"{inner}absmax")
-        elif packed is not None:
+        if packed is not None:
             if not local_metadata.get("assign_to_params_buffers", False):
                 device = packed.device if self.weight.is_meta else self.weight.device
                 packed = packed.to(device, copy=True)
                 state = {key: value.to(device, copy=True) for key, value in state.items()}
             try:
                 loaded = NF4Weight.from_state_dict(packed, state).check()
+            except KeyError as error:
+                error_msgs.append(f"{inner}{error.args[0]} is missing")
+                return
             except ValueError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
                 return
@@ -152,9 +154,7 @@ class NF4Linear(nn.Module):
             self.blocksize, self.quant_type, self.dtype = loaded.blocksize, loaded.quant_type, loaded.dtype
             self._set(loaded)
             rest[f"{prefix}weight"] = self.weight
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def extra_repr(self) -> str:
         nested = ", nested" if self.absmax_q is not None else ""
@@ -241,7 +241,14 @@ class FastLoRALinear(nn.Module):
         if quant_type is not None:
             base = _quantized(base, quant_type, blocksize, nested)
         self._build(
-            base.requires_grad_(False), r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend, adapter_dtype
+            base.requires_grad_(False),
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            backend,
+            adapter_dtype,
         )
 
     def _build(
@@ -319,7 +326,14 @@ class FastLoRALinear(nn.Module):
         if isinstance(base_weight(linear), torch.Tensor) and quant_type is not None:
             base = _quantized(linear, quant_type, blocksize, nested)
         layer._build(
-            base.requires_grad_(False), r, lora_alpha, lora_dropout, use_rslora, init_lora_weights, backend, adapter_dtype
+            base.requires_grad_(False),
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora,
+            init_lora_weights,
+            backend,
+            adapter_dtype,
         )
         return layer.train(linear.training)
 
@@ -367,7 +381,7 @@ class FastLoRALinear(nn.Module):
         base, name = self.base_layer, self.adapter
         if isinstance(base, NF4Linear):
             base = _to_linear4bit(base)
-        kind = lora.Linear if isinstance(base_weight(base), torch.Tensor) else lora.bnb.Linear4bit
+        kind = lora.Linear if isinstance(base_weight(base), torch.Tensor) else lora.Linear4bit
         r, alpha = self.r[name], self.lora_alpha[name]
         dropout = getattr(self.lora_dropout[name], "p", 0.0)
         config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, use_rslora=self.use_rslora)

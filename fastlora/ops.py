@@ -27,7 +27,10 @@ _ADAPTER = "Tensor? lora_a, Tensor? lora_b"
 _CONTEXT = "float scale, float dropout_p, Tensor? seed, str backend"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
-_LIB.define(f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) -> (Tensor, Tensor)", tags=_TAGS)
+_LIB.define(
+    f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
 _LIB.define(
     f"lora_linear_backward(Tensor dy, Tensor? x, Tensor u, {_WEIGHT}, {_ADAPTER}, {_CONTEXT}, "
     "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor)",
@@ -49,7 +52,9 @@ def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
     w, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, quant_type = args
     if quant_type is None:
         return w
-    return NF4Weight(w, (n, k), blocksize, quant_type, dtype, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset)
+    return NF4Weight(
+        w, (n, k), blocksize, quant_type, dtype, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset
+    )
 
 
 _N_WEIGHT = 10
@@ -57,9 +62,7 @@ _N_WEIGHT = 10
 
 def _problem(x: torch.Tensor, weight: tuple[Any, ...], r: int, direction: str) -> Problem:
     n, k, blocksize, quant_type = weight[-4:]
-    return Problem(
-        x.shape[0], n, k, r, x.dtype, x.device.type, quant_type, blocksize, weight[2] is not None, direction
-    )
+    return Problem(x.shape[0], n, k, r, x.dtype, x.device.type, quant_type, blocksize, weight[2] is not None, direction)
 
 
 def _without_autocast(device_type: str) -> Any:
@@ -106,6 +109,7 @@ def _backward(dy: torch.Tensor, x: torch.Tensor | None, u: torch.Tensor, *args: 
         return tuple(out.zero_() for out in _empty_grads(dy, weight, lora_a, lora_b, needs))
     chosen = backends.select(_problem(dy, weight, u.shape[1], "backward"), backend)
     dropout = None if seed is None else Dropout(p, seed)
+    x = None if x is None else x.contiguous()
     with _without_autocast(dy.device.type):
         grads = chosen.backward(
             dy.contiguous(), x, u, _weight(weight, dy.dtype), lora_a, lora_b, scale, dropout, tuple(needs)
@@ -138,7 +142,9 @@ for _device in ("CPU", "CUDA"):
 def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight, (lora_a, lora_b, _, out_dtype, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
-    return x.new_empty(x.shape[0], weight[6], dtype=out_dtype), x.new_empty(x.shape[0], 0 if lora_a is None else lora_a.shape[0])
+    return x.new_empty(x.shape[0], weight[6], dtype=out_dtype), x.new_empty(
+        x.shape[0], 0 if lora_a is None else lora_a.shape[0]
+    )
 
 
 @torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIB)

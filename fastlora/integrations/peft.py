@@ -120,14 +120,15 @@ class FastLinear(_Fused, lora.Linear):
 FUSED: dict[type, type] = {lora.Linear: FastLinear}
 """The fused class of each PEFT class."""
 
-if hasattr(lora, "bnb") and hasattr(lora.bnb, "Linear4bit"):
+# By this name, which imports lora.bnb at first use; there is no such name without bitsandbytes.
+if hasattr(lora, "Linear4bit"):
 
-    class FastLinear4bit(_Fused, lora.bnb.Linear4bit):
+    class FastLinear4bit(_Fused, lora.Linear4bit):
         """PEFT's ``lora.bnb.Linear4bit`` with the fused forward."""
 
-        stock = lora.bnb.Linear4bit
+        stock = lora.Linear4bit
 
-    FUSED[lora.bnb.Linear4bit] = FastLinear4bit
+    FUSED[lora.Linear4bit] = FastLinear4bit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,8 +177,7 @@ class Report:
 
 
 def _report(name: str, layer: Any, backend: str, reason: str | None) -> LayerReport:
-    active = _active(layer)
-    rank = layer.r[active[0]] if active else 0
+    rank = next((layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r), 0)
     shape = (layer.out_features, layer.in_features)
     kind, chosen = type(layer.base_layer).__name__, None
     if reason is None:
@@ -212,6 +212,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
     LoRA layer or the backend is unknown, RuntimeError when a named backend cannot run on these layers; the model is
     then unchanged.
     """
+    if backend not in ("auto", *backends.BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(('auto', *backends.BACKENDS))}")
     layers = list(_lora_layers(model))
     if not layers:
         raise ValueError("the model has no PEFT LoRA layers; wrap it with peft.get_peft_model first")
