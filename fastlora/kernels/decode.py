@@ -79,8 +79,9 @@ def both_nibbles(packed, a, code_ptr, dtype: tl.constexpr):
     """Two values a byte, side by side in the last dimension: (..., C) bytes to (..., 2 C) of ``dtype``."""
     high = tl.load(code_ptr + (packed >> 4).to(tl.int32)) * a
     low = tl.load(code_ptr + (packed & 15).to(tl.int32)) * a
-    both = tl.join(cast(high, dtype), cast(low, dtype))
-    return both.reshape(packed.shape[0], packed.shape[1] * 2)
+    both = tl.join(high, low).reshape(packed.shape[0], packed.shape[1] * 2)
+    # Rounding comes last: Triton 3.6 cannot place a tile in shared memory for a dot straight after a reshape.
+    return cast(both, dtype)
 
 
 @triton.jit

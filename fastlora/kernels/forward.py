@@ -65,7 +65,11 @@ def linear_kernel(
         acc = add_lora(acc, u_ptr, b_ptr, m, n, M, N, R, 1, stride_bn, dtype, BLOCK_R)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + row * stride_ym + n[None, :], cast(acc, dtype), mask=(m[:, None] < M) & (n[None, :] < N))
+    tl.store(
+        y_ptr + row * stride_ym + n[None, :],
+        cast(acc, y_ptr.dtype.element_ty),
+        mask=(m[:, None] < M) & (n[None, :] < N),
+    )
 
 
 def linear(
@@ -74,8 +78,9 @@ def linear(
     scaled_u: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y (M, N) from x (M, K) and, with adapters, scale * u (M, R) and lora_b (N, R)."""
+    """y (M, N) of ``out_dtype`` from x (M, K) and, with adapters, scale * u (M, R) and lora_b (N, R)."""
     x, w = with_rows(x), weight_with_rows(w)
     (m, k), n = x.shape, w.shape[0]
     r = 0
@@ -83,7 +88,7 @@ def linear(
         lora_b, r = with_rows(lora_b), lora_b.shape[1]
     blocksize = w.blocksize if isinstance(w, NF4Weight) else None
     tiles = config.gemm(m, k, r, x.dtype, config.Device.of(x.device), blocksize=blocksize)
-    y = x.new_empty(m, n)
+    y = x.new_empty(m, n, dtype=out_dtype)
     with on_device(x):
         linear_kernel[(triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)](
             x_ptr=x,
@@ -115,13 +120,14 @@ def forward(
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N) and u (M, R) for x (M, K), as ``fastlora.reference.forward``.
+    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K), as ``fastlora.reference.forward``.
 
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
     check_dtype(x.dtype)
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
-        return linear(x, w, None, None, bias), x.new_empty(x.shape[0], 0)
+        return linear(x, w, None, None, bias, out_dtype), x.new_empty(x.shape[0], 0)
     u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
-    return linear(x, w, scaled_u, lora_b, bias), u
+    return linear(x, w, scaled_u, lora_b, bias, out_dtype), u
