@@ -1,0 +1,245 @@
+"""The ``fastlora`` command. `main` is its entry point; a bad input is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from fastlora.training.errors import EXIT_INTERRUPTED, UserError, first_line, near, require
+
+try:
+    import typer
+except ImportError:
+    typer = None  # type: ignore[assignment]
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 2 for a bad input, 130 when interrupted."""
+    try:
+        require("typer")
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"fastlora: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fastlora: interrupted before there was anything to save", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(build())
+    try:
+        result = command.main(arguments, prog_name="fastlora", standalone_mode=False)
+    except typer.Abort as stop:
+        raise KeyboardInterrupt from stop
+    except Exception as error:
+        # What click raises for a bad command line; typer brings its own copy of click or uses the installed one.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message().rstrip(".")
+        raise UserError(f"{message or 'no command'}: fastlora --help lists the commands and their options") from error
+    if result == EXIT_INTERRUPTED:  # typer's own handling of Ctrl-C, which says nothing
+        raise KeyboardInterrupt
+    return result if isinstance(result, int) else 0
+
+
+def build() -> typer.Typer:
+    """The typer application."""
+    app = typer.Typer(
+        help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
+    )
+    app.command()(_train_command())
+    for command in (generate, merge, info, explain):
+        app.command()(command)
+    return app
+
+
+def _train_command() -> Any:
+    """``train`` with one flag for each field of the configuration, where pydantic is there to define them."""
+
+    def train(config: Path | None = None, **flags: Any) -> None:
+        """Train an adapter. A flag wins over the configuration file."""
+        for package in ("pydantic", "yaml"):
+            require(package)
+        from fastlora.training.config import load
+
+        resolved = load(config, {key: value for key, value in flags.items() if value is not None})
+        from fastlora.training.train import train as run
+
+        with _quiet():
+            print(run(resolved).summary())
+
+    argument = typer.Argument(help="YAML file; see examples/train.yaml", show_default=False)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter("config", kind, default=None, annotation=Annotated[Path | None, argument])]
+    try:
+        from fastlora.training.config import TrainConfig
+
+        parameters += [_flag(name, field) for name, field in TrainConfig.model_fields.items()]
+    except ImportError:
+        pass  # the command itself says which extra it needs
+    train.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    train.__annotations__ = {p.name: p.annotation for p in parameters}
+    return train
+
+
+def _flag(name: str, field: Any) -> inspect.Parameter:
+    """The option of one field. Its value stays text, so that the configuration alone decides what is valid."""
+    flag = name.replace("_", "-")
+    text = field.description
+    if not field.is_required() and field.default is not None and "[default" not in text:
+        default = str(field.default).lower() if isinstance(field.default, bool) else field.default
+        text += f" [default: {default}]"
+    if field.annotation is bool:
+        option = typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
+        annotation: Any = Annotated[bool | None, option]
+    else:
+        kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind in (int, float)]
+        metavar = {int: "INTEGER", float: "NUMBER"}[kinds[0]] if kinds else "TEXT"
+        annotation = Annotated[str | None, typer.Option(f"--{flag}", help=text, metavar=metavar, show_default=False)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def generate(
+    adapter: Annotated[str, typer.Argument(help="adapter folder, or output folder of a run")],
+    prompt: Annotated[list[str] | None, typer.Option(help="text to continue; may be given several times")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file with one prompt a line")] = None,
+    model: Annotated[str | None, typer.Option(help="base model [default: the one the adapter names]")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="length of a continuation")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="sample from this share of the probability")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="sample from so many tokens; 0 for all")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of the sampling")] = 42,
+    chat: Annotated[bool | None, typer.Option(help="use the chat template [default: where there is one]")] = None,
+    quantization: Annotated[str, typer.Option(help="4-bit type of the base: nf4, fp4 or none")] = "nf4",
+    backend: Annotated[str, typer.Option(help="fastlora backend, or peft")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Continue prompts without and with an adapter, side by side."""
+    from fastlora.training import generate as generation
+
+    require("rich")
+    _one_of("quantization", quantization, ("nf4", "fp4", "none"))
+    _one_of("device", device, ("auto", "cpu", "cuda"))
+    from rich.console import Console
+
+    with _quiet():
+        comparisons = generation.generate(
+            adapter,
+            [*(prompt or []), *_lines(prompts)],
+            model=model,
+            sampling=generation.Sampling(max_new_tokens, temperature, top_p, top_k, seed),
+            chat=chat,
+            quantization=quantization,
+            backend=backend,
+            device=device,
+        )
+    Console(file=sys.stdout).print(generation.table(comparisons))
+
+
+def merge(
+    adapter: Annotated[str, typer.Argument(help="adapter folder, or output folder of a run")],
+    output_dir: Annotated[Path, typer.Argument(help="new folder for the merged model")],
+    model: Annotated[str | None, typer.Option(help="base model [default: the one the adapter names]")] = None,
+    dtype: Annotated[str, typer.Option(help="type of the merged weights: bfloat16, float16 or float32")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
+) -> None:
+    """Merge an adapter into its base model and save the dense model."""
+    from fastlora.training.merge import merge as run
+
+    _one_of("device", device, ("auto", "cpu", "cuda"))
+    with _quiet():
+        print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device)}")
+
+
+def info() -> None:
+    """Show versions, devices and backends, and why a missing one is missing."""
+    from fastlora import backends
+
+    print(backends.info())
+
+
+def explain(
+    m: Annotated[int, typer.Option(help="tokens", min=1)],
+    n: Annotated[int, typer.Option(help="out_features", min=1)],
+    k: Annotated[int, typer.Option(help="in_features", min=1)],
+    r: Annotated[int, typer.Option(help="rank of the adapter", min=0)] = 16,
+    dtype: Annotated[str, typer.Option(help="type of the activations: bf16, fp16 or fp32")] = "bf16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    arch: Annotated[str | None, typer.Option(help="GPU to ask about, such as sm_90 [default: this one]")] = None,
+    quant: Annotated[str, typer.Option(help="type of the base weight: nf4, fp4 or none")] = "nf4",
+    blocksize: Annotated[int, typer.Option(help="weights that share one scale", min=1)] = 64,
+    nested: Annotated[bool, typer.Option(help="quantized statistics (double quant)")] = True,
+) -> None:
+    """Show which backend runs one layer, and why."""
+    import dataclasses
+
+    import torch
+
+    from fastlora import backends
+
+    _one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
+    _one_of("device", device, ("auto", "cpu", "cuda"))
+    _one_of("quant", quant, ("nf4", "fp4", "none"))
+    machine = backends.this_machine()
+    if arch is not None:
+        match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", arch)
+        if match is None:
+            raise UserError(f"arch: {arch!r} is no GPU architecture: write it as sm_90 or 9.0")
+        machine = dataclasses.replace(machine, capability=(int(match[1]), int(match[2])))
+    if device == "auto":
+        device = "cuda" if machine.capability is not None else "cpu"
+    problem = backends.Problem(
+        m=m,
+        n=n,
+        k=k,
+        r=r,
+        dtype=getattr(torch, DTYPES.get(dtype, dtype)),
+        device_type=device,
+        quant_type=None if quant == "none" else quant,
+        blocksize=blocksize,
+        nested=nested,
+    )
+    print(backends.explain(problem, machine))
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = near(value, choices)
+        raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}" + (f"; {hint}" if hint else ""))
+
+
+def _lines(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: cannot read {path} ({first_line(error)}): name a text file") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings meant for programmers, and progress bars where there is no terminal, off stderr."""
+    if not sys.stderr.isatty():
+        with contextlib.suppress(ImportError):
+            import datasets
+            import transformers
+
+            datasets.disable_progress_bars()
+            transformers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

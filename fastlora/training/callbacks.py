@@ -1,0 +1,208 @@
+"""What happens around a training step: measuring, showing, stopping."""
+
+from __future__ import annotations
+
+import math
+import signal
+import statistics
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from fastlora.training.errors import UserError
+
+
+class Meter(TrainerCallback):
+    """Measures each optimizer step: wall time, tokens without padding, memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.step_seconds: list[float] = []
+        self.tokens = 0
+        self.peak_memory = 0
+        """Bytes: the most that PyTorch held on the GPU, or the largest resident set seen on the CPU."""
+        self._started = 0.0
+        self._tokens_seen = 0
+        self._logged = (0, 0)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tokens_seen = int(state.num_input_tokens_seen)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._synchronize()
+        self._started = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._synchronize()
+        self.step_seconds.append(time.perf_counter() - self._started)
+        self.tokens += int(state.num_input_tokens_seen) - self._tokens_seen
+        self._tokens_seen = int(state.num_input_tokens_seen)
+        if self.device.type == "cuda":
+            self.peak_memory = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak_memory = max(self.peak_memory, psutil.Process().memory_info().rss)
+
+    @property
+    def step_ms(self) -> float:
+        """Median milliseconds of a step, without the first, which warms up; NaN before any step."""
+        steps = self.step_seconds[1:] or self.step_seconds
+        return 1e3 * statistics.median(steps) if steps else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second over all steps; NaN before any step."""
+        return self.tokens / sum(self.step_seconds) if self.step_seconds else math.nan
+
+    def since_last_log(self) -> dict[str, float]:
+        """``tokens_per_second`` since the last call and ``memory_gib``; empty without a step since then."""
+        steps, tokens = len(self.step_seconds), self.tokens
+        last_steps, last_tokens = self._logged
+        if steps == last_steps:
+            return {}
+        self._logged = (steps, tokens)
+        rate = (tokens - last_tokens) / sum(self.step_seconds[last_steps:])
+        return {"tokens_per_second": round(rate, 1), "memory_gib": round(self.peak_memory / 2**30, 3)}
+
+
+class MeteredLog:
+    """Mix-in of a Trainer: every log, TensorBoard's too, carries the meter's numbers."""
+
+    meter: Meter | None = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.meter is not None and "loss" in logs:
+            logs = {**logs, **self.meter.since_last_log()}
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+class Reporter(TrainerCallback):
+    """Shows loss, tokens a second and memory: a progress bar on a terminal, else one line a log.
+
+    A context manager: the bar is taken down however the run ends.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(file=sys.stdout, highlight=False)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._text = ""
+
+    def __enter__(self) -> Reporter:
+        if self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task("", total=None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step, total=state.max_steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        if not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            self.console.print(f"step {state.global_step}  evaluation loss {float(logs['eval_loss']):.4f}")
+        if "loss" not in logs:
+            return
+        parts = [f"loss {float(logs['loss']):.4f}"]
+        if "tokens_per_second" in logs:
+            parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['memory_gib']:.2f} GiB"]
+        if self._progress is not None:
+            self._progress.update(self._task, description="  ".join(parts))
+        else:
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {'  '.join(parts)}")
+
+
+class FiniteLoss(TrainerCallback):
+    """Ends a run whose loss is no number any more, before it overwrites its last good checkpoint."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(float(loss)):
+            raise UserError(
+                f"the loss is {loss} at step {state.global_step}: lower lr (now {args.learning_rate:g}), "
+                "set bf16 false, or look for odd examples in the data"
+            )
+
+
+class StopOnSignal(TrainerCallback):
+    """Turns Ctrl-C and SIGTERM into a checkpoint at the end of the running step, after which training stops.
+
+    A second signal stops at once, without a checkpoint. A context manager: the handlers before it come back. Handlers
+    belong to the main thread; in another one, signals do what they did.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True

@@ -1,0 +1,206 @@
+"""The configuration of a training run: one pydantic model, read from YAML, overridden by flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fastlora.training.errors import UserError, near
+
+Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
+Quantization = Literal["nf4", "fp4", "none"]
+Device = Literal["auto", "cpu", "cuda"]
+
+FREE_ON_RESUME = frozenset(
+    {
+        *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
+        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend"),
+    }
+)
+"""Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""
+
+
+class TrainConfig(BaseModel):
+    """Everything a training run depends on. Sizes are in tokens, rates per optimizer step."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+    model: str = Field(description="hub id, or path of a model folder or .gguf file", min_length=1)
+    data: str = Field(description="hub data set, or path of a .jsonl, .json, .csv or .txt file", min_length=1)
+    data_config: str | None = Field(None, description="configuration name of a hub data set")
+    split: str = Field("train", description="split of a hub data set to train on")
+    eval_data: str | None = Field(None, description="hub data set or file to evaluate on")
+    eval_split: str | None = Field(None, description="split of the hub data set to evaluate on")
+    eval_fraction: float = Field(
+        0.05, ge=0, lt=1, description="share of the data held out when no eval data is named; 0 to evaluate nothing"
+    )
+    max_samples: int | None = Field(None, ge=1, description="train on at most so many examples")
+    max_eval_samples: int | None = Field(None, ge=1, description="evaluate on at most so many examples")
+
+    text_column: str | None = Field(None, description="column of plain text [default: text]")
+    messages_column: str | None = Field(None, description="column of chat messages with role and content")
+    prompt_column: str | None = Field(None, description="column of prompts, with completion_column")
+    completion_column: str | None = Field(None, description="column of completions, with prompt_column")
+    template: str = Field(
+        "auto", min_length=1, description="chat, plain, auto, or a format with columns in braces: 'Q: {q} A: {a}'"
+    )
+    text_split: Literal["paragraph", "line", "document"] = Field("paragraph", description="one example of a .txt file")
+    max_length: int = Field(1024, ge=8, description="tokens of a block, and of the longest example")
+    packing: bool = Field(True, description="pack examples into blocks of max_length")
+    prompt_loss: bool = Field(False, description="learn the prompts too, not only the completions")
+
+    quantization: Quantization = Field("nf4", description="4-bit type of the frozen base weights, or none")
+    double_quant: bool = Field(True, description="quantize the block statistics too")
+    blocksize: Blocksize = Field(64, description="weights that share one scale")
+    r: int = Field(16, ge=1, le=1024, description="rank of the adapter")
+    lora_alpha: float = Field(32, gt=0, description="the adapter's output is scaled by lora_alpha / r")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of linear layers, by commas, or all-linear"
+    )
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
+    backend: str = Field("auto", description="fastlora backend, or peft to leave PEFT's layers as they are")
+
+    lr: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
+    scheduler: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
+    ] = Field("cosine", description="learning-rate schedule")
+    warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, else a number of steps")
+    optim: str = Field("adamw_torch", description="optimizer, by its transformers name")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps; overrides epochs")
+    batch_size: int = Field(4, ge=1, description="blocks of one forward pass on one device")
+    eval_batch_size: int | None = Field(None, ge=1, description="the same in evaluation [default: batch_size]")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimizer step")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
+    device: Device = Field("auto", description="cpu, cuda, or cuda where there is one")
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of adapter, data order and dropout")
+
+    logging_steps: int = Field(1, ge=1, description="steps between two log lines")
+    save_steps: int = Field(100, ge=1, description="steps between two checkpoints")
+    save_total_limit: int | None = Field(2, ge=1, description="checkpoints kept")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations [default: before and after only]")
+    output_dir: Path = Field(Path("runs/train"), description="folder of adapter, checkpoints and logs")
+    resume: bool = Field(False, description="go on from the last checkpoint in output_dir")
+    overwrite: bool = Field(False, description="delete the checkpoints of an earlier run in output_dir")
+    trainer: Literal["auto", "transformers", "trl"] = Field(
+        "transformers", description="transformers.Trainer, TRL's SFTTrainer, or auto for TRL where it is installed"
+    )
+    tensorboard: bool = Field(True, description="write TensorBoard logs to output_dir/tensorboard")
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value.strip() == "all-linear":
+            return value.strip() if isinstance(value, str) else value
+        return [name.strip() for name in value.split(",") if name.strip()]
+
+    @field_validator("target_modules")
+    @classmethod
+    def _not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not value:
+            raise ValueError("names no layer; use all-linear or names such as q_proj,v_proj")
+        return value
+
+    @field_validator("blocksize", mode="before")
+    @classmethod
+    def _blocksize_of_a_flag(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, str) and value.strip().isdigit() else value
+
+    @field_validator("output_dir")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("prompt_column and completion_column go together: set both or neither")
+        if sum(c is not None for c in (self.text_column, self.messages_column, self.prompt_column)) > 1:
+            raise ValueError("set only one of text_column, messages_column and prompt_column + completion_column")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: set one of them")
+        if self.template not in ("auto", "chat", "plain") and "{" not in self.template:
+            raise ValueError(f"template is chat, plain, auto or a format with {{column}}, not {self.template!r}")
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole configuration, defaults included, as YAML that `load` reads back."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> TrainConfig:
+    """The configuration of a YAML file (or of nothing), with ``overrides`` on top.
+
+    Raises UserError, one line, for a missing or broken file, an unknown key (near ones are named), a missing or
+    impossible value.
+    """
+    values = _read_yaml(Path(path)) if path is not None else {}
+    values |= overrides or {}
+    where = f"{path}: " if path is not None else ""
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        # A value of a union gets one error per member; the last one lists the choices.
+        problems = {e["loc"][:1]: _problem(e) for e in error.errors(include_url=False)}
+        raise UserError(where + "; ".join(problems.values())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"no such configuration file: {path}; {near_files(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration file {path}: {error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        reason = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"{path}{line} is not valid YAML ({reason}): mend that line") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, not 'key: value' lines: see examples/train.yaml")
+    return {str(key): value for key, value in values.items()}
+
+
+def _problem(error: Any) -> str:
+    """One pydantic error as a clause that names the key, its value and what is wanted."""
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        return f"unknown key {key!r}; {near(key, TrainConfig.model_fields) or 'fastlora train --help lists all'}"
+    if error["type"] == "missing":
+        return f"{key} is missing: set '{key}:' in the YAML file or pass --{key.replace('_', '-')}"
+    message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if not key:
+        return message
+    if error["type"] == "literal_error":
+        choices = _literal_choices(key)
+        hint = near(str(error["input"]), choices)
+        return f"{key} should be one of {', '.join(choices)}, not {error['input']}" + (f"; {hint}" if hint else "")
+    return f"{key} {message}, not {error['input']!r}"
+
+
+def _literal_choices(key: str) -> list[str]:
+    annotation = TrainConfig.model_fields[key].annotation
+    found: list[str] = []
+    for part in (annotation, *get_args(annotation)):
+        found += [str(choice) for choice in get_args(part) if isinstance(choice, str | int)]
+    if bool in get_args(annotation):
+        found = ["true", "false", *found]
+    return list(dict.fromkeys(found))
+
+
+def near_files(path: Path) -> str:
+    """A hint about what lies where ``path`` should: the near names of its folder, or the missing folder."""
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist"
+    return near(path.name, [p.name for p in folder.iterdir()]) or f"check the name in {folder.resolve()}"

@@ -1,0 +1,60 @@
+"""An adapter merged into its base model, as a dense model of 16 or 32 bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastlora.training import checkpoints
+from fastlora.training import model as models
+from fastlora.training.errors import UserError, disk_errors, first_line, near, require
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def merge(
+    adapter: str | Path,
+    output_dir: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str = "bfloat16",
+    device: str = "cpu",
+) -> Path:
+    """Writes ``base + scale * B A`` of every adapted layer, and the rest of the base, to ``output_dir``.
+
+    The base is loaded dense, not in 4 bit: the merged weights are rounded to ``dtype`` and nothing coarser.
+
+    adapter: the folder of an adapter or of a finished run. model: the base, by default the one the adapter names.
+    dtype: bfloat16, float16 or float32.
+
+    Raises UserError for an adapter that is missing, damaged or for another model, and for a full disk.
+    """
+    dtype = ALIASES.get(dtype, dtype)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; {near(dtype, DTYPES)}")
+    output_dir = Path(output_dir).expanduser()
+    folder = models.find_adapter(adapter)
+    source = models.find(models.base_of(folder, model))
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir: {output_dir} is not empty: name a new folder")
+    target = models.pick_device(device)
+    skeleton = models.skeleton(source)
+    models.check_adapter(folder, source, skeleton)
+    checkpoints.make_writable(output_dir, "output_dir")
+    size = sum(p.numel() for p in skeleton.parameters()) * DTYPES[dtype].itemsize
+    checkpoints.check_space(output_dir, size, "output_dir")
+
+    require("peft")
+    tokenizer = models.load_tokenizer(source)
+    base = models.load_base(source, quantization="none", device=target, dtype=DTYPES[dtype])
+    try:
+        merged = models.load_adapter(base, folder).merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise UserError(f"adapter: {folder} cannot be merged ({first_line(error)}): use another checkpoint") from error
+    merged.config.use_cache = True
+    with disk_errors(output_dir):
+        merged.save_pretrained(str(output_dir))
+        tokenizer.save_pretrained(str(output_dir))
+    return output_dir

@@ -1,0 +1,357 @@
+"""Models for training and generation: find, check, load in 4 bit, adapt, accelerate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from fastlora.training.config import TrainConfig, near_files
+from fastlora.training.errors import UserError, first_line, is_disk_full, near, require
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_BLOCKSIZE = 64
+"""What bitsandbytes uses when transformers loads a model; the loader has no setting for another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a model comes from: what ``from_pretrained`` takes."""
+
+    name: str
+    gguf_file: str | None = None
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def find(model: str) -> Source:
+    """What ``model`` names: a hub id, a folder with a model or one .gguf file, or a .gguf file.
+
+    Raises UserError for a path that is missing or holds no model. A hub id is not looked up.
+    """
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model: {model} is a file: name a model folder, a .gguf file or a hub id")
+        return Source(str(path.parent), path.name)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return Source(str(path))
+        ggufs = sorted(p.name for p in path.glob("*.gguf"))
+        if len(ggufs) == 1:
+            return Source(str(path), ggufs[0])
+        if ggufs:
+            raise UserError(f"model: {model} holds several .gguf files: name one of {', '.join(ggufs)}")
+        if (path / "adapter_config.json").is_file():
+            base = _read_json(path / "adapter_config.json").get("base_model_name_or_path")
+            raise UserError(f"model: {model} is an adapter, not a model: name its base model ({base})")
+        raise UserError(f"model: {model} holds neither config.json nor a .gguf file: name a model folder")
+    if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
+        raise UserError(f"model: no such folder or file: {model}; {near_files(path)}")
+    return Source(model)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}): the folder is damaged, use another copy") from error
+
+
+def _load_error(source: Source, error: Exception) -> UserError:
+    if is_disk_full(error):
+        return UserError(f"the disk is full while {source.name} is loaded: free space or set HF_HOME")
+    if Path(source.name).exists():
+        return UserError(f"model: cannot load {source.name} ({first_line(error)}): check that its files are complete")
+    return UserError(
+        f"model: {source.name!r} is neither a local folder nor a model that the hub gives ({first_line(error)}): "
+        "check the name, the network, or log in to the hub"
+    )
+
+
+def transformers() -> Any:
+    """The transformers package, quiet unless something fails. Raises UserError when it is missing."""
+    package = require("transformers")
+    package.utils.logging.set_verbosity_error()
+    # It reports an optional kernel package at import, which no one asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return package
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token."""
+    try:
+        tokenizer = transformers().AutoTokenizer.from_pretrained(source.name, **source.kwargs)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model: the tokenizer of {source.name} has no pad and no eos token: add one to its files")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def skeleton(source: Source) -> PreTrainedModel:
+    """The model without weights (meta device): names and shapes of its layers, before anything large is loaded."""
+    hf = transformers()
+    try:
+        config = hf.AutoConfig.from_pretrained(source.name, **source.kwargs)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        with torch.device("meta"):
+            return hf.AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise _load_error(source, error) from error
+
+
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name to (out_features, in_features) of every linear layer, transformers' Conv1D included."""
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[name] = (module.out_features, module.in_features)
+        elif type(module).__name__ == "Conv1D":
+            shapes[name] = (module.weight.shape[1], module.weight.shape[0])
+    return shapes
+
+
+def targets(model: PreTrainedModel, target_modules: str | list[str]) -> list[str]:
+    """Full names of the linear layers that ``target_modules`` names, as PEFT matches them.
+
+    Raises UserError for a name that matches no linear layer, with the near ones.
+    """
+    shapes = linear_shapes(model)
+    if target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        return [name for name in shapes if model.get_submodule(name) is not head]
+    matched: list[str] = []
+    for wanted in target_modules:
+        found = [name for name in shapes if name == wanted or name.endswith("." + wanted)]
+        if not found:
+            suffixes = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+            raise UserError(
+                f"target_modules: no linear layer is called {wanted!r}; "
+                f"{near(wanted, [*suffixes, *shapes]) or ''} layers: {', '.join(suffixes)}"
+            )
+        matched += found
+    return list(dict.fromkeys(matched))
+
+
+def adapter_parameters(model: PreTrainedModel, target_modules: str | list[str], r: int) -> int:
+    """Trainable parameters of an adapter of rank ``r``."""
+    shapes = linear_shapes(model)
+    return sum(r * sum(shapes[name]) for name in targets(model, target_modules))
+
+
+def pick_device(device: str) -> torch.device:
+    """The device of a configuration. Raises UserError when CUDA is asked for and not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: no CUDA GPU is visible to PyTorch: set device cpu or auto, or install a CUDA build")
+    if device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def pick_bf16(bf16: bool | str, device: torch.device) -> bool:
+    """Whether to compute in bfloat16. Raises UserError where the GPU cannot."""
+    able = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if bf16 is True and not able:
+        raise UserError(f"bf16: {torch.cuda.get_device_name(device)} has no bfloat16: set bf16 false or auto")
+    return able and device.type == "cuda" if bf16 == "auto" else bool(bf16)
+
+
+def load_base(
+    source: Source,
+    *,
+    quantization: str = "nf4",
+    double_quant: bool = True,
+    blocksize: int = DEFAULT_BLOCKSIZE,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """The base model on ``device``: 4-bit linear layers that compute in ``dtype``, or dense in ``dtype``.
+
+    quantization: nf4, fp4 or none.
+    """
+    hf = transformers()
+    for package in ("accelerate", *(["bitsandbytes"] if quantization != "none" else [])):
+        require(package)
+    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, **source.kwargs}
+    bnb_config = None
+    if quantization != "none":
+        bnb_config = hf.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    in_place = bnb_config is not None and (source.gguf_file is not None or blocksize != DEFAULT_BLOCKSIZE)
+    if source.gguf_file is not None:
+        require("gguf", extra="demo")
+        kwargs["quantization_config"] = hf.GgufConfig(dequantize=True)
+    elif not in_place and bnb_config is not None:
+        kwargs["quantization_config"] = bnb_config
+    if in_place:
+        kwargs["device_map"] = {"": "cpu"}
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
+    if in_place:
+        quantize_in_place(model, bnb_config, blocksize, device)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weight in the first forward in eval mode, after which the
+        # layer has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.config.use_cache = False
+    return model
+
+
+def quantize_in_place(model: PreTrainedModel, bnb_config: Any, blocksize: int, device: torch.device) -> None:
+    """Turns the dense linear layers of ``model`` (but its head) into bitsandbytes 4-bit layers on ``device``.
+
+    For what ``from_pretrained`` cannot do: dense weights out of a GGUF file, and block sizes other than 64.
+    """
+    bnb = require("bitsandbytes")
+    quantizer = require("transformers.quantizers.auto").AutoHfQuantizer.from_config(bnb_config, pre_quantized=False)
+    kept = require("transformers.quantizers.base").get_keys_to_not_convert(model)
+    for name, dense in list(model.named_modules()):
+        if type(dense) is not nn.Linear or any(name == key or name.endswith("." + key) for key in kept):
+            continue
+        packed = bnb.nn.Linear4bit(
+            dense.in_features,
+            dense.out_features,
+            dense.bias is not None,
+            bnb_config.bnb_4bit_compute_dtype,
+            compress_statistics=bnb_config.bnb_4bit_use_double_quant,
+            quant_type=bnb_config.bnb_4bit_quant_type,
+            device="meta",
+        )
+        packed.weight = bnb.nn.Params4bit(
+            dense.weight.data,
+            requires_grad=False,
+            blocksize=blocksize,
+            compress_statistics=bnb_config.bnb_4bit_use_double_quant,
+            quant_type=bnb_config.bnb_4bit_quant_type,
+            module=packed,
+        ).to(device)
+        packed.bias = dense.bias
+        model.set_submodule(name, packed.requires_grad_(False))
+    model.to(device)
+    # What from_pretrained leaves on a model that it quantized; PEFT and the trainers ask for it.
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = bnb_config.quant_method
+    quantizer.postprocess_model(model)
+
+
+def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
+    """Wraps ``model`` with a fresh LoRA adapter; ``config.seed`` decides its weights."""
+    peft = require("peft")
+    transformers().set_seed(config.seed)
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+            use_rslora=config.use_rslora,
+        ),
+    )
+
+
+def check_backend(backend: str) -> None:
+    """Raises UserError for a name that is no backend."""
+    from fastlora.backends import BACKENDS
+
+    names = ["auto", "peft", *BACKENDS]
+    if backend not in names:
+        raise UserError(f"backend: {backend!r} is not one of {', '.join(names)}; {near(backend, names)}")
+
+
+def accelerate(model: nn.Module, backend: str) -> Any:
+    """Fuses the LoRA layers of ``model`` and returns fastlora's report; None when ``backend`` is peft."""
+    if backend == "peft":
+        return None
+    import fastlora
+
+    try:
+        return fastlora.accelerate(model, backend=backend)
+    except RuntimeError as error:
+        raise UserError(f"backend: {first_line(error)}: set backend auto") from error
+
+
+def find_adapter(adapter: str | Path) -> Path:
+    """The folder of an adapter: ``adapter`` itself, or the one in the output folder of a run."""
+    path = Path(adapter).expanduser()
+    for folder in (path, path / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    if not path.is_dir():
+        raise UserError(f"adapter: no such folder: {adapter}; {near_files(path)}")
+    raise UserError(f"adapter: {adapter} holds no adapter_config.json: name the adapter folder of a finished run")
+
+
+def base_of(adapter: Path, model: str | None) -> str:
+    """The base model to use with ``adapter``: ``model``, or else the one that the adapter names."""
+    base = model or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"adapter: {adapter} does not name its base model: pass --model")
+    return str(base)
+
+
+def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None:
+    """Raises UserError when a layer of ``adapter`` is missing in ``model`` or has another shape there."""
+    trained_on = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    advice = f"the adapter was trained on {trained_on!r}: pass --model with that model"
+    try:
+        weights = require("peft.utils").load_peft_weights(str(adapter), device="cpu")
+    except Exception as error:
+        raise UserError(f"adapter: cannot read {adapter} ({first_line(error)}): use another copy") from error
+    shapes = linear_shapes(model)
+    for key, (part, side) in _lora_parts(weights):
+        name = key.removeprefix("base_model.model.").removesuffix(f".{part}.weight")
+        features = weights[key].shape[side]
+        if name not in shapes:
+            raise UserError(f"adapter: {adapter} is for another model: {source.name} has no layer {name}; {advice}")
+        if shapes[name][side] != features:
+            what = "out_features" if side == 0 else "in_features"
+            raise UserError(
+                f"adapter: {adapter} is for another model: {name} has {what} {features} in the adapter and "
+                f"{shapes[name][side]} in {source.name}; {advice}"
+            )
+
+
+def _lora_parts(keys: Iterable[str]) -> Iterable[tuple[str, tuple[str, int]]]:
+    """The keys of linear LoRA factors, with their part and the dimension that the base layer shares."""
+    for key in keys:
+        for part, side in (("lora_A", 1), ("lora_B", 0)):
+            if key.endswith(f".{part}.weight"):
+                yield key, (part, side)
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """``model`` with the adapter of a folder."""
+    peft = require("peft")
+    try:
+        return peft.PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:
+        raise UserError(f"adapter: cannot load {adapter} ({first_line(error)}): use another copy") from error

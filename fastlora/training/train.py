@@ -1,0 +1,297 @@
+"""The training run: from a configuration to a saved adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastlora.training import checkpoints, data
+from fastlora.training import model as models
+from fastlora.training.config import TrainConfig
+from fastlora.training.errors import Interrupted, UserError, disk_errors, require
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, Trainer
+
+RESULT_NAME = "result.json"
+PACKAGES = ("transformers", "peft", "accelerate", "datasets", "rich", "psutil")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What a run gave. Losses are means over learned tokens, in nats."""
+
+    output_dir: Path
+    adapter_path: Path
+    steps: int
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    losses: list[tuple[int, float]]
+    """(step, training loss), one pair per ``logging_steps``."""
+    step_ms: float
+    """Median milliseconds of an optimizer step."""
+    tokens_per_second: float
+    peak_memory: int
+    """Bytes, see `fastlora.training.callbacks.Meter`."""
+    layers_replaced: int
+    """Layers that run fused; 0 with backend peft."""
+    log_history: list[dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The result as JSON; what was not measured is null."""
+        values = dataclasses.asdict(self)
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        return json.dumps(plain, indent=2, default=str)
+
+    def summary(self) -> str:
+        """The result in a few lines for a terminal."""
+        lines = []
+        if self.eval_loss_before is not None and self.eval_loss_after is not None:
+            lines.append(f"evaluation loss  {self.eval_loss_before:.4f} before, {self.eval_loss_after:.4f} after")
+        lines.append(f"speed            {self.step_ms:.1f} ms a step, {self.tokens_per_second:,.0f} tokens/s")
+        lines.append(f"peak memory      {self.peak_memory / 2**30:.2f} GiB")
+        lines.append(f"adapter          {self.adapter_path}")
+        return "\n".join(lines)
+
+
+def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResult:
+    """Trains an adapter as ``config`` says and saves it, with the resolved configuration, in ``config.output_dir``.
+
+    callbacks: further transformers.TrainerCallback objects.
+
+    Raises UserError for every input that cannot work, before anything large is loaded where that is possible, and
+    Interrupted after Ctrl-C, with a checkpoint of the last whole step.
+    """
+    for package in PACKAGES:
+        require(package)
+    if config.tensorboard:
+        require("tensorboard")
+    models.transformers()
+    models.check_backend(config.backend)
+    device = models.pick_device(config.device)
+    bf16 = models.pick_bf16(config.bf16, device)
+    data.check_source(config.data, "data")
+    if config.eval_data is not None:
+        data.check_source(config.eval_data, "eval_data")
+    source = models.find(config.model)
+    checkpoint = checkpoints.prepare(config)
+
+    skeleton = models.skeleton(source)
+    parameters = models.adapter_parameters(skeleton, config.target_modules, config.r)
+    checkpoints.check_space(config.output_dir, checkpoints.needed_bytes(config, parameters), "output_dir")
+    tokenizer = models.load_tokenizer(source)
+    examples = data.prepare(config, tokenizer)
+    print(f"data: {len(examples.train)} blocks with {examples.tokens:,} tokens", flush=True)
+
+    with _out_of_memory(config):
+        base = models.load_base(
+            source,
+            quantization=config.quantization,
+            double_quant=config.double_quant,
+            blocksize=config.blocksize,
+            device=device,
+            dtype=torch.bfloat16 if bf16 else torch.float32,
+        )
+        model = models.adapt(base, config)
+        report = models.accelerate(model, config.backend)
+        if report is not None:
+            print(report, flush=True)
+        checkpoints.write_config(config)
+        return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, callbacks or [])
+
+
+def _run(
+    config: TrainConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: data.TokenizedData,
+    device: torch.device,
+    bf16: bool,
+    checkpoint: Path | None,
+    report: Any,
+    callbacks: list[Any],
+) -> TrainResult:
+    from fastlora.training.callbacks import FiniteLoss, Meter, Reporter, StopOnSignal
+
+    meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
+    trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
+    trainer.meter = meter
+    # The meter measures the step without what the callbacks after it do.
+    for callback in (meter, FiniteLoss(), *callbacks, stop, reporter):
+        trainer.add_callback(callback)
+    try:
+        with reporter, stop, disk_errors(config.output_dir):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except KeyboardInterrupt:
+        stop.requested = True
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(_how_to_go_on(config))
+    if examples.evaluation is not None and not _evaluated_now(trainer):
+        trainer.evaluate()
+
+    adapter = config.output_dir / "adapter"
+    model.peft_config["default"].base_model_name_or_path = config.model
+    history = list(trainer.state.log_history)
+    evaluations = [float(log["eval_loss"]) for log in history if "eval_loss" in log]
+    result = TrainResult(
+        output_dir=config.output_dir,
+        adapter_path=adapter,
+        steps=trainer.state.global_step,
+        eval_loss_before=evaluations[0] if evaluations else None,
+        eval_loss_after=evaluations[-1] if evaluations else None,
+        losses=[(int(log["step"]), float(log["loss"])) for log in history if "loss" in log],
+        step_ms=meter.step_ms,
+        tokens_per_second=meter.tokens_per_second,
+        peak_memory=meter.peak_memory,
+        layers_replaced=0 if report is None else len(report.replaced),
+        log_history=history,
+    )
+    if trainer.is_world_process_zero():
+        with disk_errors(config.output_dir):
+            model.save_pretrained(str(adapter))
+            (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
+    return result
+
+
+def _evaluated_now(trainer: Trainer) -> bool:
+    return any("eval_loss" in log and log["step"] == trainer.state.global_step for log in trainer.state.log_history)
+
+
+def _how_to_go_on(config: TrainConfig) -> str:
+    done = checkpoints.finished(config.output_dir)
+    if not done:
+        return f"interrupted before the first checkpoint: nothing is saved in {config.output_dir}; start again"
+    return f"interrupted: saved {done[-1]}; the same command with --resume goes on from it"
+
+
+@contextlib.contextmanager
+def _out_of_memory(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = [f"halve batch_size (now {config.batch_size}) and double gradient_accumulation_steps"]
+        if config.batch_size == 1:
+            advice = []
+        if not config.gradient_checkpointing:
+            advice.append("set gradient_checkpointing true")
+        advice.append(f"lower max_length (now {config.max_length})")
+        if config.quantization == "none":
+            advice.append("set quantization nf4")
+        raise UserError(f"out of GPU memory: {', or '.join(advice)}") from error
+
+
+def uses_trl(config: TrainConfig) -> bool:
+    """Whether TRL's SFTTrainer runs. Raises UserError when it is asked for and not installed."""
+    if config.trainer == "auto":
+        return importlib.util.find_spec("trl") is not None
+    if config.trainer == "trl":
+        require("trl", extra="trl")
+        return True
+    return False
+
+
+def make_trainer(
+    config: TrainConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: data.TokenizedData,
+    device: torch.device,
+    bf16: bool,
+    resuming: bool = False,
+) -> Trainer:
+    """The trainer of ``config``, on tokenized examples that are the same for both kinds of trainer."""
+    import transformers
+    from transformers.trainer_callback import PrinterCallback
+
+    from fastlora.training.callbacks import MeteredLog
+
+    arguments = _training_arguments(config, device, bf16, examples.evaluation is not None and not resuming)
+    trainer_class: Any = transformers.Trainer
+    arguments_class: Any = transformers.TrainingArguments
+    if uses_trl(config):
+        trl = require("trl", extra="trl")
+        trainer_class, arguments_class = trl.SFTTrainer, trl.SFTConfig
+        arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "packing": False}
+    elif config.gradient_checkpointing:
+        # The first layer's input has no gradient of its own, and checkpointing would cut the graph there.
+        model.enable_input_require_grads()
+    # transformers renamed the setting; TRL turns it on unless told not to.
+    renamed = "activation_checkpointing" in {field.name for field in dataclasses.fields(arguments_class)}
+    key = "activation_checkpointing" if renamed else "gradient_checkpointing"
+    arguments |= {key: config.gradient_checkpointing, f"{key}_kwargs": {"use_reentrant": False}}
+    try:
+        args = arguments_class(**arguments)
+    except ValueError as error:
+        raise UserError(f"the trainer refuses the configuration: {error}") from error
+    # One process drives one device: the 4-bit layers cannot be replicated by DataParallel.
+    args._n_gpu = min(args.n_gpu, 1)
+    adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    trainer = type("MeteredTrainer", (MeteredLog, trainer_class), {})(
+        model=model,
+        args=args,
+        train_dataset=examples.train,
+        eval_dataset=examples.evaluation,
+        processing_class=tokenizer,
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED),
+        callbacks=[_tensorboard(config)] if config.tensorboard else None,
+    )
+    # SFTTrainer rounds the adapters to bfloat16, in which small updates vanish: the master weights stay in float32.
+    for name, parameter in model.named_parameters():
+        if name in adapters:
+            parameter.data = adapters[name]
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _training_arguments(config: TrainConfig, device: torch.device, bf16: bool, eval_on_start: bool) -> dict[str, Any]:
+    return {
+        "output_dir": str(config.output_dir),
+        "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.eval_batch_size or config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.scheduler,
+        "warmup_steps": config.warmup,
+        "optim": config.optim,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "seed": config.seed,
+        "bf16": bf16,
+        "use_cpu": device.type == "cpu",
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "no" if config.eval_steps is None else "steps",
+        "eval_steps": config.eval_steps,
+        "eval_on_start": eval_on_start,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": config.save_steps,
+        "save_total_limit": config.save_total_limit,
+        "label_names": ["labels"],
+        "remove_unused_columns": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": device.type == "cuda",
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+
+
+def _tensorboard(config: TrainConfig) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    folder = str(config.output_dir / "tensorboard")
+    callback = TensorBoardCallback(SummaryWriter(log_dir=folder))
+    callback.logging_dir = folder  # where it writes again after the end of training
+    return callback
