@@ -1,9 +1,9 @@
 """Which kernel runs, and why.
 
-A backend answers two questions about a problem: can it be right (``unsupported`` lists the reasons against), and was it
-measured to be the fastest (``preferred``). A backend that the user names runs or raises with its reasons; ``auto`` takes
-the first that is supported and preferred. Selection looks only at sizes, types and at what the machine has, so it can be
-asked about any machine from any other.
+A backend answers two questions about a problem: can it be right (``unsupported`` lists the reasons against), and was
+it measured to be the fastest (``preferred``). A backend that the user names runs or raises with its reasons; ``auto``
+takes the first that is supported and preferred. Selection looks only at sizes, types and at what the machine has, so it
+can be asked about any machine from any other.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Problem:
         base = "dense" if self.quant_type is None else f"{self.quant_type}/{self.blocksize}"
         base += " nested" if self.quant_type is not None and self.nested else ""
         kind = str(self.dtype).removeprefix("torch.")
-        return f"{self.direction} M={self.m} N={self.n} K={self.k} R={self.r}, {kind} on {self.device_type}, {base} base"
+        return (
+            f"{self.direction} M={self.m} N={self.n} K={self.k} R={self.r}, {kind} on {self.device_type}, {base} base"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,21 +97,22 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
             return _kernels().dequantize(w, dtype, out)
         if which == "native":
             return native.dequantize(w, dtype, out)
-    dense = w.dequantize(dtype)
-    return dense if out is None else out.copy_(dense)
+    matrix = w.dequantize(dtype)
+    return matrix if out is None else out.copy_(matrix)
 
 
-def _dense(w: Weight, dtype: torch.dtype) -> torch.Tensor:
+def dense(w: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """The base weight (N, K) as a dense matrix of ``dtype``."""
     return dequantize(w, dtype) if isinstance(w, NF4Weight) else w.to(dtype)
 
 
 def _torch_forward(x: torch.Tensor, w: Weight, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return eager.forward(x, _dense(w, x.dtype), *args)
+    return eager.forward(x, dense(w, x.dtype), *args)
 
 
 def _torch_backward(dy: torch.Tensor, x: Any, u: Any, w: Weight, *args: Any) -> Any:
     need_dx = args[-1][0]
-    return eager.backward(dy, x, u, _dense(w, dy.dtype) if need_dx else None, *args)
+    return eager.backward(dy, x, u, dense(w, dy.dtype) if need_dx else None, *args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +242,9 @@ def info() -> str:
             lines.append(f"cuda:{i}           {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB")
     else:
         built = torch.version.cuda
-        lines.append(f"cuda             none: {'no device is visible' if built else 'this torch is built without CUDA'}")
+        lines.append(
+            f"cuda             none: {'no device is visible' if built else 'this torch is built without CUDA'}"
+        )
     lines.append(f"extension, cpu   {machine.native_cpu or 'loaded: ' + native.capability()}")
     lines.append(f"extension, cuda  {machine.native_cuda or 'loaded'}")
     for device_type in ("cuda", "cpu"):

@@ -87,6 +87,7 @@ class NF4Linear(nn.Module):
         self._set(weight)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
+    weight: torch.Tensor
     _STATISTICS = ("absmax", "absmax_q", "absmax_scale", "absmax_code", "absmax_offset")
 
     def _set(self, weight: NF4Weight) -> None:
@@ -283,7 +284,8 @@ class FastLoRALinear(nn.Module):
 
     def reset_lora_parameters(self, init_lora_weights: bool | str = True) -> None:
         """PEFT's starts: True (A Kaiming-uniform, B zero), "gaussian" (A normal / r, B zero), False (both random)."""
-        lora_a, lora_b = self.lora_A[self.adapter].weight, self.lora_B[self.adapter].weight
+        lora_a: Any = self.lora_A[self.adapter].weight
+        lora_b: Any = self.lora_B[self.adapter].weight
         if init_lora_weights == "gaussian":
             nn.init.normal_(lora_a, std=1 / self.r[self.adapter])
         else:
@@ -400,12 +402,13 @@ class FastLoRALinear(nn.Module):
 
 def _quantized(linear: nn.Module, quant_type: str, blocksize: int, nested: bool) -> NF4Linear:
     w: Any = linear.weight
+    bias: Any = linear.bias
     if w.is_meta:
         empty = NF4Weight.empty(
             tuple(w.shape), blocksize=blocksize, quant_type=quant_type, nested=nested, dtype=w.dtype, device=w.device
         )
-        return NF4Linear(empty, linear.bias)
-    return NF4Linear(NF4Weight.quantize(w, blocksize=blocksize, quant_type=quant_type, nested=nested), linear.bias)
+        return NF4Linear(empty, bias)
+    return NF4Linear(NF4Weight.quantize(w, blocksize=blocksize, quant_type=quant_type, nested=nested), bias)
 
 
 def _to_linear4bit(base: NF4Linear) -> nn.Module:

@@ -130,7 +130,8 @@ class NF4Weight:
 
     def to(self, device: torch.device | str) -> NF4Weight:
         """The same weight on ``device``; types never change."""
-        return dataclasses.replace(self, **{name: t.to(device) for name, t in self.tensors().items()})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors().items()}
+        return dataclasses.replace(self, **moved)
 
     def check(self) -> NF4Weight:
         """Return self, or raise ValueError that names the field, what it is and what it must be."""
@@ -263,7 +264,7 @@ class NF4Weight:
         """The same weight with float32 statistics. Dequantizes to the same bits."""
         if not self.nested:
             return self
-        nothing = dict.fromkeys(("absmax_q", "absmax_scale", "absmax_code", "absmax_offset"))
+        nothing: dict[str, Any] = dict.fromkeys(("absmax_q", "absmax_scale", "absmax_code", "absmax_offset"))
         return dataclasses.replace(self, absmax=self.flat_absmax(), **nothing)
 
     @classmethod

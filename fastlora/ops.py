@@ -28,7 +28,8 @@ _CONTEXT = "float scale, float dropout_p, Tensor? seed, str backend"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 
 _LIB.define(
-    f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) -> (Tensor, Tensor)",
+    f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) "
+    "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
 _LIB.define(
@@ -129,7 +130,7 @@ def _empty_grads(dy: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b:
 
 def _dequantize(*args: Any) -> torch.Tensor:
     weight, dtype = args[:_N_WEIGHT], args[_N_WEIGHT]
-    return backends.dequantize(_weight(weight, dtype), dtype)
+    return backends.dense(_weight(weight, dtype), dtype)
 
 
 for _device in ("CPU", "CUDA"):

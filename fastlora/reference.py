@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
         return forward(x, w, lora_a, lora_b, None, scale, dropout)[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Any) -> Any:
         x, lora_a, lora_b = ctx.saved_tensors
         u = (ctx.dropout.apply(x) if ctx.dropout else x) @ lora_a.T if lora_a is not None else x[:, :0]
         needs = tuple(ctx.needs_input_grad[:3])

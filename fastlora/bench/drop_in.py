@@ -62,7 +62,7 @@ def peft_layer(
     """A PEFT LoRA layer over a 4-bit (or, for base "dense", a dense) linear layer with random weights."""
     linear = nn.Linear(k, n, bias=False)
     nn.init.normal_(linear.weight, std=1 / math.sqrt(k))
-    wrapper = nn.Module()
+    wrapper: Any = nn.Module()
     if base == "dense":
         wrapper.linear = linear.to(device, compute)
     else:

@@ -1,8 +1,8 @@
 """Fused layers in place of PEFT's: ``fastlora.accelerate(model)`` and ``fastlora.restore(model)``.
 
-A layer is converted by changing its class to a subclass of its own: parameters, optimizer references, hooks, buffers and
-state-dict names stay the same objects, and every PEFT method goes on working. Only ``forward`` differs, and only where the
-fused operator computes what PEFT would; in any other situation PEFT's own forward runs.
+A layer is converted by changing its class to a subclass of its own: parameters, optimizer references, hooks, buffers
+and state-dict names stay the same objects, and every PEFT method goes on working. Only ``forward`` differs, and only
+where the fused operator computes what PEFT would; in any other situation PEFT's own forward runs.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What `accelerate` did. ``str(report)`` is a table in which layers that differ only by their number share a row."""
+    """What `accelerate` did. ``str(report)`` is a table; layers that differ only by their number share a row."""
 
     layers: tuple[LayerReport, ...]
 
@@ -242,9 +242,9 @@ def restore(model: nn.Module) -> int:
     count = 0
     for _, layer in _lora_layers(model):
         if isinstance(layer, _Fused):
-            layer.__class__ = layer.stock  # type: ignore[assignment]
+            layer.__class__ = layer.stock
             layer.__dict__.pop("fastlora_backend", None)
-            if layer.__dict__.pop("fastlora_repack", False):  # type: ignore[attr-defined]
+            if layer.__dict__.pop("fastlora_repack", False):
                 layer.base_layer.support_avx512bf16_for_cpu = True  # type: ignore[attr-defined]
             count += 1
     return count
