@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, Trainer
 
 RESULT_NAME = "result.json"
-PACKAGES = ("transformers", "peft", "accelerate", "datasets", "rich", "psutil")
+PACKAGES = ("peft", "accelerate", "datasets", "rich", "psutil")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,11 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
     Raises UserError for every input that cannot work, before anything large is loaded where that is possible, and
     Interrupted after Ctrl-C, with a checkpoint of the last whole step.
     """
+    models.transformers()
     for package in PACKAGES:
         require(package)
     if config.tensorboard:
         require("tensorboard")
-    models.transformers()
     models.check_backend(config.backend)
     device = models.pick_device(config.device)
     bf16 = models.pick_bf16(config.bf16, device)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +86,16 @@ def test_bad_training_input_is_one_line(
     options: dict[str, Any], capsys: pytest.CaptureFixture[str], values: dict[str, Any], words: list[str]
 ) -> None:
     assert_one_line(capsys, main(flags(options, **values)), *words)
+
+
+def test_one_line_is_all_of_stderr(options: dict[str, Any]) -> None:
+    """In a process of its own, where the libraries say at import what they like to say."""
+    words = flags(options, target_modules="qproj")
+    script = "import sys; from fastlora.cli import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("fastlora: target_modules: no linear layer is called 'qproj'; did you mean q_proj")
+    assert result.stderr.count("\n") == 1
 
 
 def test_empty_data(options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
