@@ -534,6 +534,14 @@ def test_what_is_saved(quant_type: str | None, learns: str) -> None:
     assert x.grad is not None
 
 
+def test_u_is_no_way_for_gradients() -> None:
+    problem = make_problem()
+    problem.lora_a.requires_grad_()
+    y, u = torch.ops.fastlora.lora_linear(*forward_args(problem))
+    assert y.requires_grad
+    assert not u.requires_grad
+
+
 def test_nothing_is_saved_without_gradients() -> None:
     problem = make_problem()
     with recorded() as saved:

@@ -168,6 +168,19 @@ def test_error_against_float64(base: str, setup: str, calls: list[str]) -> None:
         assert_close(actual[name], plain[name], truth[name], name)
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_compute_dtype_holds_under_autocast(dtype: torch.dtype) -> None:
+    """bitsandbytes computes in its layer's compute_dtype whatever autocast says."""
+    model = lora_layer("4bit", dtype=FP32)
+    accelerate(model)
+    x = torch.randn(5, 64).to(dtype)
+    expected = model["layer"](x)
+    with torch.autocast("cpu", BF16):
+        y = model["layer"](x)
+    assert y.dtype == dtype
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_bias_of_the_base_keeps_its_type(dtype: torch.dtype, base: str) -> None:
