@@ -68,9 +68,7 @@ def lora_linear(
     seed = draw_seed(x.device) if dropout_p > 0 and lora_a is not None else None
     if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
         raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
-    y, _ = torch.ops.fastlora.lora_linear(
-        x.reshape(-1, k), *ops.weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend
-    )
+    y = ops.lora_linear(x.reshape(-1, k), w, lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
     return y.view(*x.shape[:-1], n)
 
 

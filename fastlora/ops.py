@@ -10,6 +10,7 @@ import contextlib
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import backends
 from fastlora.backends import Problem
@@ -92,7 +93,6 @@ def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, c
 
 def _forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight, (lora_a, lora_b, bias, out_dtype, scale, p, seed, backend) = args[:_N_WEIGHT], args[_N_WEIGHT:]
-    _check(x, weight, lora_a, lora_b, weight[7])
     r = 0 if lora_a is None else lora_a.shape[0]
     if x.shape[0] == 0:
         return x.new_empty(0, weight[6], dtype=out_dtype), x.new_empty(0, r)
@@ -105,7 +105,6 @@ def _forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(dy: torch.Tensor, x: torch.Tensor | None, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     weight, rest = args[:_N_WEIGHT], args[_N_WEIGHT:]
     lora_a, lora_b, scale, p, seed, backend, *needs = rest
-    _check(dy, weight, lora_a, lora_b, weight[6])
     if dy.shape[0] == 0:
         return tuple(out.zero_() for out in _empty_grads(dy, weight, lora_a, lora_b, needs))
     chosen = backends.select(_problem(dy, weight, u.shape[1], "backward"), backend)
@@ -133,9 +132,21 @@ def _dequantize(*args: Any) -> torch.Tensor:
     return backends.dense(_weight(weight, dtype), dtype)
 
 
+def _checked_forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, (lora_a, lora_b, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    _check(x, weight, lora_a, lora_b, weight[7])
+    return _forward(x, *args)
+
+
+def _checked_backward(dy: torch.Tensor, x: Any, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    weight, (lora_a, lora_b, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+    _check(dy, weight, lora_a, lora_b, weight[6])
+    return _backward(dy, x, u, *args)
+
+
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("lora_linear", _forward, _device)
-    _LIB.impl("lora_linear_backward", _backward, _device)
+    _LIB.impl("lora_linear", _checked_forward, _device)
+    _LIB.impl("lora_linear_backward", _checked_backward, _device)
     _LIB.impl("dequantize", _dequantize, _device)
 
 
@@ -143,9 +154,8 @@ for _device in ("CPU", "CUDA"):
 def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight, (lora_a, lora_b, _, out_dtype, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
-    return x.new_empty(x.shape[0], weight[6], dtype=out_dtype), x.new_empty(
-        x.shape[0], 0 if lora_a is None else lora_a.shape[0]
-    )
+    r = 0 if lora_a is None else lora_a.shape[0]
+    return x.new_empty(x.shape[0], weight[6], dtype=out_dtype), x.new_empty(x.shape[0], r)
 
 
 @torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIB)
@@ -186,7 +196,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _autograd(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
+def _autograd(
+    ctx: Any, dy: torch.Tensor | None, _: Any, backward: Any = torch.ops.fastlora.lora_linear_backward
+) -> tuple[Any, ...]:
     grads: list[Any] = [None] * _FORWARD_ARGS
     if dy is None:
         return tuple(grads)
@@ -196,7 +208,7 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
         dy = dy.to(ctx.dtype)
         if u is None:
             u = dy.new_empty(dy.shape[0], 0 if lora_a is None else lora_a.shape[0])
-        out = torch.ops.fastlora.lora_linear_backward(
+        out = backward(
             dy, x, u, *weight, *ctx.sizes, lora_a, lora_b, ctx.scale, ctx.dropout_p, seed, ctx.backend, *needs
         )
         for i, need, grad in zip((0, _A, _B), needs, out, strict=True):
@@ -217,3 +229,48 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 
 
 torch.library.register_autograd("fastlora::lora_linear_backward", _no_second_derivative, lib=_LIB)
+
+
+class _Eager(torch.autograd.Function):
+    """The same node without the dispatcher, which for an operator with autograd in Python takes longer than a small
+    layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = _forward(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any, _: Any) -> Any:
+        # Gradients that are to be differentiated again go through the operator, which says that they cannot be.
+        return _autograd(ctx, dy, _, torch.ops.fastlora.lora_linear_backward if torch.is_grad_enabled() else _backward)
+
+
+def _must_dispatch(x: torch.Tensor) -> bool:
+    """Whether somebody is to see the operator itself: a compiler, a dispatch mode, a transform, a tensor subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._are_functorch_transforms_active()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    )
+
+
+def lora_linear(
+    x: torch.Tensor,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """y (M, N) for arguments that `fastlora.linear.lora_linear` has checked; x is a matrix (M, K)."""
+    args = (x, *weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
+    if _must_dispatch(x):
+        return torch.ops.fastlora.lora_linear(*args)[0]
+    return _Eager.apply(*args)[0] if torch.is_grad_enabled() else _forward(*args)[0]
