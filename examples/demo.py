@@ -2,7 +2,7 @@
 
 SmolLM2-135M-Instruct learns to answer in the manner of the ChatterBot corpus, twice from one seed: with fastlora's
 layers and with PEFT's. The two loss curves must agree, the loss on unseen questions must fall, and the saved adapter
-must give the same logits in plain PEFT; otherwise the exit status is 1. No network: model and data come out of packages.
+must give the same logits in plain PEFT; otherwise the exit status is 1. No network: all comes out of packages.
 """
 
 from __future__ import annotations
@@ -377,9 +377,7 @@ def run(output_dir: Path, device: str, quick: bool, steps: int | None) -> dict[s
     _title("fastlora demo: QLoRA of SmolLM2-135M-Instruct on questions and answers")
     print(f"device          {name}; {plan.minutes}, once the model is converted (20 s, the first time)")
     print("what            NF4 with double quantization, LoRA rank 16 on all linear layers but the head")
-    print(
-        f"how             {plan.steps} steps of {plan.batch_size} pairs with fastlora, the same with PEFT, then a comparison"
-    )
+    print(f"how             {plan.steps} steps of {plan.batch_size} pairs with fastlora, then the same with PEFT")
 
     corpus = read_pairs(package_folder("chatterbot_corpus") / "data" / "english")
     pairs = distinct(corpus)
