@@ -47,6 +47,7 @@ def lora_linear(
             raise ValueError(f"{name} is on {t.device}, the base weight on {w.device}")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("give both lora_a and lora_b, or neither")
+    factor = 1.0
     if lora_a is not None and lora_b is not None:
         r = lora_a.shape[0]
         if tuple(lora_a.shape) != (r, k) or tuple(lora_b.shape) != (n, r):
@@ -58,7 +59,9 @@ def lora_linear(
             # A tensor may live on the device and change between replays of a graph, and a number that reaches an
             # opaque operator becomes a constant of the compiled graph: neither may cost a synchronisation or a
             # recompilation, so the scale goes into the small factor.
-            lora_b, scale = lora_b * scale, 1.0
+            lora_b = lora_b * scale
+        else:
+            factor = scale
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias must have shape ({n},), got {tuple(bias.shape)}")
     if not 0 <= dropout_p <= 1:
@@ -68,7 +71,7 @@ def lora_linear(
     seed = draw_seed(x.device) if dropout_p > 0 and lora_a is not None else None
     if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
         raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
-    y = ops.lora_linear(x.reshape(-1, k), w, lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
+    y = ops.lora_linear(x.reshape(-1, k), w, lora_a, lora_b, bias, out_dtype, factor, dropout_p, seed, backend)
     return y.view(*x.shape[:-1], n)
 
 

@@ -9,6 +9,8 @@ import triton.language as tl
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
+from fastlora.kernels.forward import dense_buffer
+from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, dropout_arguments, grouped, keep
 from fastlora.nf4 import NF4Weight, Weight
@@ -152,5 +154,12 @@ def backward(
             if x is None:
                 raise ValueError("the gradient of lora_a needs x, got None")
             da = lora.gradient_a(du, x, dropout, lora_a.dtype)
-    dx = input_gradient(dy, w, du, lora_a, dropout) if need_dx else None
+    dx = None
+    if need_dx:
+        # Dropout masks the LoRA term between its product and the sum, which `gemm` has no step for.
+        buffer = None if dropout is not None and du is not None else dense_buffer(dy, w)
+        if buffer is None:
+            dx = input_gradient(dy, w, du, lora_a, dropout)
+        else:
+            dx = gemm(dy, buffer, du, None if lora_a is None else lora_a.to(dy.dtype), transposed=False)
     return dx, da, db

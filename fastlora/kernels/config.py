@@ -22,11 +22,13 @@ class Device:
 
     capability: tuple[int, int] = (8, 0)
     multiprocessors: int = 8
+    reserved: int = 0
+    """Bytes of shared memory that something else takes."""
 
     @property
     def shared_memory(self) -> int:
         """Bytes that one block may use."""
-        return _SHARED_MEMORY.get(self.capability, _SMALLEST_SHARED_MEMORY)
+        return _SHARED_MEMORY.get(self.capability, _SMALLEST_SHARED_MEMORY) - self.reserved
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
@@ -149,6 +151,27 @@ def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksiz
     return fit(64, 64, 64, 4, 4)
 
 
+_BUFFER_ROWS = 512
+"""From this many rows on, a buffer for the dense weight costs less than decoding each tile of it again and again."""
+
+
+def uses_buffer(m: int, dtype: torch.dtype, device: Device) -> bool:
+    """Whether a packed weight is decoded once into a buffer, for `buffer_gemm`, instead of inside the product."""
+    return m >= _BUFFER_ROWS and dtype != torch.float32 and device.capability >= (9, 0)
+
+
+def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Device) -> TileConfig:
+    """Tiles of the persistent product of a dense weight. Measured on an H200: see docs/performance.md."""
+    block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
+    config = TileConfig(128, 256, 64, block_r, num_warps=8, num_stages=3)
+    stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+    # The halves of the result pass through shared memory, beside the tiles of the LoRA factors.
+    beside = config.block_m * config.block_n // 2 * out_dtype.itemsize
+    beside += (config.block_m + config.block_n) * block_r * dtype.itemsize
+    budget = dataclasses.replace(device, reserved=beside)
+    return _fit(config, config.block_m * config.block_n, stage, budget)
+
+
 def project(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     """Tiles of the narrow products u = x A^T and du = dy B; the reduced side is ``block_k``."""
     block_r = power_of_two(r, _MIN_DOT, 64 if dtype == torch.float32 else 128)
@@ -184,6 +207,14 @@ def one_pass(r: int, dtype: torch.dtype, device: Device) -> TileConfig | None:
 def dequantize(blocksize: int) -> TileConfig:
     """Elements that one block of the dequantizer decodes, as ``block_n`` statistics of ``block_k`` elements."""
     return TileConfig(block_n=max(4096 // blocksize, 1), block_k=blocksize, num_warps=4)
+
+
+def dequantize_words() -> TileConfig:
+    """32-bit words that one block of the fast dequantizer decodes (``block_n``), two a thread."""
+    return _DEQUANTIZE_WORDS
+
+
+_DEQUANTIZE_WORDS = TileConfig(block_n=512, num_warps=8, num_stages=1)
 
 
 def split(size: int, block: int, tiles: int, device: Device) -> int:

@@ -9,6 +9,8 @@ import triton.language as tl
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
+from fastlora.kernels.dequantize import dequantize
+from fastlora.kernels.gemm import gemm, unaligned
 from fastlora.kernels.launch import on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, grouped
 from fastlora.nf4 import NF4Weight, Weight
@@ -112,6 +114,16 @@ def linear(
     return y
 
 
+def dense_buffer(x: torch.Tensor, w: Weight) -> torch.Tensor | None:
+    """The base weight for `gemm`, in a transient buffer if it is packed; None where a product that decodes runs."""
+    if not config.uses_buffer(x.shape[0], x.dtype, config.Device.of(x.device)):
+        return None
+    if w.shape[0] * x.element_size() % 16 or w.shape[1] * x.element_size() % 16:
+        return None
+    dense = dequantize(w, x.dtype) if isinstance(w, NF4Weight) else w
+    return None if unaligned(x, dense) else dense
+
+
 def forward(
     x: torch.Tensor,
     w: Weight,
@@ -128,6 +140,11 @@ def forward(
     """
     check_dtype(x.dtype)
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
+        if (buffer := dense_buffer(x, w)) is not None:
+            y = gemm(x, buffer, None, None, bias, transposed=True, out_dtype=out_dtype)
+            return y, x.new_empty(x.shape[0], 0)
         return linear(x, w, None, None, bias, out_dtype), x.new_empty(x.shape[0], 0)
     u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
+    if (buffer := dense_buffer(x, w)) is not None:
+        return gemm(x, buffer, scaled_u, lora_b.to(x.dtype), bias, transposed=True, out_dtype=out_dtype), u
     return linear(x, w, scaled_u, lora_b, bias, out_dtype), u

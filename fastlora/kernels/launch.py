@@ -7,6 +7,8 @@ import contextlib
 import torch
 from triton import knobs
 
+_NOTHING = contextlib.nullcontext()
+
 
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, which is when they accept CPU tensors."""
@@ -16,9 +18,11 @@ def interpreted() -> bool:
 def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Make ``t``'s device the current one for a launch. Raises ValueError for a tensor that no kernel can read."""
     if t.device.type == "cuda":
+        if t.device.index == torch.cuda.current_device():
+            return _NOTHING
         return torch.cuda.device(t.device)
     if t.device.type == "cpu" and interpreted():
-        return contextlib.nullcontext()
+        return _NOTHING
     raise ValueError(f"the Triton kernels need CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors), got {t.device}")
 
 
