@@ -140,6 +140,12 @@ def _triton_unsupported(problem: Problem, machine: Machine) -> list[str]:
     return reasons
 
 
+def _triton_preferred(problem: Problem, machine: Machine) -> bool:
+    # Forward: one rounding fewer than library products at the same speed. Backward: library products were measured
+    # faster in every shape, by the host's time for a launch. See docs/performance.md.
+    return problem.device_type == "cuda" and problem.direction == "forward" and problem.dtype != torch.float32
+
+
 def _torch_unsupported(problem: Problem, machine: Machine) -> list[str]:
     return ["no CUDA device"] if problem.device_type == "cuda" and machine.capability is None else []
 
@@ -149,9 +155,9 @@ BACKENDS = {
     for backend in (
         Backend(
             "triton",
-            "fused kernels that decode the base weight inside the matrix product",
+            "Triton kernels: the LoRA term joins the base product before its only rounding",
             _triton_unsupported,
-            lambda problem, machine: False,
+            _triton_preferred,
             lambda *args: _kernels().forward(*args),
             lambda *args: _kernels().backward(*args),
         ),

@@ -1,19 +1,20 @@
 """The operators of fastlora: schemas, fake implementations, CPU and CUDA implementations, autograd.
 
-One opaque node per layer and direction. Saved for backward: x (only if A learns), u (only if B learns), the seed of the
+One opaque node per layer and direction. Kept for backward: x (only if A learns), u (only if B learns), the seed of the
 dropout, and references to the weights; never a dense base weight, never a mask.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import backends
-from fastlora.backends import Problem
+from fastlora.backends import Backend, Problem
 from fastlora.dropout import Dropout
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -62,9 +63,18 @@ def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
 _N_WEIGHT = 10
 
 
-def _problem(x: torch.Tensor, weight: tuple[Any, ...], r: int, direction: str) -> Problem:
-    n, k, blocksize, quant_type = weight[-4:]
-    return Problem(x.shape[0], n, k, r, x.dtype, x.device.type, quant_type, blocksize, weight[2] is not None, direction)
+@functools.lru_cache(maxsize=4096)
+def _chosen(backend: str, *problem: Any) -> str:
+    return backends.select(Problem(*problem), backend).name
+
+
+def _select(x: torch.Tensor, w: Weight, r: int, direction: str, backend: str) -> Backend:
+    n, k = w.shape
+    format_: tuple[Any, ...] = (None, 0, False)
+    if isinstance(w, NF4Weight):
+        format_ = (w.quant_type, w.blocksize, w.nested)
+    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction)
+    return backends.BACKENDS[name]
 
 
 def _without_autocast(device_type: str) -> Any:
@@ -91,37 +101,57 @@ def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, c
         )
 
 
-def _forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, (lora_a, lora_b, bias, out_dtype, scale, p, seed, backend) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+def _forward(
+    x: torch.Tensor,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     r = 0 if lora_a is None else lora_a.shape[0]
     if x.shape[0] == 0:
-        return x.new_empty(0, weight[6], dtype=out_dtype), x.new_empty(0, r)
-    chosen = backends.select(_problem(x, weight, r, "forward"), backend)
+        return x.new_empty(0, w.shape[0], dtype=out_dtype), x.new_empty(0, r)
+    chosen = _select(x, w, r, "forward", backend)
     dropout = None if seed is None else Dropout(p, seed)
     with _without_autocast(x.device.type):
-        return chosen.forward(x.contiguous(), _weight(weight, x.dtype), lora_a, lora_b, bias, scale, dropout, out_dtype)
+        return chosen.forward(x.contiguous(), w, lora_a, lora_b, bias, scale, dropout, out_dtype)
 
 
-def _backward(dy: torch.Tensor, x: torch.Tensor | None, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    weight, rest = args[:_N_WEIGHT], args[_N_WEIGHT:]
-    lora_a, lora_b, scale, p, seed, backend, *needs = rest
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scale: float,
+    p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     if dy.shape[0] == 0:
-        return tuple(out.zero_() for out in _empty_grads(dy, weight, lora_a, lora_b, needs))
-    chosen = backends.select(_problem(dy, weight, u.shape[1], "backward"), backend)
+        zeros = (out.zero_() for out in _empty_grads(dy, w.shape[1], lora_a, lora_b, needs))
+        dx, da, db = (zero if need else None for zero, need in zip(zeros, needs, strict=True))
+        return dx, da, db
+    r = 0 if lora_a is None else lora_a.shape[0]
+    chosen = _select(dy, w, r, "backward", backend)
     dropout = None if seed is None else Dropout(p, seed)
     x = None if x is None else x.contiguous()
     with _without_autocast(dy.device.type):
-        grads = chosen.backward(
-            dy.contiguous(), x, u, _weight(weight, dy.dtype), lora_a, lora_b, scale, dropout, tuple(needs)
-        )
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+        return chosen.backward(dy.contiguous(), x, u, w, lora_a, lora_b, scale, dropout, needs)
 
 
-def _empty_grads(dy: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, needs: Any) -> list[torch.Tensor]:
+def _empty_grads(dy: torch.Tensor, k: Any, lora_a: Any, lora_b: Any, needs: Any) -> list[torch.Tensor]:
     """Outputs of the backward operator; one that is not needed has no elements."""
     need_dx, need_da, need_db = needs
     return [
-        dy.new_empty((dy.shape[0], weight[7]) if need_dx else 0),
+        dy.new_empty((dy.shape[0], k) if need_dx else 0),
         torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_da else dy.new_empty(0),
         torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_db else dy.new_empty(0),
     ]
@@ -132,21 +162,23 @@ def _dequantize(*args: Any) -> torch.Tensor:
     return backends.dense(_weight(weight, dtype), dtype)
 
 
-def _checked_forward(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    weight, (lora_a, lora_b, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+def _forward_operator(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, (lora_a, lora_b, *rest) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
-    return _forward(x, *args)
+    return _forward(x, _weight(weight, x.dtype), lora_a, lora_b, *rest)
 
 
-def _checked_backward(dy: torch.Tensor, x: Any, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
-    weight, (lora_a, lora_b, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
+def _backward_operator(dy: torch.Tensor, x: Any, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    weight, (lora_a, lora_b, scale, p, seed, backend, *needs) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(dy, weight, lora_a, lora_b, weight[6])
-    return _backward(dy, x, u, *args)
+    w = _weight(weight, dy.dtype)
+    grads = _backward(dy, x, u, w, lora_a, lora_b, scale, p, seed, backend, (needs[0], needs[1], needs[2]))
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("lora_linear", _checked_forward, _device)
-    _LIB.impl("lora_linear_backward", _checked_backward, _device)
+    _LIB.impl("lora_linear", _forward_operator, _device)
+    _LIB.impl("lora_linear_backward", _backward_operator, _device)
     _LIB.impl("dequantize", _dequantize, _device)
 
 
@@ -162,7 +194,7 @@ def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _(dy: torch.Tensor, x: Any, u: Any, *args: Any) -> tuple[torch.Tensor, ...]:
     weight, (lora_a, lora_b, *rest) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(dy, weight, lora_a, lora_b, weight[6])
-    return tuple(_empty_grads(dy, weight, lora_a, lora_b, rest[-3:]))
+    return tuple(_empty_grads(dy, weight[7], lora_a, lora_b, rest[-3:]))
 
 
 @torch.library.register_fake("fastlora::dequantize", lib=_LIB)
@@ -175,11 +207,15 @@ _FORWARD_ARGS = 1 + _N_WEIGHT + 8
 _A, _B, _BIAS = 1 + _N_WEIGHT, 2 + _N_WEIGHT, 3 + _N_WEIGHT
 
 
+def _refuse_trained_base(trained: bool) -> None:
+    if trained:
+        raise RuntimeError("the base weight of a fused LoRA layer is frozen: set requires_grad = False on it")
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, lora_a, lora_b, bias = inputs[0], inputs[_A], inputs[_B], inputs[_BIAS]
     weight, seed = inputs[1 : 1 + _N_WEIGHT], inputs[-2]
-    if ctx.needs_input_grad[1]:
-        raise RuntimeError("the base weight of a fused LoRA layer is frozen: set requires_grad = False on it")
+    _refuse_trained_base(ctx.needs_input_grad[1])
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
@@ -196,9 +232,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _autograd(
-    ctx: Any, dy: torch.Tensor | None, _: Any, backward: Any = torch.ops.fastlora.lora_linear_backward
-) -> tuple[Any, ...]:
+def _autograd(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
     grads: list[Any] = [None] * _FORWARD_ARGS
     if dy is None:
         return tuple(grads)
@@ -208,7 +242,7 @@ def _autograd(
         dy = dy.to(ctx.dtype)
         if u is None:
             u = dy.new_empty(dy.shape[0], 0 if lora_a is None else lora_a.shape[0])
-        out = backward(
+        out = torch.ops.fastlora.lora_linear_backward(
             dy, x, u, *weight, *ctx.sizes, lora_a, lora_b, ctx.scale, ctx.dropout_p, seed, ctx.backend, *needs
         )
         for i, need, grad in zip((0, _A, _B), needs, out, strict=True):
@@ -232,19 +266,43 @@ torch.library.register_autograd("fastlora::lora_linear_backward", _no_second_der
 
 
 class _Eager(torch.autograd.Function):
-    """The same node without the dispatcher, which for an operator with autograd in Python takes longer than a small
-    layer does."""
+    """The same node without the dispatcher, whose Python takes longer than a small layer does."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = _forward(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
+    def forward(
+        ctx: Any, x: Any, lora_a: Any, lora_b: Any, bias: Any, w: Any, out_dtype: Any, scale: Any, p: Any, seed: Any,
+        backend: Any,
+    ) -> Any:  # fmt: skip
+        _refuse_trained_base(isinstance(w, torch.Tensor) and w.requires_grad)
+        y, u = _forward(x, w, lora_a, lora_b, bias, out_dtype, scale, p, seed, backend)
+        _, need_da, need_db, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_da else None, u if need_db else None, lora_a, lora_b, seed)
+        ctx.w, ctx.scale, ctx.p, ctx.backend, ctx.dtype = w, scale, p, backend, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Any, _: Any) -> Any:
-        # Gradients that are to be differentiated again go through the operator, which says that they cannot be.
-        return _autograd(ctx, dy, _, torch.ops.fastlora.lora_linear_backward if torch.is_grad_enabled() else _backward)
+    def backward(ctx: Any, dy: Any) -> Any:
+        x, u, lora_a, lora_b, seed = ctx.saved_tensors
+        need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
+        dx = da = db = None
+        if need_dx or need_da or need_db:
+            dy16 = dy.to(ctx.dtype)
+            if torch.is_grad_enabled():
+                # Gradients that are to be differentiated again: the operator says that they cannot be.
+                u = dy16.new_empty(dy.shape[0], 0) if u is None else u
+                weight, context = weight_args(ctx.w), (ctx.scale, ctx.p, seed, ctx.backend)
+                needs = (need_dx, need_da, need_db)
+                dx, da, db = torch.ops.fastlora.lora_linear_backward(
+                    dy16, x, u, *weight, lora_a, lora_b, *context, *needs
+                )
+                dx, da, db = (grad if need else None for grad, need in zip((dx, da, db), needs, strict=True))
+            else:
+                dx, da, db = _backward(
+                    dy16, x, u, ctx.w, lora_a, lora_b, ctx.scale, ctx.p, seed, ctx.backend, (need_dx, need_da, need_db)
+                )
+        dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
+        return dx, da, db, dbias, None, None, None, None, None, None
 
 
 def _must_dispatch(x: torch.Tensor) -> bool:
@@ -270,7 +328,9 @@ def lora_linear(
     backend: str,
 ) -> torch.Tensor:
     """y (M, N) for arguments that `fastlora.linear.lora_linear` has checked; x is a matrix (M, K)."""
-    args = (x, *weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
     if _must_dispatch(x):
+        args = (x, *weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
         return torch.ops.fastlora.lora_linear(*args)[0]
-    return _Eager.apply(*args)[0] if torch.is_grad_enabled() else _forward(*args)[0]
+    if torch.is_grad_enabled():
+        return _Eager.apply(x, lora_a, lora_b, bias, w, out_dtype, scale, dropout_p, seed, backend)
+    return _forward(x, w, lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)[0]

@@ -9,7 +9,7 @@ import triton.language as tl
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
-from fastlora.kernels.forward import dense_buffer
+from fastlora.kernels.forward import buffered
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, dropout_arguments, grouped, keep
@@ -156,10 +156,15 @@ def backward(
             da = lora.gradient_a(du, x, dropout, lora_a.dtype)
     dx = None
     if need_dx:
-        # Dropout masks the LoRA term between its product and the sum, which `gemm` has no step for.
-        buffer = None if dropout is not None and du is not None else dense_buffer(dy, w)
-        if buffer is None:
+        dense, persistent = buffered(dy, w)
+        a = None if lora_a is None else lora_a.to(dy.dtype)
+        if dense is None:
             dx = input_gradient(dy, w, du, lora_a, dropout)
+        elif persistent and (dropout is None or du is None):
+            dx = gemm(dy, dense, du, a, transposed=False)
+        elif du is None or a is None:
+            dx = dy @ dense
         else:
-            dx = gemm(dy, buffer, du, None if lora_a is None else lora_a.to(dy.dtype), transposed=False)
+            dx = du @ a
+            dx = (dropout.apply(dx) if dropout else dx).addmm_(dy, dense)
     return dx, da, db

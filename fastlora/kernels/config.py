@@ -151,13 +151,27 @@ def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksiz
     return fit(64, 64, 64, 4, 4)
 
 
-_BUFFER_ROWS = 512
-"""From this many rows on, a buffer for the dense weight costs less than decoding each tile of it again and again."""
+_LONG = 2**36
+"""Multiplications from which on `buffer_gemm` gains more GPU time than its launch costs the host."""
 
 
-def uses_buffer(m: int, dtype: torch.dtype, device: Device) -> bool:
-    """Whether a packed weight is decoded once into a buffer, for `buffer_gemm`, instead of inside the product."""
-    return m >= _BUFFER_ROWS and dtype != torch.float32 and device.capability >= (9, 0)
+def form(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How a product with a packed weight is computed.
+
+    "persistent": decoded into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product;
+    "decode": tiles are decoded inside the product, the only form for float32 and for the interpreter.
+    """
+    if dtype == torch.float32 or device.type != "cuda":
+        return "decode"
+    return "persistent" if m * n * k >= _LONG and Device.of(device).capability >= (9, 0) else "library"
+
+
+def epilogue(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
+    """Tiles of the pass that adds the LoRA term to float32 sums and rounds them."""
+    block_r = power_of_two(r, _MIN_DOT, 32 if dtype == torch.float32 else 64)
+    config = TileConfig(16 if m <= 16 else 64, 128, 16, block_r, num_warps=4, num_stages=1)
+    stage = (config.block_m + config.block_n) * block_r * 4
+    return _fit(config, config.block_m * config.block_n, stage, device)
 
 
 def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Device) -> TileConfig:
@@ -197,6 +211,8 @@ def one_pass(r: int, dtype: torch.dtype, device: Device) -> TileConfig | None:
     another read of dy, and du and dB must fit in the registers together.
     """
     config = TileConfig(64 if dtype == torch.float32 else 128, 64, 16, power_of_two(r, _MIN_DOT, 1024), num_stages=2)
+    if device.capability >= (9, 0):  # measured on an H200: 91 us, where two kernels take 43
+        return None
     if config.block_r > 128 or 2 * 4 * r > config.block_m * dtype.itemsize:
         return None
     stage = (config.block_m * config.block_n) * dtype.itemsize + config.block_n * config.block_r * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -10,6 +11,7 @@ from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
 from fastlora.kernels.dequantize import dequantize
+from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, unaligned
 from fastlora.kernels.launch import on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, grouped
@@ -114,14 +116,15 @@ def linear(
     return y
 
 
-def dense_buffer(x: torch.Tensor, w: Weight) -> torch.Tensor | None:
-    """The base weight for `gemm`, in a transient buffer if it is packed; None where a product that decodes runs."""
-    if not config.uses_buffer(x.shape[0], x.dtype, config.Device.of(x.device)):
-        return None
-    if w.shape[0] * x.element_size() % 16 or w.shape[1] * x.element_size() % 16:
-        return None
-    dense = dequantize(w, x.dtype) if isinstance(w, NF4Weight) else w
-    return None if unaligned(x, dense) else dense
+def buffered(x: torch.Tensor, w: Weight) -> tuple[torch.Tensor | None, bool]:
+    """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
+    rather than a library; no matrix where tiles are decoded inside the product."""
+    (m, _), (n, k) = x.shape, w.shape
+    form = config.form(m, n, k, x.dtype, x.device)
+    if form == "decode":
+        return None, False
+    dense = dequantize(w, x.dtype) if isinstance(w, NF4Weight) else w.to(x.dtype)
+    return dense, form == "persistent" and (n | k) * x.element_size() % 16 == 0 and not unaligned(x, dense)
 
 
 def forward(
@@ -139,12 +142,22 @@ def forward(
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
     check_dtype(x.dtype)
+    dense, persistent = buffered(x, w)
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
-        if (buffer := dense_buffer(x, w)) is not None:
-            y = gemm(x, buffer, None, None, bias, transposed=True, out_dtype=out_dtype)
-            return y, x.new_empty(x.shape[0], 0)
-        return linear(x, w, None, None, bias, out_dtype), x.new_empty(x.shape[0], 0)
+        u = x.new_empty(x.shape[0], 0)
+        if dense is None:
+            return linear(x, w, None, None, bias, out_dtype), u
+        if persistent:
+            return gemm(x, dense, None, None, bias, transposed=True, out_dtype=out_dtype), u
+        if out_dtype == torch.float32:
+            y = torch.mm(x, dense.T, out_dtype=torch.float32)
+            return (y if bias is None else y.add_(bias)), u
+        return F.linear(x, dense, None if bias is None else bias.to(x.dtype)), u
+    if dense is not None and not persistent:
+        u = lora.project_x(x, lora_a, scale, dropout)[0] if dropout else x @ lora_a.to(x.dtype).T
+        sums = torch.mm(x, dense.T, out_dtype=torch.float32)
+        return finish(sums, u, lora_b, bias, scale, out_dtype or x.dtype), u
     u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
-    if (buffer := dense_buffer(x, w)) is not None:
-        return gemm(x, buffer, scaled_u, lora_b.to(x.dtype), bias, transposed=True, out_dtype=out_dtype), u
-    return linear(x, w, scaled_u, lora_b, bias, out_dtype), u
+    if dense is None:
+        return linear(x, w, scaled_u, lora_b, bias, out_dtype), u
+    return gemm(x, dense, scaled_u, lora_b.to(x.dtype), bias, transposed=True, out_dtype=out_dtype), u
