@@ -37,14 +37,33 @@ def lora_linear(
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
     backend cannot run.
     """
+    kind = w.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    return _lora_linear(x, w, lora_a, lora_b, bias, scale, dropout_p, out_dtype, backend)
+
+
+def _lora_linear(
+    x: torch.Tensor,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float | torch.Tensor,
+    dropout_p: float,
+    out_dtype: torch.dtype | None,
+    backend: str,
+) -> torch.Tensor:
+    """`lora_linear` for an x that has the type to compute in."""
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"the last dimension of x must be in_features = {k}, got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating-point, got {x.dtype}")
+    device = w.device
     for name, t in (("x", x), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
-        if t is not None and t.device != w.device:
-            raise ValueError(f"{name} is on {t.device}, the base weight on {w.device}")
+        if t is not None and t.device != device:
+            raise ValueError(f"{name} is on {t.device}, the base weight on {device}")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("give both lora_a and lora_b, or neither")
     factor = 1.0
@@ -66,8 +85,6 @@ def lora_linear(
         raise ValueError(f"bias must have shape ({n},), got {tuple(bias.shape)}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     seed = draw_seed(x.device) if dropout_p > 0 and lora_a is not None else None
     if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
         raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
@@ -180,24 +197,22 @@ def base_weight(base: nn.Module) -> Weight:
     return weight if state is None else NF4Weight.from_bitsandbytes(weight, state)
 
 
-def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, backend: str) -> torch.Tensor:
-    """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling).
+def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
+    """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling), on the
+    `base_weight` of its base layer.
 
     bitsandbytes computes in the layer's ``compute_dtype`` and returns the type of x, in or out of autocast; every
     other base computes as ``nn.Linear`` does.
     """
     base, dropout = layer.base_layer, layer.lora_dropout[adapter]
-    weight = base_weight(base)
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-    lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    rest = {"scale": layer.scaling[adapter], "dropout_p": p, "backend": backend}
+    lora_a, lora_b, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
     if isinstance(weight, torch.Tensor) or isinstance(base, NF4Linear):
-        return lora_linear(x, weight, lora_a, lora_b, base.bias, **rest)
+        return lora_linear(x, weight, lora_a, lora_b, base.bias, scale=scale, dropout_p=p, backend=backend)
     compute_dtype = getattr(base, "compute_dtype", None) or x.dtype
     wide = x.dtype if x.dtype.itemsize > compute_dtype.itemsize else None
-    with torch.autocast(x.device.type, enabled=False):
-        y = lora_linear(x.to(compute_dtype), weight, lora_a, lora_b, base.bias, out_dtype=wide, **rest)
-        return y.to(x.dtype)
+    y = _lora_linear(x.to(compute_dtype), weight, lora_a, lora_b, base.bias, scale, p, wide, backend)
+    return y.to(x.dtype)
 
 
 class FastLoRALinear(nn.Module):
@@ -298,7 +313,7 @@ class FastLoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y (..., N) of x (..., K)."""
-        return adapter_forward(self, x, self.adapter, self.backend)
+        return adapter_forward(self, x, self.adapter, base_weight(self.base_layer), self.backend)
 
     @classmethod
     def from_linear(

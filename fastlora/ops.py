@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
 _N_WEIGHT = 10
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)  # what it costs to ask is felt by small layers
 def _chosen(backend: str, *problem: Any) -> str:
     return backends.select(Problem(*problem), backend).name
 
@@ -77,11 +78,21 @@ def _select(x: torch.Tensor, w: Weight, r: int, direction: str, backend: str) ->
     return backends.BACKENDS[name]
 
 
-def _without_autocast(device_type: str) -> Any:
+@contextlib.contextmanager
+def _no_autocast(device_type: str) -> Iterator[None]:
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled(device_type, True)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     # The caller has chosen the type to compute in; autocast must not choose again for the products inside.
-    if torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _no_autocast(device_type) if torch.is_autocast_enabled(device_type) else _NOTHING
 
 
 def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, columns: int) -> None:
@@ -305,7 +316,7 @@ class _Eager(torch.autograd.Function):
         return dx, da, db, dbias, None, None, None, None, None, None
 
 
-def _must_dispatch(x: torch.Tensor) -> bool:
+def must_dispatch(x: torch.Tensor) -> bool:
     """Whether somebody is to see the operator itself: a compiler, a dispatch mode, a transform, a tensor subclass."""
     return (
         torch.compiler.is_compiling()
@@ -328,7 +339,7 @@ def lora_linear(
     backend: str,
 ) -> torch.Tensor:
     """y (M, N) for arguments that `fastlora.linear.lora_linear` has checked; x is a matrix (M, K)."""
-    if _must_dispatch(x):
+    if must_dispatch(x):
         args = (x, *weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
         return torch.ops.fastlora.lora_linear(*args)[0]
     if torch.is_grad_enabled():

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import backends
+from fastlora import backends, ops
 from fastlora.backends import Problem
 from fastlora.linear import adapter_forward, base_weight
-from fastlora.nf4 import NF4Weight
+from fastlora.nf4 import NF4Weight, Weight
 
 try:
     from peft.tuners import lora
@@ -33,68 +33,88 @@ _REPORTED_TOKENS = 2048
 
 def _intact(module: nn.Module) -> str | None:
     """None when calling ``module`` does nothing but its class's forward; else what would be missed."""
-    if "forward" in module.__dict__:
+    state = module.__dict__
+    if "forward" in state:
         return "its forward is replaced on the instance"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if any(state[hooks] for hooks in _HOOKS):
         return "it has hooks"
     return None
 
 
-def _base_reason(layer: Any) -> str | None:
-    """Why the base layer cannot be read by the fused operator, or None."""
-    base = layer.base_layer
-    if getattr(layer, "fan_in_fan_out", False):
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PLAIN = (torch.Tensor, nn.Parameter)
+
+
+def _base_reason(layer: Any, base: Any, weight: Weight) -> str | None:
+    """Why the base layer cannot be computed by the fused operator, or None."""
+    if layer.fan_in_fan_out:
         return "the base layer stores its weight as (in_features, out_features)"
-    if type(base) is not nn.Linear and not hasattr(base, "quant_state") and not hasattr(base.weight, "quant_state"):
-        return f"the base layer is a {type(base).__name__}"
-    if reason := _intact(base):
-        return f"base layer: {reason}"
-    try:
-        weight = base_weight(base)
-    except ValueError as error:
-        return str(error)
     if isinstance(weight, torch.Tensor):
-        if type(weight) not in (torch.Tensor, nn.Parameter):
+        if type(base) is not nn.Linear:
+            return f"the base layer is a {type(base).__name__}"
+        if type(weight) not in _PLAIN:
             return f"the base weight is a {type(weight).__name__}"
         if weight.requires_grad:
             return "the base weight is trained"
         if weight.dim() != 2 or not weight.is_floating_point():
             return f"the base weight is {weight.dtype} of shape {tuple(weight.shape)}"
-    return None
+    return f"base layer: {reason}" if (reason := _intact(base)) else None
 
 
-def _adapter_reason(layer: Any, adapter: str) -> str | None:
+def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     """Why ``adapter`` is not plain LoRA on plain linear layers, or None."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} uses {type(layer.lora_variant[adapter]).__name__}"
     if layer.lora_bias[adapter]:
         return f"adapter {adapter!r} has a bias on lora_B"
-    for name, parts in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-        part = parts[adapter]
+    for name in ("lora_A", "lora_B"):
+        part = modules[name]._modules[adapter]
         if type(part) is not nn.Linear:
             return f"{name} is a {type(part).__name__}"
-        if type(part.weight) not in (torch.Tensor, nn.Parameter):
-            return f"{name} is sharded or wrapped ({type(part.weight).__name__})"
-        if getattr(part.weight, "ds_id", None) is not None:
+        weight = part.weight
+        if type(weight) not in _PLAIN:
+            return f"{name} is sharded or wrapped ({type(weight).__name__})"
+        if hasattr(weight, "ds_id"):
             return f"{name} is partitioned by DeepSpeed"
         if reason := _intact(part):
             return f"{name}: {reason}"
-    dropout = layer.lora_dropout[adapter]
+    dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in (nn.Identity, nn.Dropout):
         return f"lora_dropout is a {type(dropout).__name__}"
     return f"lora_dropout: {reason}" if (reason := _intact(dropout)) else None
 
 
 def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    present = layer._modules["lora_A"]._modules
+    return [name for name in layer.active_adapters if name in present]
 
 
-def _state_reason(layer: Any) -> str | None:
-    """Why PEFT's forward runs at the moment, or None when the fused operator does."""
-    active = _active(layer)
+def _situation(layer: Any) -> str | tuple[str, Weight]:
+    """The adapter and the base weight for the fused operator, or why PEFT's forward runs at the moment."""
+    active, modules = _active(layer), layer._modules
     if len(active) != 1:
         return f"{len(active)} adapters are active" if active else "no adapter is active"
-    return _base_reason(layer) or _adapter_reason(layer, active[0])
+    base = modules["base_layer"]
+    try:
+        weight = _base_weight(layer, base)
+    except (ValueError, AttributeError) as error:
+        return str(error)
+    reason = _base_reason(layer, base, weight) or _adapter_reason(layer, modules, active[0])
+    return reason or (active[0], weight)
+
+
+def _base_weight(layer: Any, base: Any) -> Weight:
+    """`base_weight`, kept on the layer for as long as the base layer holds the same bytes and statistics."""
+    packed = base.weight
+    state = getattr(packed, "quant_state", None)
+    if state is None or ops.must_dispatch(packed.data):
+        return base_weight(base)
+    key = (packed.data_ptr(), id(state), id(state.absmax))
+    known = layer.__dict__.get("fastlora_weight")
+    if known is None or known[0] != key:
+        # The statistics are kept alive with their ids, so that no other object can come to have them.
+        known = layer.__dict__["fastlora_weight"] = (key, base_weight(base), state, state.absmax)
+    return known[1]
 
 
 class _Fused:
@@ -105,10 +125,14 @@ class _Fused:
     fastlora_backend: str = "auto"
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        extra = bool(args) or any(value is not None for value in kwargs.values())
-        if extra or self.disable_adapters or self.merged or not x.is_floating_point() or _state_reason(self):
-            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        return adapter_forward(self, x, _active(self)[0], self.fastlora_backend)
+        if not (args or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
+            situation = _situation(self) if all(value is None for value in kwargs.values()) else ""
+            if not isinstance(situation, str):
+                return adapter_forward(self, x, *situation, self.fastlora_backend)
+        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "fastlora_weight"}
 
 
 class FastLinear(_Fused, lora.Linear):
@@ -220,7 +244,8 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
     reports, fused = [], []
     for name, layer in layers:
         convertible = type(layer) in FUSED or isinstance(layer, _Fused)
-        reason = _state_reason(layer) if convertible else f"{type(layer).__name__} layers are not linear LoRA layers"
+        situation = _situation(layer) if convertible else f"{type(layer).__name__} layers are not linear LoRA layers"
+        reason = situation if isinstance(situation, str) else None
         reports.append(_report(name, layer, backend, reason))
         if convertible:
             fused.append(layer)
@@ -244,6 +269,7 @@ def restore(model: nn.Module) -> int:
         if isinstance(layer, _Fused):
             layer.__class__ = layer.stock
             layer.__dict__.pop("fastlora_backend", None)
+            layer.__dict__.pop("fastlora_weight", None)
             if layer.__dict__.pop("fastlora_repack", False):
                 layer.base_layer.support_avx512bf16_for_cpu = True  # type: ignore[attr-defined]
             count += 1

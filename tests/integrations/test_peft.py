@@ -47,9 +47,9 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     real = fastlora.integrations.peft.adapter_forward
 
-    def spy(layer: Any, x: torch.Tensor, adapter: str, backend: str) -> torch.Tensor:
+    def spy(layer: Any, x: torch.Tensor, adapter: str, *rest: Any) -> torch.Tensor:
         calls.append(adapter)
-        return real(layer, x, adapter, backend)
+        return real(layer, x, adapter, *rest)
 
     monkeypatch.setattr(fastlora.integrations.peft, "adapter_forward", spy)
     return calls
