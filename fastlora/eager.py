@@ -6,16 +6,24 @@ term is rounded on the way, where adding it last would round the whole output tw
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
 from fastlora.dropout import Dropout
 
 
+@functools.cache
+def _ignored(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What ``addmm`` is given to multiply by beta = 0."""
+    return torch.zeros((), dtype=dtype, device=device)
+
+
 def _mm(a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
     """scale * (a b) in ``dtype``, from an accumulator that is rounded once where PyTorch offers that."""
     if dtype == a.dtype:
-        return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+        return torch.addmm(_ignored(dtype, a.device), a, b, beta=0, alpha=scale)
     if dtype == torch.float32 and a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32).mul_(scale)
     return torch.mm(a, b).to(dtype).mul_(scale)

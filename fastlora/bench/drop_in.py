@@ -23,6 +23,8 @@ from fastlora.bench import record, timing
 from fastlora.bench.record import Row
 from fastlora.linear import base_weight
 
+LAYERS = 8
+"""Layers in a row for the timing, as in a model, where a backward pass is handed to another thread once."""
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (576, 576), (1536, 576))
 TOKENS = (1, 16, 64, 256, 1024, 2048, 8192)
 
@@ -131,24 +133,35 @@ def _truth_grads(dy: torch.Tensor, x: Any, u: Any, w: Any, a: Any, b: Any, layer
 
 
 def speed(device: torch.device, r: int = 16, rounds: int = 9) -> list[Row]:
-    """Forward and backward with launches, PEFT against fused, in each usual set-up; the ratio must be at least 1."""
+    """Forward and backward with launches through a row of layers that alternate between (N, K) and (K, N), PEFT
+    against fused, in each usual set-up; the ratio must be at least 1. Times are per layer."""
     rows = []
     setups = (SETUPS[0], SETUPS[1], SETUPS[4], SETUPS[5])
     for (n, k), setup in itertools.product(SHAPES, setups):
         torch.manual_seed(0)
-        layer = peft_layer(n, k, r, setup.compute, setup.adapter, device)
-        fused = _fused(layer)
+        shapes = ((n, k), (k, n)) * (LAYERS // 2)
+        layers = [peft_layer(*shape, r, setup.compute, setup.adapter, device) for shape in shapes]
+        rivals = {"peft": layers, "fastlora": [_fused(layer) for layer in layers]}
+        leaves = [layer.lora_A["default"].weight for layer in layers]
+        leaves += [layer.lora_B["default"].weight for layer in layers]
+
+        def step(layers: list[Any], x: torch.Tensor, leaves: list[Any] = leaves, setup: Setup = setup) -> None:
+            with torch.autocast(x.device.type, BF16, enabled=setup.autocast):
+                y = x
+                for layer in layers:
+                    y = layer(y)
+            torch.autograd.grad(y, (x, *leaves), x.to(y.dtype))
+
         for m in TOKENS:
             x = torch.randn(m, k, device=device, dtype=setup.x, requires_grad=True)
-            dy = torch.randn(m, n, device=device, dtype=setup.x)
             variants: dict[str, timing.Call] = {
-                "peft": lambda _, x=x, dy=dy: _grads(layer, x, dy, setup.autocast),  # type: ignore[misc]  # noqa: B023
-                "fastlora": lambda _, x=x, dy=dy: _grads(fused, x, dy, setup.autocast),  # type: ignore[misc]  # noqa: B023
+                name: lambda _, rival=rival, x=x, step=step: step(rival, x)  # type: ignore[misc]
+                for name, rival in rivals.items()
             }
-            times = timing.measure(variants, device, rounds=rounds, budget_ms=6)
+            times = timing.measure(variants, device, rounds=rounds, budget_ms=20)
             case = f"{n} x {k}, M = {m}, {setup}"
-            rows.append(Row(case, "fwd+bwd us, PEFT", times["peft"].p50))
-            rows.append(Row(case, "fwd+bwd us", times["fastlora"].p50))
+            rows.append(Row(case, "fwd+bwd us, PEFT", times["peft"].p50 / LAYERS))
+            rows.append(Row(case, "fwd+bwd us", times["fastlora"].p50 / LAYERS))
             rows.append(Row(case, "speed-up over PEFT", times["peft"].p50 / times["fastlora"].p50, 1.0, at_least=True))
     return rows
 

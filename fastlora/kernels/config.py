@@ -125,6 +125,7 @@ def _lookup_bytes(k: int, blocksize: int | None, block_k: int) -> float:
     return 9 if k % 2 == 0 else 14
 
 
+@functools.lru_cache(maxsize=1024)
 def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksize: int | None = None) -> TileConfig:
     """Tiles of y = x W^T and of dx = dy W with the LoRA term inside. ``blocksize`` is None for a dense weight.
 
@@ -166,6 +167,7 @@ def form(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> st
     return "persistent" if m * n * k >= _LONG and Device.of(device).capability >= (9, 0) else "library"
 
 
+@functools.lru_cache(maxsize=1024)
 def epilogue(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     """Tiles of the pass that adds the LoRA term to float32 sums and rounds them."""
     block_r = power_of_two(r, _MIN_DOT, 32 if dtype == torch.float32 else 64)
@@ -174,6 +176,7 @@ def epilogue(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     return _fit(config, config.block_m * config.block_n, stage, device)
 
 
+@functools.lru_cache(maxsize=1024)
 def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Device) -> TileConfig:
     """Tiles of the persistent product of a dense weight. Measured on an H200: see docs/performance.md."""
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
@@ -186,6 +189,7 @@ def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Devi
     return _fit(config, config.block_m * config.block_n, stage, budget)
 
 
+@functools.lru_cache(maxsize=1024)
 def project(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     """Tiles of the narrow products u = x A^T and du = dy B; the reduced side is ``block_k``."""
     block_r = power_of_two(r, _MIN_DOT, 64 if dtype == torch.float32 else 128)
@@ -196,6 +200,7 @@ def project(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     return _fit(config, config.block_m * block_r, stage, device)
 
 
+@functools.lru_cache(maxsize=1024)
 def gradient(r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     """Tiles of dA and dB: ``block_n`` of the wide side times ``block_r``, reduced over ``block_m`` rows."""
     small = dtype == torch.float32
@@ -204,6 +209,7 @@ def gradient(r: int, dtype: torch.dtype, device: Device) -> TileConfig:
     return _fit(config, config.block_n * config.block_r, stage, device)
 
 
+@functools.lru_cache(maxsize=1024)
 def one_pass(r: int, dtype: torch.dtype, device: Device) -> TileConfig | None:
     """Tiles of the kernel that makes du and dB from one read of dy; None where two kernels move fewer bytes.
 
