@@ -63,8 +63,49 @@ def test_rejects_what_is_not_finite(triple: Triple, value: float) -> None:
 
 def test_rejects_a_scaled_result(triple: Triple) -> None:
     actual, plain, truth = triple
+    units = 40 if actual.dtype == torch.float32 else 6
     with pytest.raises(AssertionError, match="too large"):
-        assert_close((actual.double() * (1 + 6 * torch.finfo(actual.dtype).eps)).to(actual.dtype), plain, truth)
+        assert_close((actual.double() * (1 + units * torch.finfo(actual.dtype).eps)).to(actual.dtype), plain, truth)
+
+
+def test_accepts_one_float32_accumulator_per_element() -> None:
+    """Rounded after each of 4096 terms, beside a sum that is rounded once."""
+    x, w = torch.randn(32, 4096), torch.randn(48, 4096)
+    truth = x.double() @ w.double().T
+    actual = torch.zeros(32, 48)
+    for k in range(4096):
+        actual += x[:, k, None] * w[None, :, k]
+    assert (actual - truth).norm() > 5 * torch.finfo(torch.float32).eps * truth.norm()
+    assert_close(actual, truth.float(), truth)
+
+
+def _tf32(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to the 10 bits of mantissa of TF32, ties away from zero."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("k", [16, 129, 4096])
+@pytest.mark.parametrize("half", ["x", "w", "both"])
+def test_rejects_a_tf32_product_in_float32(half: str, k: int) -> None:
+    x, w = torch.randn(33, k), torch.randn(65, k)
+    truth = x.double() @ w.double().T
+    actual = (_tf32(x) if half != "w" else x) @ (_tf32(w) if half != "x" else w).T
+    with pytest.raises(AssertionError, match=r"(?s)largest error .*too large.*Frobenius error .*too large"):
+        assert_close(actual, x @ w.T, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_types_get_one_rounding_and_no_more(dtype: torch.dtype) -> None:
+    plain, eps = (torch.rand(40, 40) + 1).to(dtype), torch.finfo(dtype).eps
+    truth = plain.double()
+    few, every, one = truth.clone(), truth + eps, truth.clone()
+    few[:10] += eps
+    one[0, 0] += 3 * eps
+    assert_close(few.to(dtype), plain, truth)
+    with pytest.raises(AssertionError, match=r"Frobenius error .*too large"):
+        assert_close(every.to(dtype), plain, truth)
+    with pytest.raises(AssertionError, match=r"largest error .*too large"):
+        assert_close(one.to(dtype), plain, truth)
 
 
 def test_rejects_a_small_error_everywhere_by_its_norm() -> None:
