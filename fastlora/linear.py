@@ -37,24 +37,6 @@ def lora_linear(
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
     backend cannot run.
     """
-    kind = w.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
-    return _lora_linear(x, w, lora_a, lora_b, bias, scale, dropout_p, out_dtype, backend)
-
-
-def _lora_linear(
-    x: torch.Tensor,
-    w: Weight,
-    lora_a: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    scale: float | torch.Tensor,
-    dropout_p: float,
-    out_dtype: torch.dtype | None,
-    backend: str,
-) -> torch.Tensor:
-    """`lora_linear` for an x that has the type to compute in."""
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"the last dimension of x must be in_features = {k}, got shape {tuple(x.shape)}")
@@ -66,7 +48,6 @@ def _lora_linear(
             raise ValueError(f"{name} is on {t.device}, the base weight on {device}")
     if (lora_a is None) != (lora_b is None):
         raise ValueError("give both lora_a and lora_b, or neither")
-    factor = 1.0
     if lora_a is not None and lora_b is not None:
         r = lora_a.shape[0]
         if tuple(lora_a.shape) != (r, k) or tuple(lora_b.shape) != (n, r):
@@ -74,6 +55,38 @@ def _lora_linear(
                 f"for a base weight ({n}, {k}) the adapters must be lora_a (R, {k}) and lora_b ({n}, R); "
                 f"got {tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
             )
+    if bias is not None and tuple(bias.shape) != (n,):
+        raise ValueError(f"bias must have shape ({n},), got {tuple(bias.shape)}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
+    x = _autocast(x)
+    if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
+        raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
+    return _run(x, w, lora_a, lora_b, bias, scale, dropout_p, out_dtype, backend)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the type that autocast wants a linear layer to compute in."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _run(
+    x: torch.Tensor,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float | torch.Tensor,
+    dropout_p: float,
+    out_dtype: torch.dtype | None,
+    backend: str,
+) -> torch.Tensor:
+    """`lora_linear` of arguments known to fit, in the type of x."""
+    factor = 1.0
+    if lora_a is not None and lora_b is not None:
         if isinstance(scale, torch.Tensor) or torch.compiler.is_compiling():
             # A tensor may live on the device and change between replays of a graph, and a number that reaches an
             # opaque operator becomes a constant of the compiled graph: neither may cost a synchronisation or a
@@ -81,13 +94,10 @@ def _lora_linear(
             lora_b = lora_b * scale
         else:
             factor = scale
-    if bias is not None and tuple(bias.shape) != (n,):
-        raise ValueError(f"bias must have shape ({n},), got {tuple(bias.shape)}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     seed = draw_seed(x.device) if dropout_p > 0 and lora_a is not None else None
-    if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
-        raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
+    if x.dim() == 2:
+        return ops.lora_linear(x, w, lora_a, lora_b, bias, out_dtype, factor, dropout_p, seed, backend)
+    n, k = w.shape
     y = ops.lora_linear(x.reshape(-1, k), w, lora_a, lora_b, bias, out_dtype, factor, dropout_p, seed, backend)
     return y.view(*x.shape[:-1], n)
 
@@ -204,15 +214,20 @@ def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, b
     bitsandbytes computes in the layer's ``compute_dtype`` and returns the type of x, in or out of autocast; every
     other base computes as ``nn.Linear`` does.
     """
-    base, dropout = layer.base_layer, layer.lora_dropout[adapter]
+    modules = layer._modules  # as every attribute of a module, but without its search
+    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
+    lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-    lora_a, lora_b, scale = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, layer.scaling[adapter]
+    bias, scale, dtype = base.bias, layer.scaling[adapter], x.dtype
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return lora_linear(x, weight, lora_a, lora_b, bias)  # says what is wrong
     if isinstance(weight, torch.Tensor) or isinstance(base, NF4Linear):
-        return lora_linear(x, weight, lora_a, lora_b, base.bias, scale=scale, dropout_p=p, backend=backend)
-    compute_dtype = getattr(base, "compute_dtype", None) or x.dtype
-    wide = x.dtype if x.dtype.itemsize > compute_dtype.itemsize else None
-    y = _lora_linear(x.to(compute_dtype), weight, lora_a, lora_b, base.bias, scale, p, wide, backend)
-    return y.to(x.dtype)
+        return _run(_autocast(x), weight, lora_a, lora_b, bias, scale, p, None, backend)
+    compute_dtype = getattr(base, "compute_dtype", None) or dtype
+    if compute_dtype == dtype:
+        return _run(x, weight, lora_a, lora_b, bias, scale, p, None, backend)
+    wide = dtype if dtype.itemsize > compute_dtype.itemsize else None
+    return _run(x.to(compute_dtype), weight, lora_a, lora_b, bias, scale, p, wide, backend).to(dtype)
 
 
 class FastLoRALinear(nn.Module):

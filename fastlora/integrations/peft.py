@@ -36,12 +36,16 @@ def _intact(module: nn.Module) -> str | None:
     state = module.__dict__
     if "forward" in state:
         return "its forward is replaced on the instance"
-    if any(state[hooks] for hooks in _HOOKS):
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return "it has hooks"
     return None
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 

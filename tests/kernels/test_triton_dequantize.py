@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from typing import Any
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
 from fastlora import kernels
+from fastlora.kernels import config
 from fastlora.nf4 import BLOCKSIZES, NF4Weight
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -36,6 +41,123 @@ def test_more_blocks_than_one_group_of_nested_statistics(kernel_device: str) -> 
     w = NF4Weight.quantize(torch.randn(70, 32 * 9), blocksize=32).to(kernel_device)
     assert w.absmax_scale.numel() > 2
     assert torch.equal(kernels.dequantize(w, torch.float32), w.dequantize(torch.float32))
+
+
+def allow_only(monkeypatch: pytest.MonkeyPatch, *, words: bool) -> None:
+    """Make the other of the two kernels fail: whole 32-bit words, or bytes in any number and at any address."""
+
+    class Forbidden:
+        def __getitem__(self, grid: Any) -> Any:
+            raise AssertionError("launched the other kernel")
+
+    module = sys.modules["fastlora.kernels.dequantize"]
+    monkeypatch.setattr(module, "dequantize_kernel" if words else "dequantize_words_kernel", Forbidden())
+
+
+FORMATS = pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+TYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+WORDS = pytest.mark.parametrize("words", [True, False], ids=["words", "bytes"])
+
+
+def misaligned(w: NF4Weight) -> NF4Weight:
+    """The same weight one byte into a larger buffer, as it lies in a file that was mapped."""
+    buffer = torch.full((w.w_packed.numel() + 1,), 255, dtype=torch.uint8, device=w.device)
+    buffer[1:] = w.w_packed
+    assert buffer[1:].data_ptr() % 4
+    return dataclasses.replace(w, w_packed=buffer[1:]).check()
+
+
+@TYPES
+@FORMATS
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("blocksize", [32, 64, 512, 4096])
+@WORDS
+def test_either_kernel_gives_the_same_bits(
+    words: bool, blocksize: int, quant_type: str, nested: bool, dtype: torch.dtype, kernel_device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Two full programs of words and a part of a third; rows end in the middle of blocks."""
+    n, k = 17, 8 * 61
+    assert 2 * config.dequantize_words().block_n < n * k // 8 < 3 * config.dequantize_words().block_n
+    w = NF4Weight.quantize(torch.randn(n, k) * 3, blocksize=blocksize, quant_type=quant_type, nested=nested)
+    w = w.to(kernel_device)
+    allow_only(monkeypatch, words=words)
+    assert torch.equal(kernels.dequantize(w if words else misaligned(w), dtype), w.dequantize(dtype))
+
+
+@TYPES
+@WORDS
+def test_every_nibble_at_every_place_of_a_word(
+    words: bool, dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = NF4Weight.quantize(torch.randn(32, 64), nested=False).to(kernel_device)
+    w.w_packed.copy_(torch.arange(1024).to(torch.uint8))
+    w.w_packed[::2] = w.w_packed[::2].flip(0)
+    w = dataclasses.replace(w, absmax=torch.arange(1.0, 33.0, device=kernel_device))
+    allow_only(monkeypatch, words=words)
+    assert torch.equal(kernels.dequantize(w if words else misaligned(w), dtype), w.dequantize(dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1), (2, 4), (24, 7), (3, 8 * 4096), (1, 8 * 512), (1, 8 * 513)], ids=str)
+def test_whole_words_of_any_shape(
+    shape: tuple[int, int], nested: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = NF4Weight.quantize(torch.randn(shape), nested=nested).to(kernel_device)
+    allow_only(monkeypatch, words=True)
+    for dtype in DTYPES:
+        assert torch.equal(kernels.dequantize(w, dtype), w.dequantize(dtype))
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", [(1, 7), (9, 1), (3, 12), (5, 20), (33, 65), (1, 8 * 512 + 4)], ids=str)
+def test_sizes_that_end_within_a_word(
+    shape: tuple[int, int], nested: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = NF4Weight.quantize(torch.randn(shape), nested=nested).to(kernel_device)
+    allow_only(monkeypatch, words=False)
+    for dtype in DTYPES:
+        assert torch.equal(kernels.dequantize(w, dtype), w.dequantize(dtype))
+
+
+def test_seven_nibbles_do_not_make_a_word(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their four bytes do; an eighth value would be written beyond the end."""
+    w = NF4Weight.quantize(torch.randn(1, 7), nested=False).to(kernel_device)
+    assert w.w_packed.numel() == 4
+    allow_only(monkeypatch, words=False)
+    buffer = torch.full((8,), 7.0, device=kernel_device)
+    kernels.dequantize(w, torch.float32, buffer[:7].view(1, 7))
+    assert torch.equal(buffer[:7].view(1, 7), w.dequantize(torch.float32))
+    assert buffer[7] == 7.0
+
+
+@TYPES
+@pytest.mark.parametrize("shape", [(20, 40), (5, 8 * 513)], ids=str)
+def test_out_is_written_by_words_and_nothing_beside_it(
+    shape: tuple[int, int], dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a larger buffer are contiguous at any address, and the store may not assume one."""
+    w = NF4Weight.quantize(torch.randn(shape)).to(kernel_device)
+    allow_only(monkeypatch, words=True)
+    for start in (0, 1, 8):
+        buffer = torch.full((start + w.numel() + 9,), 7.0, dtype=dtype, device=kernel_device)
+        out = buffer[start : start + w.numel()].view(shape)
+        assert kernels.dequantize(w, dtype, out) is out
+        assert torch.equal(out, w.dequantize(dtype))
+        out.fill_(7.0)
+        assert (buffer == 7.0).all()
+
+
+@TYPES
+def test_out_with_rows_apart(dtype: torch.dtype, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = NF4Weight.quantize(torch.randn(16, 72)).to(kernel_device)
+    allow_only(monkeypatch, words=False)
+    buffer = torch.full((18, 90), 7.0, dtype=dtype, device=kernel_device)
+    out = buffer[1:17, 8:80]
+    assert kernels.dequantize(w, dtype, out) is out
+    assert torch.equal(out, w.dequantize(dtype))
+    out.fill_(7.0)
+    assert (buffer == 7.0).all()
 
 
 def test_out_is_written_in_place_and_nothing_beside_it(kernel_device: str) -> None:
