@@ -69,3 +69,10 @@ CASES = SMALL + LARGE if HAS_CUDA else SMALL
 def check(problem: Problem, needs: tuple[bool, bool, bool] = (True, True, True)) -> Results:
     """Hold the kernels to the tolerance policy on y, u and every gradient asked for; returns their results."""
     return tolerance.check(problem, kernels.forward, kernels.backward, needs)
+
+
+def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left right in ``dtype``; in float32 of 16-bit matrices, by the accumulators of the same hardware."""
+    if left.is_cuda and left.dtype.itemsize == 2 and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return left.to(dtype) @ right.to(dtype)

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from grids import HAS_CUDA
+from grids import HAS_CUDA, product
 from tolerance import assert_close
 
 from fastlora.kernels import config
@@ -52,20 +52,14 @@ class Operands:
     def hold(self, actual: torch.Tensor) -> None:
         """Judge ``actual`` by the tolerance policy."""
 
-        def product(dtype: torch.dtype) -> torch.Tensor:
+        def result(dtype: torch.dtype) -> torch.Tensor:
             terms = [(self.x, self.w)]
             if self.narrow is not None:
                 terms.append((self.narrow, self.adapter))
-            y = sum(_mm(left, right.T if self.transposed else right, dtype) for left, right in terms)
+            y = sum(product(left, right.T if self.transposed else right, dtype) for left, right in terms)
             return y if self.bias is None else y + self.bias.to(dtype)
 
-        assert_close(actual, product(actual.dtype), product(torch.float64))
-
-
-def _mm(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if left.is_cuda and dtype == torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)  # in the accumulators of the same tensor cores
-    return left.to(dtype) @ right.to(dtype)
+        assert_close(actual, result(actual.dtype), result(torch.float64))
 
 
 def operands(
