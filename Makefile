@@ -4,7 +4,6 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 CONSTRAINTS := constraints.txt
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu)
 export PYTHONUNBUFFERED := 1
@@ -13,6 +12,7 @@ export PYTHONUNBUFFERED := 1
 ifneq ($(TORCH),torch==2.13.0)
 CONSTRAINTS := $(VENV)/constraints.txt
 endif
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
 .PHONY: demo test lint build clean
 

@@ -18,15 +18,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import kernels
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, launch
+from fastlora.kernels.epilogue import finish
+from fastlora.kernels.gemm import gemm
 from fastlora.nf4 import NF4Weight
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
+_POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 def specialize(fn: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -39,7 +42,11 @@ def specialize(fn: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict
         if p.is_constexpr or value is None or (type(value) is int and value == 1 and not p.do_not_specialize):
             signature[p.name], constants[p.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
-            signature[p.name], attributes[(i,)] = _POINTERS[value.dtype], [["tt.divisibility", 16]]
+            signature[p.name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[p.name] = f"tensordesc<{_POINTERS[value.base.dtype][1:]}{value.block_shape}>"
         elif isinstance(value, float):
             signature[p.name] = "fp32"
         else:
@@ -80,7 +87,7 @@ class Compiler:
         print(json.dumps(record), flush=True)
 
 
-def launches(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
+def decoding(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
     """One forward, backward and dequantization of every kind of weight, rank and range of M."""
     cases: list[tuple[int, int, int, int, str, float]] = [
         # M, N, K, R, weight, dropout
@@ -96,6 +103,7 @@ def launches(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         if kind != "dense":
             w = NF4Weight.quantize(w, nested=kind == "nested")
             kernels.dequantize(w, dtype)
+            kernels.dequantize(w, dtype, torch.empty(n, 2 * k, dtype=dtype)[:, :k])
         x, dy, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
         a, b = (torch.randn(r, k), torch.randn(n, r)) if r else (None, None)
         dropout = Dropout(p, torch.tensor([1])) if p else None
@@ -103,16 +111,40 @@ def launches(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         kernels.backward(dy, x, u, w, a, b, 0.5, dropout)
 
 
+def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
+    """The kernels beside and instead of library products, for every choice of tiles and type of result."""
+    for m, n, k, r in [(300, 512, 256, 0), (300, 512, 256, 16), (300, 520, 264, 24), (300, 512, 256, 1024)]:
+        w, dy, x = (torch.empty(shape, dtype=dtype) for shape in ((n, k), (m, n), (m, k)))
+        narrow, b, a = (torch.empty(shape, dtype=dtype) for shape in ((m, r), (n, r), (r, k)))
+        factors, bias = ((narrow, b, a) if r else (None, None, None)), torch.empty(n)
+        for out_dtype in (dtype, torch.float32):
+            compiler.case = f"buffered {m}x{n}x{k} r={r} {dtype} to {out_dtype}"
+            if compiler.device.capability >= (9, 0):
+                gemm(x, w, factors[0], factors[1], bias, transposed=True, out_dtype=out_dtype)
+            if r:
+                sums, adapter = torch.empty(m, n), b.float() if thorough else b
+                finish(sums, narrow, adapter, bias, 0.5, out_dtype)
+                finish(sums[:16], narrow[:16], b, None, 0.5, out_dtype)
+        if compiler.device.capability >= (9, 0):
+            compiler.case = f"buffered {m}x{n}x{k} r={r} {dtype}, dx"
+            gemm(dy, w, factors[0], factors[2], transposed=False)
+            if thorough:
+                gemm(x, w, factors[0], factors[1], transposed=True)
+
+
 def main(capability: str, *dtypes: str) -> None:
     major, minor = capability.split(".")
     compiler = Compiler((int(major), int(minor)))
     JITFunction.run = lambda fn, *args, **kwargs: compiler(fn, *args, **kwargs)
     config.Device.of = classmethod(lambda cls, device: compiler.device)
-    for module in ("dequantize", "forward", "backward", "lora"):
+    for module in ("dequantize", "forward", "backward", "lora", "gemm", "epilogue"):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()
     for i, name in enumerate(dtypes):
-        launches(compiler, getattr(torch, name), thorough=i == 0)
+        dtype = getattr(torch, name)
+        decoding(compiler, dtype, thorough=i == 0)
+        if dtype != torch.float32:
+            buffered(compiler, dtype, thorough=i == 0)
 
 
 if __name__ == "__main__":

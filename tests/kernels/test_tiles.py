@@ -9,7 +9,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora.kernels.config import Device, TileConfig, gemm, gradient, invalid, one_pass, project, split
+from fastlora.kernels.config import (
+    Device,
+    TileConfig,
+    buffer_gemm,
+    epilogue,
+    gemm,
+    gradient,
+    invalid,
+    one_pass,
+    project,
+    split,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = [
@@ -27,16 +38,37 @@ def test_a_choice_exists_for_every_problem(dtype: torch.dtype, device: Device) -
                     gemm(m, k, r, dtype, device, blocksize=blocksize)
             if r:
                 project(m, r, dtype, device)
+                epilogue(m, r, dtype, device)
         if r:
             gradient(r, dtype, device)
             one_pass(r, dtype, device)
+
+
+@pytest.mark.parametrize(
+    "device", [d for d in DEVICES if (9, 0) <= d.capability < (11, 0)], ids=lambda d: str(d.capability)
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_persistent_product_overlaps_loads_with_products(wide: bool, dtype: torch.dtype, device: Device) -> None:
+    for r in (0, 1, 3, 16, 33, 64, 200, 1024):
+        assert buffer_gemm(r, dtype, torch.float32 if wide else dtype, device).num_stages >= 2
+
+
+def test_one_pass_where_it_moves_fewer_bytes() -> None:
+    older, newer = Device((8, 0), 108), Device((9, 0), 132)
+    for dtype in DTYPES:
+        assert one_pass(16, dtype, older) is not None
+        assert one_pass(128, dtype, older) is None
+        assert one_pass(16, dtype, newer) is None
 
 
 def test_m_enters_by_its_range_only() -> None:
     device = Device((9, 0), 132)
     for low, high in ((1, 16), (17, 64), (65, 9999)):
         assert len({gemm(m, 4096, 16, torch.bfloat16, device, blocksize=64) for m in range(low, high + 1)}) == 1
-    assert len({project(m, 16, torch.bfloat16, device) for m in range(17, 9999)}) == 1
+    for choose in (project, epilogue):
+        assert len({choose(m, 16, torch.bfloat16, device) for m in range(1, 17)}) == 1
+        assert len({choose(m, 16, torch.bfloat16, device) for m in range(17, 9999)}) == 1
 
 
 @pytest.mark.parametrize(

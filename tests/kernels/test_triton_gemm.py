@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 from grids import HAS_CUDA, product
 from tolerance import assert_close
 
-from fastlora.kernels import config
 from fastlora.kernels.gemm import gemm, unaligned
 
 pytestmark = [
@@ -203,13 +202,3 @@ class TestUnaligned:
         assert unaligned(good, bad)
         assert unaligned(bad, good)
         assert not unaligned(good, good)
-
-
-@pytest.mark.parametrize("r", [0, 1, 16, 64, 80, 1024])
-@DTYPE
-def test_tiles_fit_every_gpu_that_has_the_accelerator(dtype: torch.dtype, r: int) -> None:
-    for capability in ((9, 0), (10, 0), (10, 3)):
-        for out_dtype in (dtype, torch.float32):
-            tiles = config.buffer_gemm(r, dtype, out_dtype, config.Device(capability, 132))
-            assert tiles.num_stages >= 2
-            assert tiles.block_r >= min(max(r, 16), 64)

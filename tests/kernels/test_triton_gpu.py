@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -12,9 +11,10 @@ pytest.importorskip("triton")
 
 from grids import DTYPES
 from tolerance import Problem, Results, assert_close, make_problem
+from triton.runtime.jit import JITFunction
 
 from fastlora import kernels
-from fastlora.kernels import backward, dequantize, forward, lora
+from fastlora.kernels import backward, config, dequantize, forward, lora
 from fastlora.nf4 import NF4Weight
 
 pytestmark = pytest.mark.gpu
@@ -26,11 +26,9 @@ def run(problem: Problem) -> Results:
 
 def compiled_variants() -> int:
     """Variants of every kernel in this process."""
-    names = ("linear_kernel", "input_gradient_kernel", "project_kernel", "du_db_kernel", "gradient_kernel")
-    modules: Any = [sys.modules[f"fastlora.kernels.{name}"] for name in ("forward", "backward", "lora", "dequantize")]
-    found = [getattr(m, name) for m in modules for name in (*names, "add_parts_kernel", "dequantize_kernel")
-             if getattr(getattr(m, name, None), "device_caches", None)]  # fmt: skip
-    return sum(len(cache[0]) for kernel in set(found) for cache in kernel.device_caches.values())
+    modules = [module for name, module in sys.modules.items() if name.startswith("fastlora.kernels.")]
+    found = {value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)}
+    return sum(len(cache[0]) for kernel in found for cache in kernel.device_caches.values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,7 +41,12 @@ def test_two_runs_give_the_same_bits(r: int, dtype: torch.dtype) -> None:
             assert torch.equal(value, first[name]), name
 
 
-def test_m_and_scale_recompile_nothing() -> None:
+@pytest.mark.parametrize("form", ["decode", "library", "persistent"])
+def test_m_and_scale_recompile_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if form == "persistent" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the tensor memory accelerator")
+    monkeypatch.setattr(config, "form", lambda *args: form)
+
     def step(m: int, scale: float) -> None:
         run(make_problem(m, 512, 1024, 16, torch.bfloat16, scale=scale, dropout_p=0.1, device="cuda"))
 
