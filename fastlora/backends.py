@@ -140,10 +140,15 @@ def _triton_unsupported(problem: Problem, machine: Machine) -> list[str]:
     return reasons
 
 
+_LARGE_OUTPUT = 2**22
+"""Elements of y whose three spared passes take as long on an H200 as the launch of a Triton kernel on its host."""
+
+
 def _triton_preferred(problem: Problem, machine: Machine) -> bool:
-    # Forward: one rounding fewer than library products at the same speed. Backward: library products were measured
-    # faster in every shape, by the host's time for a launch. See docs/performance.md.
-    return problem.device_type == "cuda" and problem.direction == "forward" and problem.dtype != torch.float32
+    # Its pass over the output saves the library products a few; a small output is not worth its longer launch.
+    # Backward, library products were measured faster in every shape. See docs/performance.md.
+    large = problem.m * problem.n >= _LARGE_OUTPUT
+    return problem.device_type == "cuda" and problem.direction == "forward" and large and problem.dtype.itemsize == 2
 
 
 def _torch_unsupported(problem: Problem, machine: Machine) -> list[str]:

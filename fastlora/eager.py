@@ -1,7 +1,8 @@
-"""The `torch` backend on a dense base weight: library matrix products, ordered so that nothing large is passed twice.
+"""The `torch` backend on a dense base weight: library matrix products, ordered so that the output is rounded once.
 
-The LoRA term (and the bias) is written first and the large product accumulates onto it (``addmm_``): only the small
-term is rounded on the way, where adding it last would round the whole output twice.
+On a CPU the LoRA term (and the bias) is written first and the large product accumulates onto it (``addmm_``): only the
+small term is rounded on the way. cuBLAS rounds a 16-bit product before it adds, so there its float32 sums are kept
+until the LoRA term is in.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def forward(
     bias = None if bias is None else bias.to(x.dtype)
     if lora_a is None or lora_b is None:
         return F.linear(x, w, bias), x.new_empty(x.shape[0], 0)
+    if x.is_cuda and x.dtype.itemsize == 2:
+        y, u = _forward_wide(x, w, lora_a, lora_b, bias, scale, dropout, torch.float32)
+        return y.to(x.dtype), u
     u = _u(x, lora_a, dropout)
     b = lora_b.to(x.dtype).T
     y = _mm(u, b, scale, x.dtype) if bias is None else torch.addmm(bias, u, b, alpha=scale)
