@@ -35,6 +35,28 @@ class TestSelect:
         assert not chosen.unsupported(problem, machine)
         assert chosen.preferred(problem, machine)
 
+    @pytest.mark.parametrize("m", [1, 4096])
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4", None])
+    @pytest.mark.parametrize(
+        ("machine", "direction", "dtype", "name"),
+        [
+            (H100, "forward", torch.bfloat16, "triton"),
+            (H100, "forward", torch.float16, "triton"),
+            (A100, "forward", torch.bfloat16, "triton"),
+            (H100, "backward", torch.bfloat16, "torch"),
+            (A100, "backward", torch.float16, "torch"),
+            (H100, "forward", torch.float32, "torch"),
+            (H100, "forward", torch.float64, "torch"),
+            (T4, "forward", torch.float16, "torch"),
+            (WITHOUT_TRITON, "forward", torch.bfloat16, "torch"),
+        ],
+    )
+    def test_auto_on_a_gpu(
+        self, machine: Machine, direction: str, dtype: torch.dtype, name: str, quant_type: str | None, m: int
+    ) -> None:
+        problem = dataclasses.replace(STEP, m=m, direction=direction, dtype=dtype, quant_type=quant_type)
+        assert select(problem, machine=machine).name == name
+
     @pytest.mark.parametrize("machine", [LAPTOP, INTERPRETER, H100], ids=str)
     def test_auto_on_cpu_tensors(self, machine: Machine) -> None:
         assert select(ON_CPU, machine=machine).name == "torch"
