@@ -35,7 +35,6 @@ class TestSelect:
         assert not chosen.unsupported(problem, machine)
         assert chosen.preferred(problem, machine)
 
-    @pytest.mark.parametrize("m", [1, 4096])
     @pytest.mark.parametrize("quant_type", ["nf4", "fp4", None])
     @pytest.mark.parametrize(
         ("machine", "direction", "dtype", "name"),
@@ -52,10 +51,17 @@ class TestSelect:
         ],
     )
     def test_auto_on_a_gpu(
-        self, machine: Machine, direction: str, dtype: torch.dtype, name: str, quant_type: str | None, m: int
+        self, machine: Machine, direction: str, dtype: torch.dtype, name: str, quant_type: str | None
     ) -> None:
-        problem = dataclasses.replace(STEP, m=m, direction=direction, dtype=dtype, quant_type=quant_type)
+        problem = dataclasses.replace(STEP, direction=direction, dtype=dtype, quant_type=quant_type)
         assert select(problem, machine=machine).name == name
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    @pytest.mark.parametrize("m", [1, 16])
+    def test_auto_leaves_small_outputs_on_a_gpu_to_the_library(self, m: int, direction: str) -> None:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            problem = dataclasses.replace(STEP, m=m, direction=direction, dtype=dtype)
+            assert select(problem, machine=H100).name == "torch"
 
     @pytest.mark.parametrize("machine", [LAPTOP, INTERPRETER, H100], ids=str)
     def test_auto_on_cpu_tensors(self, machine: Machine) -> None:
