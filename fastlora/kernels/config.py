@@ -164,7 +164,9 @@ def form(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> st
     """
     if dtype == torch.float32 or device.type != "cuda":
         return "decode"
-    return "persistent" if m * n * k >= _LONG and Device.of(device).capability >= (9, 0) else "library"
+    # Its tiles fit in the shared memory of 9.x and 10.x only.
+    fits = (9, 0) <= Device.of(device).capability < (11, 0)
+    return "persistent" if fits and m * n * k >= _LONG else "library"
 
 
 @functools.lru_cache(maxsize=1024)

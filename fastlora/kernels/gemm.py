@@ -93,7 +93,8 @@ def gemm(
         if missing := -r * narrow.element_size() % _ALIGNMENT // narrow.element_size():
             narrow = F.pad(narrow, (0, missing))
             adapter = F.pad(adapter, (0, missing) if transposed else (0, 0, 0, missing))
-        narrow, adapter = narrow.contiguous(), adapter.contiguous()
+        # A view into a larger buffer of parameters may start anywhere.
+        narrow, adapter = (t.clone() if unaligned(t) else t for t in (narrow.contiguous(), adapter.contiguous()))
         r = narrow.shape[1]
     else:
         narrow, adapter, r = x, w, 0

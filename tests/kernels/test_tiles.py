@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastlora.kernels import config
 from fastlora.kernels.config import (
     Device,
     TileConfig,
@@ -99,3 +100,17 @@ def test_split_covers_everything_once(size: int, tiles: int) -> None:
     parts = -(-size // part)
     assert (parts - 1) * part < size <= parts * part
     assert parts == 1 or (parts - 1) * tiles < 2 * 132
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((8, 0), "library"), ((9, 0), "persistent"), ((10, 0), "persistent"), ((12, 0), "library")],
+)
+def test_the_persistent_product_runs_where_its_tiles_fit(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config.Device, "of", lambda _: Device(capability, 100))
+    assert config.form(4096, 4096, 4096, torch.bfloat16, torch.device("cuda")) == expected
+    assert config.form(64, 4096, 4096, torch.bfloat16, torch.device("cuda")) == "library"
+    assert config.form(4096, 4096, 4096, torch.float32, torch.device("cuda")) == "decode"
+    assert config.form(4096, 4096, 4096, torch.bfloat16, torch.device("cpu")) == "decode"

@@ -202,3 +202,12 @@ class TestUnaligned:
         assert unaligned(good, bad)
         assert unaligned(bad, good)
         assert not unaligned(good, good)
+
+
+def test_adapters_that_start_at_any_address(kernel_device: str) -> None:
+    buffer = torch.randn(1 + 24 * 8, device=kernel_device).half()
+    adapter = buffer[1:].view(24, 8)
+    x, w, narrow = (torch.randn(*shape, device=kernel_device).half() for shape in ((20, 32), (24, 32), (20, 8)))
+    assert unaligned(adapter)
+    expected = gemm(x, w, narrow, adapter.clone(), transposed=True)
+    assert torch.equal(gemm(x, w, narrow, adapter, transposed=True), expected)
