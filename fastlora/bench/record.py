@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import subprocess
@@ -45,7 +46,8 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     packages = ("triton", "bitsandbytes", "peft", "transformers")
     return {
-        "commit": commit.stdout.strip() or None,
+        # A copy of the tree without its history can be told what it is.
+        "commit": commit.stdout.strip() or os.environ.get("FASTLORA_COMMIT"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
