@@ -174,7 +174,8 @@ def _text(length: int, batch: int, steps: int, device: torch.device) -> torch.Te
     return data.long().view(steps, batch, length).to(device)
 
 
-def _curve(device: torch.device, variant: str, steps: int, hidden: int, length: int) -> list[float]:
+def _model(device: torch.device, hidden: int) -> tuple[Any, torch.optim.Optimizer]:
+    """Two decoder layers of a Llama shape in 4 bits with PEFT's LoRA layers, and their optimizer."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -196,9 +197,13 @@ def _curve(device: torch.device, variant: str, steps: int, hidden: int, length: 
             setattr(parent, name.rpartition(".")[2], quantized)
     model.is_loaded_in_4bit = True
     model = get_peft_model(model.to(device), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+
+
+def _curve(device: torch.device, variant: str, steps: int, hidden: int, length: int) -> list[float]:
+    model, optimizer = _model(device, hidden)
     if variant == "fastlora":
         fastlora.accelerate(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     losses = []
     for ids in _text(length, 4, steps, device):
         # The same batch in another order, or in two halves: only the order of the sums differs.
@@ -234,9 +239,49 @@ def loss_curve(device: torch.device, steps: int = 50, hidden: int = 4096, length
     return rows, curves
 
 
+def first_update(device: torch.device, hidden: int = 2048, length: int = 64) -> list[Row]:
+    """How much of the first optimizer step reaches the loss of the next batch.
+
+    B starts at zero, so the LoRA term is then smaller than half a unit in the last place of most outputs: added to an
+    output that is rounded already, it is lost.
+    """
+    model, optimizer = _model(device, hidden)
+    first, second = _text(length, 4, 2, device)
+    with torch.autocast(device.type, BF16):
+        model(input_ids=first, labels=first).loss.backward()
+    optimizer.step()
+    model.eval()
+
+    @torch.no_grad()
+    def effect(autocast: bool) -> float:
+        with torch.autocast(device.type, BF16, enabled=autocast):
+            adapted = model(input_ids=second, labels=second).loss.item()
+            with model.disable_adapter():
+                return adapted - model(input_ids=second, labels=second).loss.item()
+
+    theirs = effect(autocast=True)
+    fastlora.accelerate(model)
+    ours = effect(autocast=True)
+    fastlora.restore(model)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = FP32
+    model.float()
+    exact = effect(autocast=False)
+    case = f"2 layers, hidden {hidden}, after one step"
+    return [
+        Row(case, "change of the loss by the adapter, float32", exact),
+        Row(case, "share of it left in bf16, PEFT", theirs / exact),
+        Row(case, "share of it left in bf16", ours / exact, theirs / exact, at_least=True),
+    ]
+
+
+SUITES = ("errors", "speed", "loss", "update")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("errors", "speed", "loss"), nargs="*", default=("errors", "speed", "loss"))
+    parser.add_argument("--only", choices=SUITES, nargs="*", default=SUITES)
     parser.add_argument("--out", type=Path, help="folder of the record; default: bench/results")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -247,6 +292,8 @@ def main() -> None:
     if "loss" in args.only:
         found, extra["loss_curves"] = loss_curve(device)
         rows += found
+    if "update" in args.only:
+        rows += first_update(device)
     if "speed" in args.only:
         rows += speed(device)
     print(record.table(rows))
