@@ -62,6 +62,8 @@ def _base_reason(layer: Any, base: Any, weight: Weight) -> str | None:
             return "the base weight is trained"
         if weight.dim() != 2 or not weight.is_floating_point():
             return f"the base weight is {weight.dtype} of shape {tuple(weight.shape)}"
+    elif type(weight.w_packed) not in _PLAIN:
+        return f"the packed base weight is a {type(weight.w_packed).__name__}"
     return f"base layer: {reason}" if (reason := _intact(base)) else None
 
 

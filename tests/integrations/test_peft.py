@@ -15,6 +15,7 @@ import torch
 from tiny import linear_layer, lora_layer
 from tolerance import GRADS, Problem, assert_close, make_problem
 from torch import nn
+from torch.distributed import tensor as distributed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -347,6 +348,34 @@ def test_reasons_to_leave_a_layer_to_peft(case: str, calls: list[str]) -> None:
     if case != "repacked":  # PEFT itself goes wrong there
         model["layer"](torch.randn(3, 64))
     assert not calls
+
+
+def shard_adapter(layer: Any, mesh: Any) -> None:
+    lora_a = layer.lora_A["default"]
+    lora_a.weight = nn.Parameter(distributed.distribute_tensor(lora_a.weight.data, mesh, [distributed.Shard(0)]))
+
+
+def shard_packed_base(layer: Any, mesh: Any) -> None:
+    base = layer.base_layer
+    base.quant_state = base.weight.quant_state
+    packed = distributed.distribute_tensor(base.weight.data, mesh, [distributed.Shard(0)])
+    base.weight = nn.Parameter(packed, requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("shard", "reason"),
+    [(shard_adapter, "lora_A is sharded or wrapped"), (shard_packed_base, "the packed base weight is a DTensor")],
+)
+def test_sharded_weights_are_left_to_peft(shard: Callable[..., None], reason: str, tmp_path: Path) -> None:
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = lora_layer("4bit")
+        shard(model["layer"], torch.distributed.init_device_mesh("cpu", (1,)))
+        with pytest.warns(UserWarning, match=f"(?s)no layer was fused:.*PEFT: {reason}"):
+            assert not accelerate(model).replaced
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
