@@ -168,7 +168,7 @@ BACKENDS = {
         ),
         Backend(
             "torch",
-            "dequantize into a transient buffer, then library matrix products that accumulate onto the LoRA term",
+            "dequantize into a transient buffer, then library matrix products",
             _torch_unsupported,
             lambda problem, machine: True,
             _torch_forward,
