@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import peft_models
 import pytest
-import tiny
 import torch
 
 
 @pytest.fixture
 def make_llama() -> Callable[..., Any]:
-    """The function that makes the shared tiny model: see ``tiny.llama``."""
-    return tiny.llama
+    """The function that makes the shared tiny model: see ``peft_models.llama``."""
+    return peft_models.llama
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import linear_layer, lora_layer
+from peft_models import linear_layer, lora_layer
 from tolerance import GRADS, Problem, assert_close, make_problem
 from torch import nn
 from torch.distributed import tensor as distributed
