@@ -143,10 +143,11 @@ def test_interrupted_and_resumed_is_uninterrupted(options: dict[str, Any], tmp_p
     options |= {"max_steps": 13, "max_samples": 14, "packing": False, "eval_data": options["data"], "eval_steps": 5}
     options["max_eval_samples"] = 4
     whole = run(options, output_dir=str(tmp_path / "whole"))
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(Interrupted, match=f"checkpoint-{stop}.*--resume") as error:
         run(options, [AtStep(stop, lambda: os.kill(os.getpid(), signal.SIGINT))])
     assert error.value.exit_code == 130
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before, "the handler from before the run is back"
     resumed = run(options, resume=True)
     assert_same_weights(adapter(resumed), adapter(whole))
     assert resumed.losses == whole.losses
