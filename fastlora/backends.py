@@ -243,10 +243,12 @@ def package_version(package: str) -> str:
 def info() -> str:
     """Versions, devices and backends of this machine, with the reason for each one that is missing."""
     machine = this_machine()
-    lines = [f"python         {platform.python_version()} on {platform.machine()}"]
+    lines = [
+        f"python           {platform.python_version()} on {platform.machine()}",
+        f"torch            {torch.__version__}",
+    ]
     for package in ("fastlora-kernels", "triton", "bitsandbytes", "peft", "transformers", "accelerate", "trl"):
         lines.append(f"{package:<16} {package_version(package)}")
-    lines.insert(1, f"torch            {torch.__version__}")
     lines.append(f"cpu              {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):

@@ -25,9 +25,9 @@ def _mm(a: torch.Tensor, b: torch.Tensor, scale: float, dtype: torch.dtype) -> t
     """scale * (a b) in ``dtype``, from an accumulator that is rounded once where PyTorch offers that."""
     if dtype == a.dtype:
         return torch.addmm(_ignored(dtype, a.device), a, b, beta=0, alpha=scale)
-    if dtype == torch.float32 and a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32).mul_(scale)
-    return torch.mm(a, b).to(dtype).mul_(scale)
+    wide = dtype == torch.float32 and a.is_cuda
+    product = torch.mm(a, b, out_dtype=torch.float32) if wide else torch.mm(a, b).to(dtype)
+    return product if scale == 1 else product.mul_(scale)
 
 
 def forward(

@@ -93,18 +93,3 @@ def measure_graph(variants: Mapping[str, Call], *, calls: int = 20, rounds: int 
             if i >= 2:
                 samples[name].append(sample)
     return {name: _times(values) for name, values in samples.items()}
-
-
-def host_time(call: Call, *, calls: int = 200) -> float:
-    """Microseconds of CPU time that one call costs the caller, device work not waited for."""
-    for i in range(20):
-        call(i)
-    torch.cuda.synchronize()
-    samples = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for i in range(calls // 5):
-            call(i)
-        samples.append((time.perf_counter() - begin) * 1e6 / (calls // 5))
-        torch.cuda.synchronize()
-    return statistics.median(samples)

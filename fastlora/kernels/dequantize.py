@@ -107,6 +107,8 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
             f"out must be {tuple(w.shape)} of {dtype} on {w.device} with contiguous rows; "
             f"got {tuple(out.shape)}, strides {out.stride()}, {out.dtype}, {out.device}"
         )
+    statistics = (w.absmax, w.absmax_q, w.absmax_scale, w.absmax_code, w.absmax_offset)
+    format_ = "nested" if w.nested else "flat"
     in_words = w.w_packed.numel() % _WORD == 0 and w.w_packed.data_ptr() % _WORD == 0 and w.numel() % (2 * _WORD) == 0
     if in_words and out.is_contiguous():
         tiles, words = config.dequantize_words(), w.w_packed.numel() // _WORD
@@ -114,14 +116,10 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
             dequantize_words_kernel[(triton.cdiv(words, tiles.block_n),)](
                 w.w_packed.view(torch.int32),
                 w.code,
-                w.absmax,
-                w.absmax_q,
-                w.absmax_scale,
-                w.absmax_code,
-                w.absmax_offset,
+                *statistics,
                 out,
                 words,
-                FORMAT="nested" if w.nested else "flat",
+                FORMAT=format_,
                 BLOCKSIZE=w.blocksize,
                 WORDS=tiles.block_n,
                 **tiles.launch(),
@@ -132,16 +130,12 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
         dequantize_kernel[(triton.cdiv(w.blocks, tiles.block_n),)](
             w.w_packed,
             w.code,
-            w.absmax,
-            w.absmax_q,
-            w.absmax_scale,
-            w.absmax_code,
-            w.absmax_offset,
+            *statistics,
             out,
             w.numel(),
             w.shape[1],
             out.stride(0),
-            FORMAT="nested" if w.nested else "flat",
+            FORMAT=format_,
             CONTIGUOUS=out.is_contiguous(),
             BLOCKSIZE=w.blocksize,
             BLOCKS=tiles.block_n,
