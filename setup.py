@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from glob import glob
 from pathlib import Path
 
 from setuptools import Command, setup
@@ -74,8 +75,8 @@ def plan() -> tuple[list, dict, str]:
     define = ["-DFASTLORA_WITH_CUDA", "-DUSE_CUDA"] if with_cuda else []
     extension = (CUDAExtension if with_cuda else CppExtension)(
         "fastlora._C",
-        ["csrc/bindings.cpp", "csrc/cpu/dequantize.cpp"] + ["csrc/cuda/dequantize.cu"] * with_cuda,
-        depends=["csrc/nf4.h", "csrc/params.h"],
+        ["csrc/bindings.cpp", "csrc/cpu/dequantize.cpp", *(sorted(glob("csrc/cuda/*.cu")) if with_cuda else ())],
+        depends=[*glob("csrc/*.h"), *glob("csrc/cuda/*.cuh")],
         extra_compile_args={
             "cxx": [*stable_abi, *no_contraction, *define],
             "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", *define],

@@ -11,6 +11,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -80,8 +81,8 @@ const T* checked(const char* name, const std::optional<Tensor>& t, const Tensor&
   return checked<T>(name, *t, out, type, numel);
 }
 
-DType dtype_of(const Tensor& out) {
-  switch (out.scalar_type()) {
+DType dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
     case ScalarType::BFloat16:
@@ -89,11 +90,12 @@ DType dtype_of(const Tensor& out) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      fail("out must be float32, bfloat16 or float16, got ", name_of(out.scalar_type()));
+      fail(name, " must be float32, bfloat16 or float16, got ", name_of(t.scalar_type()));
   }
 }
 
-DequantizeParams make_params(
+// The packed weight of an operator, checked; `beside` is a tensor on the device that it must be on.
+PackedWeight make_weight(
     const Tensor& w_packed,
     const std::optional<Tensor>& absmax,
     const std::optional<Tensor>& absmax_q,
@@ -104,41 +106,45 @@ DequantizeParams make_params(
     int64_t k,
     int64_t blocksize,
     bool fp4,
-    const Tensor& out) {
+    const Tensor& beside) {
   if (blocksize < 32 || blocksize > 4096 || (blocksize & (blocksize - 1)) != 0) {
     fail("blocksize must be a power of two from 32 to 4096, got ", blocksize);
-  }
-  if (out.dim() != 2 || out.sizes()[0] != n || out.sizes()[1] != k) {
-    fail("out must have shape (", n, ", ", k, "), got ", shape_of(out));
-  }
-  if (k > 1 && out.stride(1) != 1) fail("the last dimension of out must be contiguous, got stride ", out.stride(1));
-  if (n > 1 && out.stride(0) < k) {
-    fail("rows of out must not overlap: stride ", out.stride(0), " of ", k, " columns");
   }
   if (absmax.has_value() == absmax_q.has_value()) {
     fail("exactly one of absmax (flat statistics) and absmax_q (nested statistics) must be given");
   }
-
   const int64_t blocks = (n * k + blocksize - 1) / blocksize;
   const int64_t groups = (blocks + kNestedBlocksize - 1) / kNestedBlocksize;
-  DequantizeParams p{};
-  p.w_packed = checked<uint8_t>("w_packed", w_packed, out, ScalarType::Byte, (n * k + 1) / 2);
-  p.nested = absmax_q.has_value();
-  if (p.nested) {
-    p.absmax_q = checked<uint8_t>("absmax_q", absmax_q, out, ScalarType::Byte, blocks);
-    p.absmax_scale = checked<float>("absmax_scale", absmax_scale, out, ScalarType::Float, groups);
-    p.absmax_code = checked<float>("absmax_code", absmax_code, out, ScalarType::Float, 256);
-    p.absmax_offset = checked<float>("absmax_offset", absmax_offset, out, ScalarType::Float, 1);
+  PackedWeight w{};
+  w.w_packed = checked<uint8_t>("w_packed", w_packed, beside, ScalarType::Byte, (n * k + 1) / 2);
+  w.nested = absmax_q.has_value();
+  if (w.nested) {
+    w.absmax_q = checked<uint8_t>("absmax_q", absmax_q, beside, ScalarType::Byte, blocks);
+    w.absmax_scale = checked<float>("absmax_scale", absmax_scale, beside, ScalarType::Float, groups);
+    w.absmax_code = checked<float>("absmax_code", absmax_code, beside, ScalarType::Float, 256);
+    w.absmax_offset = checked<float>("absmax_offset", absmax_offset, beside, ScalarType::Float, 1);
   } else {
-    p.absmax = checked<float>("absmax", absmax, out, ScalarType::Float, blocks);
+    w.absmax = checked<float>("absmax", absmax, beside, ScalarType::Float, blocks);
   }
-  p.dtype = dtype_of(out);
+  w.n = n;
+  w.k = k;
+  w.blocksize = static_cast<int32_t>(blocksize);
+  w.quant_type = fp4 ? QuantType::kFP4 : QuantType::kNF4;
+  return w;
+}
+
+DequantizeParams make_params(const PackedWeight& w, const Tensor& out) {
+  if (out.dim() != 2 || out.sizes()[0] != w.n || out.sizes()[1] != w.k) {
+    fail("out must have shape (", w.n, ", ", w.k, "), got ", shape_of(out));
+  }
+  if (w.k > 1 && out.stride(1) != 1) fail("the last dimension of out must be contiguous, got stride ", out.stride(1));
+  if (w.n > 1 && out.stride(0) < w.k) {
+    fail("rows of out must not overlap: stride ", out.stride(0), " of ", w.k, " columns");
+  }
+  DequantizeParams p{w};
+  p.dtype = dtype_of("out", out);
   p.out = out.mutable_data_ptr();
-  p.n = n;
-  p.k = k;
-  p.out_stride = n > 1 ? out.stride(0) : k;
-  p.blocksize = static_cast<int32_t>(blocksize);
-  p.quant_type = fp4 ? QuantType::kFP4 : QuantType::kNF4;
+  p.out_stride = w.n > 1 ? out.stride(0) : w.k;
   return p;
 }
 
@@ -155,8 +161,9 @@ void dequantize_cpu_op(
     bool fp4,
     int64_t capability,
     Tensor out) {
-  const DequantizeParams p =
-      make_params(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out);
+  const DequantizeParams p = make_params(
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out),
+      out);
   const auto best = static_cast<int64_t>(cpu_capability());
   if (capability < 0 || capability > best) fail("capability must be from 0 to ", best, " here, got ", capability);
   const int64_t numel = n * k;
@@ -171,6 +178,23 @@ int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
 #if defined(FASTLORA_WITH_CUDA)
 
 // `capability` speaks of the CPU; this twin ignores it so that both share one schema.
+// A device guard (the launch goes to the current device, which need not be the tensors' own) and its current stream.
+class Launch {
+ public:
+  explicit Launch(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream_));
+  }
+  void* stream() const { return stream_; }
+  static void check(const char* name, int status) {
+    if (status != 0) throw std::runtime_error(std::string(name) + ": " + cuda_error_string(status));
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_ = nullptr;
+};
+
 void dequantize_cuda_op(
     Tensor w_packed,
     std::optional<Tensor> absmax,
@@ -184,15 +208,166 @@ void dequantize_cuda_op(
     bool fp4,
     int64_t /*capability*/,
     Tensor out) {
-  const DequantizeParams p =
-      make_params(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out);
-  const int32_t device = out.get_device_index();
-  // The launch goes to the current device, which need not be the tensors' own.
-  const torch::stable::accelerator::DeviceGuard guard(device);
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
-  const int status = dequantize_cuda(p, stream);
-  if (status != 0) throw std::runtime_error(std::string("dequantize: ") + cuda_error_string(status));
+  const DequantizeParams p = make_params(
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out),
+      out);
+  const Launch launch(out);
+  Launch::check("dequantize", dequantize_cuda(p, launch.stream()));
+}
+
+// What the kernels for few rows ask of a pointer.
+constexpr uintptr_t kAlignment = 16;
+
+// A view into a larger buffer may start anywhere: it is then copied, and the copy kept in `t`.
+void align(Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment != 0) t = torch::stable::clone(t);
+}
+
+const void* operand(const char* name, Tensor& t, const Tensor& beside, int64_t rows, int64_t columns) {
+  if (t.dim() != 2 || t.sizes()[0] != rows || t.sizes()[1] != columns || !t.is_contiguous()) {
+    fail(name, " must be contiguous, of shape (", rows, ", ", columns, "), got ", shape_of(t));
+  }
+  if (t.device() != beside.device()) fail(name, " must be on the device of the other tensors");
+  align(t);
+  return t.const_data_ptr();
+}
+
+// float32, or the type computed in.
+DType narrow_or_wide(const char* name, const Tensor& t, DType dtype) {
+  const DType type = dtype_of(name, t);
+  if (type != dtype && type != DType::kFloat32) fail(name, " must be float32 or of the type of x");
+  return type;
+}
+
+// Checks what forward and backward share: x or dy (m, columns), the adapters, the weight's own conditions.
+template <typename Params>
+void check_few_rows(
+    Params& p,
+    const char* name,
+    Tensor& rows,
+    int64_t columns,
+    std::optional<Tensor>& lora_a,
+    std::optional<Tensor>& lora_b) {
+  if (rows.dim() != 2 || rows.sizes()[0] < 1 || rows.sizes()[0] > kMaxFewRows) {
+    fail(name, " must have from 1 to ", kMaxFewRows, " rows, got shape ", shape_of(rows));
+  }
+  p.m = static_cast<int32_t>(rows.sizes()[0]);
+  operand(name, rows, rows, p.m, columns);
+  p.dtype = dtype_of(name, rows);
+  if (p.dtype == DType::kFloat32) fail(name, " must be bfloat16 or float16");
+  if (p.k % 32 != 0) fail("in_features must be a multiple of 32, got ", p.k);
+  p.adapter_dtype = p.dtype;
+  if (lora_a.has_value() != lora_b.has_value()) fail("lora_a and lora_b must be given together");
+  if (!lora_a.has_value()) return;
+  const int64_t r = lora_a->dim() == 2 ? lora_a->sizes()[0] : 0;
+  if (r < 1 || r > INT32_MAX) fail("lora_a must be (R, ", p.k, "), got ", shape_of(*lora_a));
+  p.r = static_cast<int32_t>(r);
+  p.lora_a = operand("lora_a", *lora_a, rows, r, p.k);
+  p.lora_b = operand("lora_b", *lora_b, rows, p.n, r);
+  p.adapter_dtype = narrow_or_wide("lora_a", *lora_a, p.dtype);
+  if (dtype_of("lora_b", *lora_b) != p.adapter_dtype) fail("lora_a and lora_b must have one type");
+}
+
+std::tuple<Tensor, Tensor> few_rows_forward_op(
+    Tensor x,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    std::optional<Tensor> bias,
+    double scale,
+    bool float_out) {
+  FewRowsForward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
+  align(w_packed);
+  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
+  check_few_rows(p, "x", x, k, lora_a, lora_b);
+  p.x = x.const_data_ptr();
+  p.scale = static_cast<float>(scale);
+  p.bias_dtype = p.dtype;
+  if (bias.has_value()) {
+    p.bias_dtype = narrow_or_wide("bias", *bias, p.dtype);
+    if (bias->dim() != 1 || bias->sizes()[0] != n || !bias->is_contiguous() || bias->device() != x.device()) {
+      fail("bias must be contiguous, of shape (", n, "), on the device of x; got ", shape_of(*bias));
+    }
+    p.bias = bias->const_data_ptr();
+  }
+  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
+  Tensor y = torch::stable::new_empty(x, {p.m, n}, float_out ? ScalarType::Float : x.scalar_type());
+  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
+  p.y = y.mutable_data_ptr();
+  p.u = u.mutable_data_ptr();
+  const Launch launch(x);
+  Launch::check("few_rows_forward", few_rows_forward_cuda(p, launch.stream()));
+  return {y, u};
+}
+
+// A gradient that is not needed has no elements.
+std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
+    Tensor dy,
+    std::optional<Tensor> x,
+    std::optional<Tensor> u,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    double scale,
+    bool need_dx,
+    bool need_da,
+    bool need_db) {
+  FewRowsBackward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
+  align(w_packed);
+  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
+  check_few_rows(p, "dy", dy, n, lora_a, lora_b);
+  if (n % 8 != 0) fail("out_features must be a multiple of 8, got ", n);
+  p.dy = dy.const_data_ptr();
+  p.scale = static_cast<float>(scale);
+  const int64_t m = p.m, r = p.r;
+  need_da = need_da && r > 0;
+  need_db = need_db && r > 0;
+  const auto empty = [&](bool needed, int64_t rows, int64_t columns, const Tensor& like) {
+    return needed ? torch::stable::new_empty(like, {rows, columns}) : torch::stable::new_empty(like, {0});
+  };
+  const auto same_type = [&](const char* name, std::optional<Tensor>& t, int64_t columns) {
+    if (!t.has_value()) fail(name, " is missing");
+    if (t->scalar_type() != dy.scalar_type()) fail(name, " must have the type of dy");
+    return operand(name, *t, dy, m, columns);
+  };
+  Tensor dx = empty(need_dx, m, k, dy);
+  Tensor da = empty(need_da, r, k, need_da ? *lora_a : dy);
+  Tensor db = empty(need_db, n, r, need_db ? *lora_b : dy);
+  const bool need_du = r > 0 && (need_dx || need_da);
+  Tensor du = empty(need_du, m, r, dy);
+  if (need_dx) p.dx = dx.mutable_data_ptr();
+  if (need_du) p.du = du.mutable_data_ptr();
+  if (need_da) {
+    p.x = same_type("x", x, k);
+    p.da = da.mutable_data_ptr();
+  }
+  if (need_db) {
+    p.u = same_type("u", u, r);
+    p.db = db.mutable_data_ptr();
+  }
+  const Launch launch(dy);
+  Launch::check("few_rows_backward", few_rows_backward_cuda(p, launch.stream()));
+  return {dx, da, db};
 }
 
 #endif
@@ -205,6 +380,15 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
       "dequantize(Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
       "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, int capability, Tensor(a!) out) -> ()");
   m.def("cpu_capability() -> int");
+  m.def(
+      "few_rows_forward(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
+      "Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, Tensor? lora_a, "
+      "Tensor? lora_b, Tensor? bias, float scale, bool float_out) -> (Tensor, Tensor)");
+  m.def(
+      "few_rows_backward(Tensor dy, Tensor? x, Tensor? u, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, "
+      "Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, "
+      "Tensor? lora_a, Tensor? lora_b, float scale, bool need_dx, bool need_da, bool need_db) "
+      "-> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) { m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op)); }
@@ -214,7 +398,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CompositeExplicitAutograd, m) {
 }
 
 #if defined(FASTLORA_WITH_CUDA)
-STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) { m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
+  m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op));
+  m.impl("few_rows_forward", TORCH_BOX(&fastlora::few_rows_forward_op));
+  m.impl("few_rows_backward", TORCH_BOX(&fastlora::few_rows_backward_op));
+}
 #endif
 
 // Importing the module registers the operators above; the module says only what it was built with.

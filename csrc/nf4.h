@@ -27,7 +27,7 @@ constexpr int64_t kNestedBlocksize = 256;
 
 // The value of a nibble. NF4: Dettmers et al., QLoRA (2023), appendix E. FP4: sign, then eight magnitudes over 12;
 // both of its zeros are +0.0, as in bitsandbytes.
-FASTLORA_HOST_DEVICE inline float code_value(QuantType type, int nibble) {
+FASTLORA_HOST_DEVICE constexpr float code_value(QuantType type, int nibble) {
   constexpr float nf4[kCodes] = {
       -1.0f,
       -0.6961928009986877f,

@@ -9,7 +9,8 @@ namespace fastlora {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-struct DequantizeParams {
+// A packed matrix (n, k) and its statistics.
+struct PackedWeight {
   const uint8_t* w_packed;  // (ceil(n * k / 2),)
 
   const float* absmax;         // (blocks,), flat statistics, or null
@@ -18,14 +19,57 @@ struct DequantizeParams {
   const float* absmax_code;    // (256,)
   const float* absmax_offset;  // one value
 
-  void* out;           // (n, k), rows out_stride elements apart
-  int64_t n;           // out_features
-  int64_t k;           // in_features
-  int64_t out_stride;  // in elements
-  int32_t blocksize;   // a power of two from 32 to 4096
+  int64_t n;          // out_features
+  int64_t k;          // in_features
+  int32_t blocksize;  // a power of two from 32 to 4096
   QuantType quant_type;
-  DType dtype;
   bool nested;
+};
+
+struct DequantizeParams : PackedWeight {
+  void* out;           // (n, k), rows out_stride elements apart
+  int64_t out_stride;  // in elements
+  DType dtype;
+};
+
+// The most rows of x or dy that the kernels for few rows take.
+constexpr int32_t kMaxFewRows = 64;
+
+// y = x W^T + scale * (u B^T) + bias, u = x A^T. Matrices are contiguous, k is a multiple of 32, m at most kMaxFewRows;
+// pointers are 16-byte aligned. r may be 0, and lora_a, lora_b, u null.
+struct FewRowsForward : PackedWeight {
+  const void* x;       // (m, k) of dtype
+  const void* lora_a;  // (r, k) of adapter_dtype
+  const void* lora_b;  // (n, r) of adapter_dtype
+  const void* bias;    // (n,) of bias_dtype, or null
+  void* y;             // (m, n) of out_dtype
+  void* u;             // (m, r) of dtype
+  float scale;
+  int32_t m;
+  int32_t r;
+  DType dtype;          // bfloat16 or float16
+  DType adapter_dtype;  // dtype or float32, as bias_dtype and out_dtype
+  DType bias_dtype;
+  DType out_dtype;
+};
+
+// du = scale * (dy B), dx = dy W + du A, dA = du^T x, dB = scale * (dy^T u). The same conditions; dx, da and db may be
+// null where they are not needed, x and da together, u and db together.
+struct FewRowsBackward : PackedWeight {
+  const void* dy;      // (m, n) of dtype
+  const void* x;       // (m, k) of dtype
+  const void* u;       // (m, r) of dtype
+  const void* lora_a;  // (r, k) of adapter_dtype
+  const void* lora_b;  // (n, r) of adapter_dtype
+  void* du;            // (m, r) of dtype
+  void* dx;            // (m, k) of dtype
+  void* da;            // (r, k) of adapter_dtype
+  void* db;            // (n, r) of adapter_dtype
+  float scale;
+  int32_t m;
+  int32_t r;
+  DType dtype;
+  DType adapter_dtype;
 };
 
 enum class CpuCapability : int32_t { kPlain = 0, kAVX2 = 1, kAVX512 = 2 };
@@ -38,6 +82,11 @@ void dequantize_cpu(const DequantizeParams& params, CpuCapability capability, in
 
 // One launch on `stream` (a cudaStream_t). Returns a cudaError_t.
 int dequantize_cuda(const DequantizeParams& params, void* stream);
+
+// Chained launches on `stream`, on the current device. Return a cudaError_t.
+int few_rows_forward_cuda(const FewRowsForward& params, void* stream);
+int few_rows_backward_cuda(const FewRowsBackward& params, void* stream);
+
 const char* cuda_error_string(int status);
 
 }  // namespace fastlora

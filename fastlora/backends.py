@@ -41,6 +41,7 @@ class Problem:
     blocksize: int = 64
     nested: bool = True
     direction: str = "forward"
+    dropout: bool = False
 
     def __str__(self) -> str:
         base = "dense" if self.quant_type is None else f"{self.quant_type}/{self.blocksize}"
@@ -48,6 +49,7 @@ class Problem:
         kind = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.direction} M={self.m} N={self.n} K={self.k} R={self.r}, {kind} on {self.device_type}, {base} base"
+            f"{', dropout' if self.dropout else ''}"
         )
 
 
@@ -127,14 +129,42 @@ class Backend:
     backward: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
 
 
+def _gpu_unsupported(problem: Problem, machine: Machine) -> list[str]:
+    """Reasons against any kernel of this package that runs on a GPU only."""
+    if problem.device_type != "cuda":
+        return []
+    if machine.capability is None:
+        return ["no CUDA device"]
+    if machine.capability < (8, 0):
+        return [f"needs compute capability 8.0, this GPU has {'.'.join(map(str, machine.capability))}"]
+    return []
+
+
+def _cuda_unsupported(problem: Problem, machine: Machine) -> list[str]:
+    if problem.device_type != "cuda":
+        return [f"these kernels run on cuda, not on {problem.device_type}"]
+    reasons = [] if machine.native_cuda is None else [machine.native_cuda]
+    reasons += _gpu_unsupported(problem, machine)
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"{problem.dtype} is not a type of these kernels")
+    if problem.quant_type is None:
+        reasons.append("the base weight is dense")
+    if machine.capability is not None and problem.m > (most := native.few_rows(machine.capability)):
+        reasons.append(f"M is more than {most}, the rows that fit beside the packed weight")
+    if problem.k % 32:
+        reasons.append("in_features is not a multiple of 32")
+    if problem.direction == "backward" and problem.n % 8:
+        reasons.append("out_features is not a multiple of 8")
+    if problem.dropout:
+        reasons.append("there is dropout")
+    return reasons
+
+
 def _triton_unsupported(problem: Problem, machine: Machine) -> list[str]:
     reasons = [] if machine.triton is None else [machine.triton]
     if problem.device_type != "cuda" and not machine.triton_interpreted:
         reasons.append(f"Triton kernels run on cuda, not on {problem.device_type} (except under TRITON_INTERPRET=1)")
-    if problem.device_type == "cuda" and machine.capability is None:
-        reasons.append("no CUDA device")
-    elif problem.device_type == "cuda" and machine.capability is not None and machine.capability < (8, 0):
-        reasons.append(f"needs compute capability 8.0, this GPU has {'.'.join(map(str, machine.capability))}")
+    reasons += _gpu_unsupported(problem, machine)
     if problem.dtype not in COMPUTE_DTYPES:
         reasons.append(f"{problem.dtype} is not a type of these kernels")
     return reasons
@@ -158,6 +188,14 @@ def _torch_unsupported(problem: Problem, machine: Machine) -> list[str]:
 BACKENDS = {
     backend.name: backend
     for backend in (
+        Backend(
+            "cuda",
+            "CUDA kernels for a few rows: the packed weight is read once, inside the product",
+            _cuda_unsupported,
+            lambda problem, machine: True,
+            native.forward,
+            native.backward,
+        ),
         Backend(
             "triton",
             "Triton kernels: the LoRA term joins the base product before its only rounding",

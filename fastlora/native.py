@@ -58,6 +58,15 @@ def available(device_type: str) -> str | None:
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 
+@functools.cache
+def _operator(name: str) -> Any:
+    """An operator for CUDA tensors. Raises RuntimeError when the extension does not serve them."""
+    reason = available("cuda")
+    if reason is not None:
+        raise RuntimeError(reason)
+    return getattr(torch.ops.fastlora_native, name).default
+
+
 def capability() -> str:
     """The CPU path that ``dequantize`` takes: "avx512", "avx2" or "plain".
 
@@ -79,6 +88,11 @@ def _capability() -> int:
     return CAPABILITIES.index(name)
 
 
+def _arguments(w: NF4Weight) -> tuple[Any, ...]:
+    statistics = (w.absmax, w.absmax_q, w.absmax_scale, w.absmax_code, w.absmax_offset)
+    return (w.w_packed, *statistics, *w.shape, w.blocksize, w.quant_type == "fp4")
+
+
 def dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
     """The dense matrix (N, K) in ``dtype`` (float32, bfloat16 or float16), bit-equal to ``w.dequantize(dtype)``.
 
@@ -93,17 +107,67 @@ def dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor
         out = torch.empty(w.shape, dtype=dtype, device=w.device)
     elif out.dtype != dtype:
         raise ValueError(f"out must be {dtype}, got {out.dtype}")
-    torch.ops.fastlora_native.dequantize(
-        w.w_packed,
-        w.absmax,
-        w.absmax_q,
-        w.absmax_scale,
-        w.absmax_code,
-        w.absmax_offset,
-        *w.shape,
-        w.blocksize,
-        w.quant_type == "fp4",
-        _capability() if w.device.type == "cpu" else 0,
-        out,
-    )
+    capability = _capability() if w.device.type == "cpu" else 0
+    torch.ops.fastlora_native.dequantize.default(*_arguments(w), capability, out)
     return out
+
+
+def few_rows(capability: tuple[int, int]) -> int:
+    """The most rows of x or dy that `forward` and `backward` take on a GPU of this compute capability."""
+    if capability[0] in (9, 10):
+        return 64
+    return 32 if capability in ((8, 0), (8, 7)) else 16  # the others have less shared memory
+
+
+def _adapters(
+    x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The adapters as the kernels read them: contiguous, both float32 or both of the type of x."""
+    if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
+        return None, None
+    if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x.dtype, torch.float32):
+        lora_a, lora_b = lora_a.float(), lora_b.float()
+    return lora_a.contiguous(), lora_b.contiguous()
+
+
+def forward(
+    x: torch.Tensor,
+    w: NF4Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    scale: float,
+    dropout: None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for up to `few_rows` rows of a 16-bit x on a GPU, a
+    packed weight with in_features a multiple of 32, and no dropout. Raises RuntimeError for anything else.
+    """
+    lora_a, lora_b = _adapters(x, lora_a, lora_b)
+    if bias is not None:
+        bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
+    return _operator("few_rows_forward")(x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    w: NF4Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scale: float,
+    dropout: None,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dx, dA and dB as ``fastlora.reference.backward``, where `forward` applies and out_features is a multiple of 8."""
+    need_dx, need_da, need_db = needs
+    a, b = _adapters(dy, lora_a, lora_b)
+    dx, da, db = _operator("few_rows_backward")(dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
+    grads: list[torch.Tensor | None] = [dx if need_dx else None]
+    for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):
+        if not need or adapter is None:
+            grads.append(None)
+        else:
+            grads.append(grad.to(adapter.dtype) if adapter.shape == grad.shape else torch.zeros_like(adapter))
+    return grads[0], grads[1], grads[2]

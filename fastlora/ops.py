@@ -69,12 +69,12 @@ def _chosen(backend: str, *problem: Any) -> str:
     return backends.select(Problem(*problem), backend).name
 
 
-def _select(x: torch.Tensor, w: Weight, r: int, direction: str, backend: str) -> Backend:
+def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, backend: str) -> Backend:
     n, k = w.shape
     format_: tuple[Any, ...] = (None, 0, False)
     if isinstance(w, NF4Weight):
         format_ = (w.quant_type, w.blocksize, w.nested)
-    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction)
+    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout)
     return backends.BACKENDS[name]
 
 
@@ -127,8 +127,8 @@ def _forward(
     r = 0 if lora_a is None else lora_a.shape[0]
     if x.shape[0] == 0:
         return x.new_empty(0, w.shape[0], dtype=out_dtype), x.new_empty(0, r)
-    chosen = _select(x, w, r, "forward", backend)
     dropout = None if seed is None else Dropout(p, seed)
+    chosen = _select(x, w, r, "forward", dropout is not None, backend)
     with _without_autocast(x.device.type):
         return chosen.forward(x.contiguous(), w, lora_a, lora_b, bias, scale, dropout, out_dtype)
 
@@ -151,8 +151,8 @@ def _backward(
         dx, da, db = (zero if need else None for zero, need in zip(zeros, needs, strict=True))
         return dx, da, db
     r = 0 if lora_a is None else lora_a.shape[0]
-    chosen = _select(dy, w, r, "backward", backend)
     dropout = None if seed is None else Dropout(p, seed)
+    chosen = _select(dy, w, r, "backward", dropout is not None, backend)
     x = None if x is None else x.contiguous()
     with _without_autocast(dy.device.type):
         return chosen.backward(dy.contiguous(), x, u, w, lora_a, lora_b, scale, dropout, needs)

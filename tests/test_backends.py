@@ -6,11 +6,12 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fastlora import NF4Weight, backends
+from fastlora import NF4Weight, backends, native
 from fastlora.backends import BACKENDS, Backend, Machine, Problem, dequantizer, explain, select
 
 H100 = Machine(triton=None, native_cpu=None, native_cuda=None, capability=(9, 0))
@@ -59,9 +60,31 @@ class TestSelect:
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     @pytest.mark.parametrize("m", [1, 16])
     def test_auto_leaves_small_outputs_on_a_gpu_to_the_library(self, m: int, direction: str) -> None:
+        machine = dataclasses.replace(H100, native_cuda="not built")
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             problem = dataclasses.replace(STEP, m=m, direction=direction, dtype=dtype)
-            assert select(problem, machine=H100).name == "torch"
+            assert select(problem, machine=machine).name == "torch"
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    @pytest.mark.parametrize(("m", "capability"), [(1, (9, 0)), (64, (9, 0)), (32, (8, 0)), (16, (8, 9))])
+    def test_auto_reads_the_packed_weight_once_for_a_few_rows(
+        self, m: int, capability: tuple[int, int], direction: str
+    ) -> None:
+        machine = dataclasses.replace(H100, capability=capability)
+        few = dataclasses.replace(STEP, m=m, direction=direction)
+        assert select(few, machine=machine).name == "cuda"
+        others: list[dict[str, Any]] = [
+            {"m": native.few_rows(capability) + 1},
+            {"k": 48},
+            {"dropout": True},
+            {"quant_type": None},
+        ]
+        others += [{"dtype": torch.float32}, {"n": 1001}]
+        for change in others:
+            problem = dataclasses.replace(few, **change)
+            if change == {"n": 1001} and direction == "forward":
+                continue
+            assert select(problem, machine=machine).name != "cuda", change
 
     @pytest.mark.parametrize("machine", [LAPTOP, INTERPRETER, H100], ids=str)
     def test_auto_on_cpu_tensors(self, machine: Machine) -> None:
@@ -69,13 +92,15 @@ class TestSelect:
 
     @pytest.mark.parametrize("name", BACKENDS)
     def test_a_named_backend_is_the_one_that_runs(self, name: str) -> None:
-        assert select(STEP, name, H100) is BACKENDS[name]
+        assert select(dataclasses.replace(STEP, m=4), name, H100) is BACKENDS[name]
 
     def test_interpreted_triton_runs_when_named(self) -> None:
         assert select(dataclasses.replace(ON_CPU, dtype=torch.float32), "triton", INTERPRETER).name == "triton"
 
     def test_unknown_name_lists_the_known(self) -> None:
-        with pytest.raises(ValueError, match=r"unknown backend 'cublas'; choose from auto, triton, .*torch, reference"):
+        with pytest.raises(
+            ValueError, match=r"unknown backend 'cublas'; choose from auto, cuda, triton, torch, reference"
+        ):
             select(STEP, "cublas", H100)
 
     def test_the_error_holds_every_reason(self) -> None:

@@ -1,0 +1,368 @@
+// Device functions of the products of a few rows (tokens) with a packed weight: tensor core, copies, decoding.
+//
+// Every product is computed transposed: the weight is the first operand of mma.m16n8k16, decoded straight into its
+// fragments, and the tokens are its eight columns, so that one token wastes seven columns and not fifteen rows. The
+// order of a sum is free, which lets a lane multiply the elements that its own wide load brought: lane (g, t) of the
+// fragment, g = lane / 4 and t = lane % 4, needs no exchange with another lane.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "../params.h"
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define FASTLORA_HOPPER 1
+#endif
+
+namespace fastlora {
+
+constexpr int kThreads = 256;
+constexpr int kFragment = 16;  // rows, and summands, of one tensor core instruction
+constexpr int kTokens = 8;     // its columns
+constexpr int kMaxRanks = 8;   // blocks of a cluster that every device of this kind allows
+
+// The two values of a byte. A copy for each of 16 lanes: half a warp reads 16 different pairs of banks.
+constexpr int kCopies = 16;
+constexpr int kTableBytes = 256 * kCopies * sizeof(float2);
+constexpr int kStatisticsBytes = 256 * sizeof(float);
+
+template <typename T>
+struct Numeric;
+
+template <>
+struct Numeric<__nv_bfloat16> {
+  static constexpr DType kType = DType::kBFloat16;
+  static __device__ __forceinline__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+  static __device__ __forceinline__ __nv_bfloat16 narrow(float x) { return __float2bfloat16_rn(x); }
+  static __device__ __forceinline__ uint32_t pack(float first, float second) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ void mma(
+      float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+template <>
+struct Numeric<__half> {
+  static constexpr DType kType = DType::kFloat16;
+  static __device__ __forceinline__ float wide(__half x) { return __half2float(x); }
+  static __device__ __forceinline__ __half narrow(float x) { return __float2half_rn(x); }
+  static __device__ __forceinline__ uint32_t pack(float first, float second) {
+    const __half2 pair = __floats2half2_rn(first, second);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+  }
+  static __device__ __forceinline__ void mma(
+      float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  }
+};
+
+// 16 bytes from global to shared memory behind the computation; zeros where `inside` is false.
+__device__ __forceinline__ void copy_async(void* target, const void* source, bool inside) {
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  const int bytes = inside ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Programmatic dependent launch: the next kernel of the stream may start, and waits itself before it reads.
+__device__ __forceinline__ void let_next_start() {
+#if defined(FASTLORA_HOPPER)
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous() {
+#if defined(FASTLORA_HOPPER)
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// An element of a small operand that may be stored wider than it is multiplied.
+template <typename T>
+__device__ __forceinline__ float element(const void* base, int64_t index, bool is_float) {
+  return is_float ? Numeric<T>::wide(Numeric<T>::narrow(static_cast<const float*>(base)[index]))
+                  : Numeric<T>::wide(static_cast<const T*>(base)[index]);
+}
+
+// Two neighbours of such an operand as a fragment register; those from `stop` on are zero.
+template <typename T>
+__device__ __forceinline__ uint32_t
+pair(const void* base, int64_t row, int stride, int column, int stop, bool is_float) {
+  const int64_t index = row * stride + column;
+  if (column + 1 < stop && stride % 2 == 0) {
+    if (!is_float) return *reinterpret_cast<const uint32_t*>(static_cast<const T*>(base) + index);
+    const float2 two = *reinterpret_cast<const float2*>(static_cast<const float*>(base) + index);
+    return Numeric<T>::pack(two.x, two.y);
+  }
+  return Numeric<T>::pack(
+      column < stop ? element<T>(base, index, is_float) : 0.0f,
+      column + 1 < stop ? element<T>(base, index + 1, is_float) : 0.0f);
+}
+
+// Eight neighbours, 16-byte aligned, as four fragment registers.
+template <typename T>
+__device__ __forceinline__ uint4 eight(const void* base, int64_t index, bool is_float) {
+  if (!is_float) return *reinterpret_cast<const uint4*>(static_cast<const T*>(base) + index);
+  const float4* wide = reinterpret_cast<const float4*>(static_cast<const float*>(base) + index);
+  const float4 low = wide[0], high = wide[1];
+  return make_uint4(
+      Numeric<T>::pack(low.x, low.y), Numeric<T>::pack(low.z, low.w), Numeric<T>::pack(high.x, high.y),
+      Numeric<T>::pack(high.z, high.w));
+}
+
+#define FASTLORA_CODES(type)                                                                                        \
+  code_value(type, 0), code_value(type, 1), code_value(type, 2), code_value(type, 3), code_value(type, 4),          \
+      code_value(type, 5), code_value(type, 6), code_value(type, 7), code_value(type, 8), code_value(type, 9),      \
+      code_value(type, 10), code_value(type, 11), code_value(type, 12), code_value(type, 13), code_value(type, 14), \
+      code_value(type, 15)
+// In constant memory: an array inside a kernel would be copied to local memory by every thread.
+static __constant__ float kCodeValues[2 * kCodes] = {FASTLORA_CODES(QuantType::kNF4), FASTLORA_CODES(QuantType::kFP4)};
+#undef FASTLORA_CODES
+
+// Fills both tables with all threads of the block. The caller synchronises.
+__device__ __forceinline__ void fill_tables(const PackedWeight& w, float2* bytes, float* statistics) {
+  const float* codes = kCodeValues + (w.quant_type == QuantType::kFP4 ? kCodes : 0);
+  // Entry e = 16 i + threadIdx / 16: i is its high nibble.
+  const float low = codes[threadIdx.x / kCopies];
+#pragma unroll
+  for (int i = 0; i < kCodes; ++i) bytes[i * kThreads + threadIdx.x] = make_float2(codes[i], low);
+  if (w.nested) statistics[threadIdx.x] = __ldg(w.absmax_code + threadIdx.x);
+}
+
+// Asks for `bytes` from `base` on, so that they wait in the cache for a step that will need them late.
+__device__ __forceinline__ void prefetch(const void* base, int64_t bytes) {
+  constexpr int kLine = 128;
+  for (int64_t i = static_cast<int64_t>(threadIdx.x) * kLine; i < bytes; i += kThreads * kLine) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(base) + i));
+  }
+}
+
+// The statistic of a block, in two steps so that the loads of the first can be long under way at the second.
+struct Statistic {
+  float value;
+  uint32_t code;
+};
+
+__device__ __forceinline__ Statistic
+load_statistic(const PackedWeight& w, int64_t element, int log2_blocksize, bool inside) {
+  Statistic s{0.0f, 0};
+  if (inside) {
+    const int64_t block = element >> log2_blocksize;
+    if (w.nested) {
+      s.code = __ldg(w.absmax_q + block);
+      s.value = __ldg(w.absmax_scale + block / kNestedBlocksize);
+    } else {
+      s.value = __ldg(w.absmax + block);
+    }
+  }
+  return s;
+}
+
+__device__ __forceinline__ float absmax_of(
+    const PackedWeight& w, const Statistic& s, const float* statistics, float offset) {
+  return w.nested ? nested_absmax(statistics[s.code], s.value, offset) : s.value;
+}
+
+// The values of byte kByte of `word`, both multiplied by `absmax`. `copy` is 8 * (lane % 16).
+template <int kByte>
+__device__ __forceinline__ float2 decode(const unsigned char* table, uint32_t word, uint32_t copy, float absmax) {
+  constexpr uint32_t kMask = 0xffu * kCopies * sizeof(float2);
+  const uint32_t shifted = kByte == 0 ? word << 7 : word >> (8 * kByte - 7);
+  const float2 code = *reinterpret_cast<const float2*>(table + ((shifted & kMask) | copy));
+  return make_float2(__fmul_rn(code.x, absmax), __fmul_rn(code.y, absmax));
+}
+
+// The eight elements of `word`, rounded once each, as four fragment registers.
+template <typename T>
+__device__ __forceinline__ void decode_word(
+    uint32_t (&fragment)[4], const unsigned char* table, uint32_t word, uint32_t copy, float absmax) {
+  const float2 v0 = decode<0>(table, word, copy, absmax), v1 = decode<1>(table, word, copy, absmax);
+  const float2 v2 = decode<2>(table, word, copy, absmax), v3 = decode<3>(table, word, copy, absmax);
+  fragment[0] = Numeric<T>::pack(v0.x, v0.y);
+  fragment[1] = Numeric<T>::pack(v1.x, v1.y);
+  fragment[2] = Numeric<T>::pack(v2.x, v2.y);
+  fragment[3] = Numeric<T>::pack(v3.x, v3.y);
+}
+
+// Sums of split reductions. A warp of part `part` leaves its sums in shared memory, [part][token][row]; `finish_sums`
+// adds the parts of the block and then those of the cluster, always in the same order, and hands each sum to
+// `store(token, row, sum)`, row counted from the block's first. All threads of the cluster call it.
+template <int kRows, int kTileTokens>
+struct Sums {
+  static constexpr int kPitch = kRows + 4;  // a warp's two axes then fall on different banks
+  static constexpr int kBytes = kTileTokens * kPitch * static_cast<int>(sizeof(float));
+  float* parts;
+
+  __device__ __forceinline__ float& at(int part, int token, int row) const {
+    return parts[(part * kTileTokens + token) * kPitch + row];
+  }
+
+  template <int kParts, typename Store>
+  __device__ __forceinline__ void finish(int tokens, int ranks, Store store) const {
+    __syncthreads();
+    const auto total = [&](int token, int row) {
+      float sum = at(0, token, row);
+#pragma unroll
+      for (int part = 1; part < kParts; ++part) sum += at(part, token, row);
+      return sum;
+    };
+    if (ranks == 1) {
+      for (int i = static_cast<int>(threadIdx.x); i < tokens * kRows; i += kThreads) {
+        store(i / kRows, i % kRows, total(i / kRows, i % kRows));
+      }
+      return;
+    }
+#if defined(FASTLORA_HOPPER)
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * kRows; i += kThreads) {
+      at(0, i / kRows, i % kRows) = total(i / kRows, i % kRows);
+    }
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    const int share = kRows / ranks;
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < tokens * share; i += kThreads) {
+      const int token = i / share, row = static_cast<int>(rank) * share + i % share;
+      const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(&at(0, token, row)));
+      // All loads are under way before the first sum: each takes as long as one from the L2 cache.
+      float value[kMaxRanks];
+#pragma unroll
+      for (int other = 0; other < kMaxRanks; ++other) {
+        value[other] = 0.0f;
+        if (other < ranks) {
+          uint32_t remote;
+          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(other));
+          asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value[other]) : "r"(remote));
+        }
+      }
+      float sum = value[0];
+#pragma unroll
+      for (int other = 1; other < kMaxRanks; ++other) sum += value[other];
+      store(token, row, sum);
+    }
+    // No block may leave while another still reads its memory.
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+  }
+};
+
+template <typename T>
+__device__ __forceinline__ void store_as(void* base, int64_t index, float value, bool is_float) {
+  if (is_float) {
+    static_cast<float*>(base)[index] = value;
+  } else {
+    static_cast<T*>(base)[index] = Numeric<T>::narrow(value);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------- host
+
+struct DeviceLimits {
+  int multiprocessors;
+  int shared_memory;  // bytes of a block
+  bool clusters;
+};
+
+// Of the current device. Attributes are cached: the queries take longer than a launch.
+inline cudaError_t current_limits(DeviceLimits& limits) {
+  constexpr int kDevices = 64;
+  static DeviceLimits known[kDevices] = {};
+  int device = 0;
+  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+  if (device >= kDevices || known[device].multiprocessors == 0) {
+    DeviceLimits found{};
+    int major = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const cudaError_t status = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (status != cudaSuccess) return status;
+    found.clusters = major >= 9;
+    limits = found;
+    if (device < kDevices) known[device] = found;  // two threads would write the same values
+    return cudaSuccess;
+  }
+  limits = known[device];
+  return cudaSuccess;
+}
+
+inline int log2_of(int32_t blocksize) {
+  int log2 = 0;
+  while ((1 << log2) < blocksize) ++log2;
+  return log2;
+}
+
+// Into how many blocks of a cluster the reduction of each tile is split: the split whose waves over the device take
+// the fewest steps, `chunks` steps for a whole tile and about one for starting and finishing a block.
+inline int split_of(int64_t tiles, int64_t chunks, int slots, bool clusters) {
+  int best = 1;
+  int64_t best_steps = INT64_MAX;
+  for (int ranks = 1; ranks <= (clusters ? kMaxRanks : 1) && ranks <= chunks; ranks *= 2) {
+    const int64_t waves = (tiles * ranks + slots - 1) / slots;
+    const int64_t steps = waves * ((chunks + ranks - 1) / ranks + 1);
+    if (steps < best_steps) {
+      best = ranks;
+      best_steps = steps;
+    }
+  }
+  return best;
+}
+
+// Launches with `ranks` blocks to a cluster; `overlap`: may start before the previous kernel has ended.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_few_rows(
+    void (*kernel)(Parameters...),
+    dim3 grid,
+    int threads,
+    int shared,
+    int ranks,
+    bool overlap,
+    cudaStream_t stream,
+    Arguments... arguments) {
+  if (shared > 48 * 1024) {
+    const cudaError_t status = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    // Otherwise the cache may be left so large that a second block does not fit.
+    cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
+        cudaSharedmemCarveoutMaxShared);
+  }
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = stream;
+  config.attrs = attributes;
+  if (ranks > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
+    cluster.val.clusterDim.y = 1;
+    cluster.val.clusterDim.z = 1;
+  }
+  if (overlap) {
+    cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
+    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    dependent.val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace fastlora

@@ -1,0 +1,359 @@
+// du, dx, dA and dB for a few rows of dy, W decoded in the product dx = dy W + du A.
+//
+// Up to three chained launches: du and dB from one small kernel, dA from another, and dx, which starts beside both and
+// waits for du only before its last step. The bytes of W are read once. A block owns `kColumns` inputs and a part of N;
+// its warps split that part again, and the blocks of a cluster add their sums in a fixed order.
+
+#include "few_rows.cuh"
+
+namespace fastlora {
+namespace {
+
+constexpr int kWarpsK = 2;
+constexpr int kWarpsN = 4;
+constexpr int kSlab = 64;  // columns of a warp: a word of 8 for each of its 8 lanes g
+constexpr int kColumns = kWarpsK * kSlab;
+constexpr int kChunk = 256;  // rows of W in one stage of the pipeline
+constexpr int kStages = 2;
+constexpr int kUnit = 16;  // bytes of one copy
+constexpr int kRowUnits = kColumns / 2 / kUnit;
+constexpr int kTokenUnits = kChunk * 2 / kUnit;
+constexpr int kGranule = 32;  // no block of statistics is smaller
+constexpr int kGranules = kColumns / kGranule;
+constexpr int kBytes = 4;  // of a word
+
+template <int kTiles>
+struct Shape {
+  static constexpr int kWeightBytes = kChunk * kRowUnits * kUnit;
+  static constexpr int kStageBytes = kWeightBytes + kTiles * kTokens * kTokenUnits * kUnit;
+  static constexpr int kAbsmaxBytes = kChunk * kGranules * static_cast<int>(sizeof(float));
+  static constexpr int kShared = kTableBytes + kStatisticsBytes + kAbsmaxBytes + kStages * kStageBytes;
+  using Result = Sums<kColumns, kTiles * kTokens>;
+  static_assert(kWarpsN * Result::kBytes <= kShared);
+};
+
+// Where row n of a chunk lies: the four rows of a lane are four apart, so that a step reads neighbouring rows.
+__device__ __forceinline__ int place_of_row(int n) { return n / 16 * 16 + n % 4 * 4 + n / 4 % 4; }
+
+// The lower, or the upper, halves of two registers.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads, kTiles <= 4 ? 2 : 1)
+    input_gradient_kernel(const FewRowsBackward p, int ranks, int chunks, int log2_blocksize) {
+  using Layout = Shape<kTiles>;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char* table = shared;
+  float* statistics = reinterpret_cast<float*>(shared + kTableBytes);
+  float* absmax = reinterpret_cast<float*>(shared + kTableBytes + kStatisticsBytes);
+  unsigned char* stages = shared + kTableBytes + kStatisticsBytes + Layout::kAbsmaxBytes;
+
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int warp_k = warp % kWarpsK, warp_n = warp / kWarpsK;
+  const int rank = static_cast<int>(blockIdx.x) % ranks;
+  const int64_t k0 = static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(ranks)) * kColumns;
+  const int64_t first = static_cast<int64_t>(rank) * chunks * kChunk;
+  const int64_t stop = min(p.n, first + static_cast<int64_t>(chunks) * kChunk);
+
+  const auto load = [&](int stage, int64_t n0) {
+    unsigned char* weight = stages + stage * Layout::kStageBytes;
+    unsigned char* tokens = weight + Layout::kWeightBytes;
+#pragma unroll
+    for (int i = 0; i < kChunk * kRowUnits / kThreads; ++i) {
+      const int v = i * kThreads + static_cast<int>(threadIdx.x);
+      const int row = v / kRowUnits, unit = v % kRowUnits;
+      const int64_t k = k0 + unit * 2 * kUnit;
+      const bool inside = n0 + row < stop && k < p.k;
+      const int64_t source = inside ? ((n0 + row) * p.k + k) / 2 : 0;
+      const int place = place_of_row(row);
+      copy_async(weight + (place * kRowUnits + (unit ^ (place & 2))) * kUnit, p.w_packed + source, inside);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles * kTokens * kTokenUnits / kThreads; ++i) {
+      const int v = i * kThreads + static_cast<int>(threadIdx.x);
+      const int row = v / kTokenUnits, unit = v % kTokenUnits;
+      const int64_t n = n0 + unit * (kUnit / 2);
+      const bool inside = row < p.m && n < stop;
+      const int64_t source = inside ? row * p.n + n : 0;
+      copy_async(
+          tokens + (row * kTokenUnits + (unit ^ ((row & 3) << 1))) * kUnit, static_cast<const T*>(p.dy) + source,
+          inside);
+    }
+    commit_copies();
+  };
+  // A thread looks after one row of the chunk.
+  const auto load_statistics = [&](Statistic(&s)[kGranules], int64_t n0) {
+    const int64_t n = n0 + threadIdx.x;
+#pragma unroll
+    for (int i = 0; i < kGranules; ++i) {
+      const int64_t k = k0 + i * kGranule;
+      s[i] = load_statistic(p, n * p.k + k, log2_blocksize, n < stop && k < p.k);
+    }
+  };
+
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (stage < chunks) load(stage, first + stage * kChunk);
+  }
+  Statistic next[kGranules];
+  load_statistics(next, first);
+  const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
+  fill_tables(p, reinterpret_cast<float2*>(table), statistics);
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+  __syncthreads();
+
+  float acc[kBytes][kTiles][4] = {};
+  const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(float2));
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    reinterpret_cast<float4*>(absmax)[place_of_row(static_cast<int>(threadIdx.x))] = make_float4(
+        absmax_of(p, next[0], statistics, offset), absmax_of(p, next[1], statistics, offset),
+        absmax_of(p, next[2], statistics, offset), absmax_of(p, next[3], statistics, offset));
+    if (chunk + 1 < chunks) {
+      wait_copies<kStages - 1>();
+      load_statistics(next, first + static_cast<int64_t>(chunk + 1) * kChunk);
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+    const unsigned char* weight = stages + chunk % kStages * Layout::kStageBytes;
+    const unsigned char* tokens = weight + Layout::kWeightBytes;
+#pragma unroll
+    for (int step = 0; step < kChunk / kWarpsN / kFragment; ++step) {
+      const int group = warp_n * (kChunk / kWarpsN / kFragment) + step;
+      uint2 b[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int row = tile * kTokens + g;
+        const int unit = (group * 2 + t / 2) ^ ((g & 3) << 1);
+        b[tile] = *reinterpret_cast<const uint2*>(tokens + (row * kTokenUnits + unit) * kUnit + t % 2 * 8);
+      }
+      uint32_t word[4];
+      float a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int place = group * 16 + i * 4 + t;
+        word[i] = *reinterpret_cast<const uint32_t*>(
+            weight + place * kRowUnits * kUnit + (warp_k ^ ((t >> 1) & 1)) * 32 + g * 4);
+        a[i] = absmax[place * kGranules + warp_k * 2 + g / 4];
+      }
+      const auto multiply = [&](int byte, float2 v0, float2 v1, float2 v2, float2 v3) {
+        const uint32_t a0 = Numeric<T>::pack(v0.x, v1.x), a1 = Numeric<T>::pack(v0.y, v1.y);
+        const uint32_t a2 = Numeric<T>::pack(v2.x, v3.x), a3 = Numeric<T>::pack(v2.y, v3.y);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          Numeric<T>::mma(acc[byte][tile], a0, a1, a2, a3, b[tile].x, b[tile].y);
+        }
+      };
+      const auto at = [&](auto decoder, int byte) {
+        multiply(byte, decoder(word[0], a[0]), decoder(word[1], a[1]), decoder(word[2], a[2]), decoder(word[3], a[3]));
+      };
+      at([&](uint32_t w, float s) { return decode<0>(table, w, copy, s); }, 0);
+      at([&](uint32_t w, float s) { return decode<1>(table, w, copy, s); }, 1);
+      at([&](uint32_t w, float s) { return decode<2>(table, w, copy, s); }, 2);
+      at([&](uint32_t w, float s) { return decode<3>(table, w, copy, s); }, 3);
+    }
+    __syncthreads();
+    if (chunk + kStages < chunks) load(chunk % kStages, first + static_cast<int64_t>(chunk + kStages) * kChunk);
+  }
+
+  if (p.r > 0) {
+    wait_for_previous();
+    const int64_t k = k0 + warp_k * kSlab + 8 * g;
+    const uint4 nothing = make_uint4(0, 0, 0, 0);
+    // The steps over R are dealt to the warps of the whole cluster, whose sums are added anyway.
+    for (int r0 = (rank * kWarpsN + warp_n) * kFragment; r0 < p.r; r0 += ranks * kWarpsN * kFragment) {
+      const int r = r0 + 4 * t;
+      uint4 a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        a[i] = r + i < p.r && k < p.k ? eight<T>(p.lora_a, (r + i) * p.k + k, wide) : nothing;
+      }
+      uint32_t b[kTiles][2];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int token = tile * kTokens + g;
+        const int inside = token < p.m ? p.r : 0;
+        b[tile][0] = pair<T>(p.du, token, p.r, r, inside, false);
+        b[tile][1] = pair<T>(p.du, token, p.r, r + 2, inside, false);
+      }
+      const auto multiply = [&](int byte, uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3) {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          Numeric<T>::mma(
+              acc[byte][tile], lower_halves(v0, v1), upper_halves(v0, v1), lower_halves(v2, v3), upper_halves(v2, v3),
+              b[tile][0], b[tile][1]);
+        }
+      };
+      multiply(0, a[0].x, a[1].x, a[2].x, a[3].x);
+      multiply(1, a[0].y, a[1].y, a[2].y, a[3].y);
+      multiply(2, a[0].z, a[1].z, a[2].z, a[3].z);
+      multiply(3, a[0].w, a[1].w, a[2].w, a[3].w);
+    }
+  }
+
+  __syncthreads();
+  const typename Layout::Result sums{reinterpret_cast<float*>(shared)};
+#pragma unroll
+  for (int byte = 0; byte < kBytes; ++byte) {
+    const int column = warp_k * kSlab + 8 * g + 2 * byte;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums.at(warp_n, tile * kTokens + 2 * t + i % 2, column + i / 2) = acc[byte][tile][i];
+      }
+    }
+  }
+  sums.template finish<kWarpsN>(p.m, ranks, [&](int token, int column, float sum) {
+    const int64_t k = k0 + column;
+    if (k < p.k) static_cast<T*>(p.dx)[token * p.k + k] = Numeric<T>::narrow(sum);
+  });
+}
+
+constexpr int kSideThreads = 512;
+constexpr int kSideRows = kSideThreads / kFragment;  // rows of dB in a block
+
+// The first `projections` blocks make du, 16 ranks and 8 tokens each; the others make kSideRows rows of dB each.
+template <typename T>
+__global__ void __launch_bounds__(kSideThreads) output_gradient_kernel(const FewRowsBackward p, int projections) {
+  let_next_start();
+  constexpr int kWarps = kSideThreads / 32;
+  __shared__ float shared[kMaxFewRows * (kSideRows + kFragment)];
+  static_assert(kMaxFewRows * (kSideRows + kFragment) >= kWarps * kFragment * kTokens);
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+  const T* dy = static_cast<const T*>(p.dy);
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < projections) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+    const int g = lane / 4, t = lane % 4;
+    const int tiles_r = (p.r + kFragment - 1) / kFragment;
+    const int r0 = block % tiles_r * kFragment, m0 = block / tiles_r * kTokens;
+    const bool token = m0 + g < p.m;
+    float acc[4] = {};
+    // The 16 rows of the fragment are the ranks 2 g (row g) and 2 g + 1 (row g + 8), neighbours in memory.
+#pragma unroll 2
+    for (int64_t n = warp * 32 + t * 8; n < p.n; n += kWarps * 32) {
+      uint32_t a[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) a[i] = pair<T>(p.lora_b, n + i, p.r, r0 + 2 * g, p.r, wide);
+      const uint4 b = token ? eight<T>(dy, (m0 + g) * p.n + n, false) : make_uint4(0, 0, 0, 0);
+      Numeric<T>::mma(
+          acc, lower_halves(a[0], a[1]), upper_halves(a[0], a[1]), lower_halves(a[2], a[3]), upper_halves(a[2], a[3]),
+          b.x, b.y);
+      Numeric<T>::mma(
+          acc, lower_halves(a[4], a[5]), upper_halves(a[4], a[5]), lower_halves(a[6], a[7]), upper_halves(a[6], a[7]),
+          b.z, b.w);
+    }
+    float (*sums)[kFragment][kTokens] = reinterpret_cast<float (*)[kFragment][kTokens]>(shared);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[warp][2 * g + i / 2][2 * t + i % 2] = acc[i];
+    __syncthreads();
+    const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
+    if (column >= kTokens || r0 + row >= p.r || m0 + column >= p.m) return;
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
+    static_cast<T*>(p.du)[(m0 + column) * p.r + r0 + row] = Numeric<T>::narrow(p.scale * sum);
+    return;
+  }
+  float (*rows)[kSideRows] = reinterpret_cast<float (*)[kSideRows]>(shared);
+  float (*u)[kFragment] = reinterpret_cast<float (*)[kFragment]>(shared + kMaxFewRows * kSideRows);
+  const int64_t n0 = static_cast<int64_t>(block - projections) * kSideRows;
+  for (int i = static_cast<int>(threadIdx.x); i < p.m * kSideRows; i += kSideThreads) {
+    const int m = i / kSideRows, n = i % kSideRows;
+    rows[m][n] = n0 + n < p.n ? Numeric<T>::wide(dy[m * p.n + n0 + n]) : 0.0f;
+  }
+  const int r = static_cast<int>(threadIdx.x) % kFragment, n = static_cast<int>(threadIdx.x) / kFragment;
+  for (int r0 = 0; r0 < p.r; r0 += kFragment) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < p.m * kFragment; i += kSideThreads) {
+      const int m = i / kFragment, column = r0 + i % kFragment;
+      u[m][i % kFragment] = column < p.r ? Numeric<T>::wide(static_cast<const T*>(p.u)[m * p.r + column]) : 0.0f;
+    }
+    __syncthreads();
+    float sum = 0.0f;
+    for (int m = 0; m < p.m; ++m) sum += rows[m][n] * u[m][r];
+    if (n0 + n < p.n && r0 + r < p.r) store_as<T>(p.db, (n0 + n) * p.r + r0 + r, p.scale * sum, wide);
+  }
+}
+
+constexpr int kAdapterThreads = 128;
+
+// dA = du^T x: 16 ranks a block, a column of x a thread.
+template <typename T>
+__global__ void __launch_bounds__(kAdapterThreads) adapter_gradient_kernel(const FewRowsBackward p) {
+  let_next_start();
+  __shared__ float du[kMaxFewRows][kFragment];
+  const int64_t k = static_cast<int64_t>(blockIdx.x) * kAdapterThreads + threadIdx.x;
+  const int r0 = static_cast<int>(blockIdx.y) * kFragment;
+  wait_for_previous();
+  for (int i = static_cast<int>(threadIdx.x); i < p.m * kFragment; i += kAdapterThreads) {
+    const int m = i / kFragment, r = r0 + i % kFragment;
+    du[m][i % kFragment] = r < p.r ? Numeric<T>::wide(static_cast<const T*>(p.du)[m * p.r + r]) : 0.0f;
+  }
+  __syncthreads();
+  if (k >= p.k) return;
+  float acc[kFragment] = {};
+#pragma unroll 4
+  for (int m = 0; m < p.m; ++m) {
+    const float x = Numeric<T>::wide(static_cast<const T*>(p.x)[m * p.k + k]);
+#pragma unroll
+    for (int r = 0; r < kFragment; ++r) acc[r] += du[m][r] * x;
+  }
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+#pragma unroll
+  for (int r = 0; r < kFragment; ++r) {
+    if (r0 + r < p.r) store_as<T>(p.da, (r0 + r) * p.k + k, acc[r], wide);
+  }
+}
+
+template <typename T, int kTiles>
+cudaError_t launch_input_gradient(const FewRowsBackward& p, const DeviceLimits& limits, cudaStream_t stream) {
+  using Layout = Shape<kTiles>;
+  if (Layout::kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
+  const int64_t tiles = (p.k + kColumns - 1) / kColumns;
+  const int64_t chunks = (p.n + kChunk - 1) / kChunk;
+  const int ranks = split_of(tiles, chunks, limits.multiprocessors * (kTiles <= 4 ? 2 : 1), limits.clusters);
+  return launch_few_rows(
+      input_gradient_kernel<T, kTiles>, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, Layout::kShared, ranks,
+      p.r > 0 && limits.clusters, stream, p, ranks, static_cast<int>((chunks + ranks - 1) / ranks),
+      log2_of(p.blocksize));
+}
+
+template <typename T>
+cudaError_t launch(const FewRowsBackward& p, cudaStream_t stream) {
+  DeviceLimits limits{};
+  if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
+  const unsigned tiles_r = static_cast<unsigned>(p.r + kFragment - 1) / kFragment;
+  if (p.r > 0) {
+    const int projections = p.du == nullptr ? 0 : static_cast<int>(tiles_r) * ((p.m + kTokens - 1) / kTokens);
+    const int64_t slabs = p.db == nullptr ? 0 : (p.n + kSideRows - 1) / kSideRows;
+    output_gradient_kernel<T><<<static_cast<unsigned>(projections + slabs), kSideThreads, 0, stream>>>(p, projections);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  }
+  // dA before dx: dx is long, starts beside both, and waits for the one, which has waited for the other.
+  if (p.da != nullptr) {
+    const dim3 grid(static_cast<unsigned>((p.k + kAdapterThreads - 1) / kAdapterThreads), tiles_r);
+    const cudaError_t status =
+        launch_few_rows(adapter_gradient_kernel<T>, grid, kAdapterThreads, 0, 1, limits.clusters, stream, p);
+    if (status != cudaSuccess) return status;
+  }
+  if (p.dx == nullptr) return cudaSuccess;
+  if (p.m <= 8) return launch_input_gradient<T, 1>(p, limits, stream);
+  if (p.m <= 16) return launch_input_gradient<T, 2>(p, limits, stream);
+  if (p.m <= 32) return launch_input_gradient<T, 4>(p, limits, stream);
+  return launch_input_gradient<T, 8>(p, limits, stream);
+}
+
+}  // namespace
+
+int few_rows_backward_cuda(const FewRowsBackward& params, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (params.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(params, cuda_stream);
+  if (params.dtype == DType::kFloat16) return launch<__half>(params, cuda_stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fastlora

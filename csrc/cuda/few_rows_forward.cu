@@ -1,0 +1,285 @@
+// y = x W^T + scale * (u B^T) + bias and u = x A^T for a few rows of x, W decoded in the product.
+//
+// Two chained launches: the first makes u, the second starts beside it and waits for u only before its last step.
+// The bytes of W are read once. A block owns `kRows` outputs and a part of K; its warps split that part again, and the
+// blocks of a cluster add their sums through distributed shared memory, in a fixed order.
+
+#include "few_rows.cuh"
+
+namespace fastlora {
+namespace {
+
+constexpr int kSlab = 128;               // elements of a row that a warp multiplies at once, 32 a lane
+constexpr int kChunk = kWarpsK * kSlab;  // elements of K in one stage of the pipeline
+constexpr int kStages = 2;
+constexpr int kGroups = 2;  // groups of 16 outputs to a warp
+constexpr int kUnit = 16;   // bytes of one copy
+
+// kTiles tiles of 8 tokens. With more of them fewer warps share the outputs, so that two blocks fit where they can.
+template <int kTiles>
+struct Shape {
+  static constexpr int kWarpsRow = kTiles <= 2 ? 2 : 4;
+  static constexpr int kWarpsK = kThreads / 32 / kWarpsRow;
+  static constexpr int kChunk = kWarpsK * kSlab;  // elements of K in one stage of the pipeline
+  static constexpr int kRows = kWarpsRow * kGroups * kFragment;
+  static constexpr int kRowUnits = kChunk / 2 / kUnit;
+  static constexpr int kTokenUnits = kChunk * 2 / kUnit;
+  static constexpr int kWeightBytes = kRows * kRowUnits * kUnit;
+  static constexpr int kStageBytes = kWeightBytes + kTiles * kTokens * kTokenUnits * kUnit;
+  static constexpr int kShared = kTableBytes + kStatisticsBytes + kStages * kStageBytes;
+  static constexpr int kBlocks = kTiles <= 4 ? 2 : 1;  // on a multiprocessor
+  using Result = Sums<kRows, kTiles * kTokens>;
+  static_assert(kWarpsK * Result::kBytes <= kStages * kStageBytes);
+};
+
+template <typename T, int kTiles>
+__global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
+    linear_kernel(const FewRowsForward p, int ranks, int chunks, int log2_blocksize) {
+  using Layout = Shape<kTiles>;
+  constexpr int kWarpsRow = Layout::kWarpsRow, kWarpsK = Layout::kWarpsK, kChunk = Layout::kChunk;
+  constexpr int kRowUnits = Layout::kRowUnits, kTokenUnits = Layout::kTokenUnits;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char* table = shared;
+  float* statistics = reinterpret_cast<float*>(shared + kTableBytes);
+  unsigned char* stages = shared + kTableBytes + kStatisticsBytes;
+
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int warp_row = warp % kWarpsRow, warp_k = warp / kWarpsRow;
+  const int rank = static_cast<int>(blockIdx.x) % ranks;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(ranks)) * Layout::kRows;
+  const int64_t first = static_cast<int64_t>(rank) * chunks * kChunk;
+  const int64_t stop = min(p.k, first + static_cast<int64_t>(chunks) * kChunk);
+
+  // Rows alternate between the two halves of a line of shared memory, so that eight lanes read eight different units.
+  const auto load = [&](int stage, int64_t k0) {
+    unsigned char* weight = stages + stage * Layout::kStageBytes;
+    unsigned char* tokens = weight + Layout::kWeightBytes;
+#pragma unroll
+    for (int i = 0; i < Layout::kRows * kRowUnits / kThreads; ++i) {
+      const int v = i * kThreads + static_cast<int>(threadIdx.x);
+      const int row = v / kRowUnits, unit = v % kRowUnits;
+      const int64_t k = k0 + unit * 2 * kUnit;
+      const bool inside = row0 + row < p.n && k < stop;
+      const int64_t source = inside ? ((row0 + row) * p.k + k) / 2 : 0;
+      copy_async(weight + (row * kRowUnits + (unit ^ ((row & 1) << 2))) * kUnit, p.w_packed + source, inside);
+    }
+    // The four units of a lane's 32 elements go four units apart: step j of all lanes is then one run.
+#pragma unroll
+    for (int i = 0; i < kTiles * kTokens * kTokenUnits / kThreads; ++i) {
+      const int v = i * kThreads + static_cast<int>(threadIdx.x);
+      const int row = v / kTokenUnits, unit = v % kTokenUnits;
+      const int64_t k = k0 + unit * (kUnit / 2);
+      const bool inside = row < p.m && k < stop;
+      const int64_t source = inside ? row * p.k + k : 0;
+      const int place = (unit / 16 * 16 + unit % 4 * 4 + unit / 4 % 4) ^ ((row & 1) << 2);
+      copy_async(tokens + (row * kTokenUnits + place) * kUnit, static_cast<const T*>(p.x) + source, inside);
+    }
+    commit_copies();
+  };
+  const auto load_statistics = [&](Statistic(&s)[kGroups][2], int64_t k0) {
+    const int64_t k = k0 + warp_k * kSlab + t * 32;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int64_t row = row0 + (warp_row * kGroups + group) * kFragment + half * 8 + g;
+        s[group][half] = load_statistic(p, row * p.k + k, log2_blocksize, row < p.n && k < stop);
+      }
+    }
+  };
+
+#pragma unroll
+  for (int stage = 0; stage < kStages; ++stage) {
+    if (stage < chunks) load(stage, first + stage * kChunk);
+  }
+  Statistic next[kGroups][2];
+  load_statistics(next, first);
+  const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
+  fill_tables(p, reinterpret_cast<float2*>(table), statistics);
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+  if (p.r > 0) {
+    const int64_t width = static_cast<int64_t>(p.r) * (wide ? sizeof(float) : sizeof(T));
+    const int64_t rows = min(p.n - row0, static_cast<int64_t>(Layout::kRows));
+    prefetch(static_cast<const char*>(p.lora_b) + row0 * width, rows * width);
+  }
+
+  float acc[kGroups][kTiles][4] = {};
+  const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(float2));
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk + 1 < chunks) {
+      wait_copies<kStages - 1>();
+    } else {
+      wait_copies<0>();
+    }
+    __syncthreads();
+    float absmax[kGroups][2];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      absmax[group][0] = absmax_of(p, next[group][0], statistics, offset);
+      absmax[group][1] = absmax_of(p, next[group][1], statistics, offset);
+    }
+    if (chunk + 1 < chunks) load_statistics(next, first + static_cast<int64_t>(chunk + 1) * kChunk);
+
+    const unsigned char* weight = stages + chunk % kStages * Layout::kStageBytes;
+    const unsigned char* tokens = weight + Layout::kWeightBytes;
+    const int odd = (g & 1) << 2;
+    uint4 words[kGroups][2];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = (warp_row * kGroups + group) * kFragment + half * 8 + g;
+        words[group][half] =
+            *reinterpret_cast<const uint4*>(weight + (row * kRowUnits + ((warp_k * 4 + t) ^ odd)) * kUnit);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      uint4 b[kTiles];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int place = (warp_k * 16 + j * 4 + t) ^ odd;
+        b[tile] = *reinterpret_cast<const uint4*>(tokens + ((tile * kTokens + g) * kTokenUnits + place) * kUnit);
+      }
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        uint32_t upper[4], lower[4];
+        const uint4 &w0 = words[group][0], &w1 = words[group][1];
+        decode_word<T>(upper, table, j == 0 ? w0.x : j == 1 ? w0.y : j == 2 ? w0.z : w0.w, copy, absmax[group][0]);
+        decode_word<T>(lower, table, j == 0 ? w1.x : j == 1 ? w1.y : j == 2 ? w1.z : w1.w, copy, absmax[group][1]);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          Numeric<T>::mma(acc[group][tile], upper[0], lower[0], upper[1], lower[1], b[tile].x, b[tile].y);
+          Numeric<T>::mma(acc[group][tile], upper[2], lower[2], upper[3], lower[3], b[tile].z, b[tile].w);
+        }
+      }
+    }
+    __syncthreads();
+    if (chunk + kStages < chunks) load(chunk % kStages, first + static_cast<int64_t>(chunk + kStages) * kChunk);
+  }
+
+  if (p.r > 0) {
+    wait_for_previous();
+    // The steps over R are dealt to the warps of the whole cluster, whose sums are added anyway.
+    for (int r0 = (rank * kWarpsK + warp_k) * kFragment; r0 < p.r; r0 += ranks * kWarpsK * kFragment) {
+      const int r = r0 + 4 * t;
+      uint32_t b[kTiles][2];
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        const int token = tile * kTokens + g;
+        const int inside = token < p.m ? p.r : 0;
+        b[tile][0] = pair<T>(p.u, token, p.r, r, inside, false);
+        b[tile][1] = pair<T>(p.u, token, p.r, r + 2, inside, false);
+      }
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        const int64_t row = row0 + (warp_row * kGroups + group) * kFragment + g;
+        const int upper = row < p.n ? p.r : 0, lower = row + 8 < p.n ? p.r : 0;
+        const uint32_t a0 = pair<T>(p.lora_b, row, p.r, r, upper, wide);
+        const uint32_t a1 = pair<T>(p.lora_b, row + 8, p.r, r, lower, wide);
+        const uint32_t a2 = pair<T>(p.lora_b, row, p.r, r + 2, upper, wide);
+        const uint32_t a3 = pair<T>(p.lora_b, row + 8, p.r, r + 2, lower, wide);
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+          float lora[4] = {};
+          Numeric<T>::mma(lora, a0, a1, a2, a3, b[tile][0], b[tile][1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[group][tile][i] += p.scale * lora[i];
+        }
+      }
+    }
+  }
+
+  const typename Layout::Result sums{reinterpret_cast<float*>(stages)};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int row = (warp_row * kGroups + group) * kFragment + g;
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums.at(warp_k, tile * kTokens + 2 * t + i % 2, row + i / 2 * 8) = acc[group][tile][i];
+      }
+    }
+  }
+  sums.template finish<kWarpsK>(p.m, ranks, [&](int token, int row, float sum) {
+    const int64_t n = row0 + row;
+    if (n >= p.n) return;
+    if (p.bias != nullptr) sum += element<T>(p.bias, n, p.bias_dtype == DType::kFloat32);
+    store_as<T>(p.y, token * p.n + n, sum, p.out_dtype == DType::kFloat32);
+  });
+}
+
+constexpr int kProjectThreads = 512;
+
+// u for 16 ranks and 8 tokens a block; the warps split K.
+template <typename T>
+__global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsForward p) {
+  let_next_start();
+  constexpr int kWarps = kProjectThreads / 32;
+  __shared__ float sums[kWarps][kFragment][kTokens];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+  const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r, token = m0 + g < p.m;
+  const uint4 nothing = make_uint4(0, 0, 0, 0);
+  float acc[4] = {};
+#pragma unroll 4
+  for (int64_t k = warp * 32 + t * 8; k < p.k; k += kWarps * 32) {
+    const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
+    const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
+    const uint4 b = token ? eight<T>(p.x, (m0 + g) * p.k + k, false) : nothing;
+    Numeric<T>::mma(acc, a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+    Numeric<T>::mma(acc, a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[warp][g + i / 2 * 8][2 * t + i % 2] = acc[i];
+  __syncthreads();
+  const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
+  if (column >= kTokens || r0 + row >= p.r || m0 + column >= p.m) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
+  static_cast<T*>(p.u)[(m0 + column) * p.r + r0 + row] = Numeric<T>::narrow(sum);
+}
+
+template <typename T, int kTiles>
+cudaError_t launch_linear(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
+  using Layout = Shape<kTiles>;
+  if (Layout::kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
+  const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
+  const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
+  const int ranks = split_of(tiles, chunks, limits.multiprocessors * Layout::kBlocks, limits.clusters);
+  const auto grid = static_cast<unsigned>(tiles * ranks);
+  return launch_few_rows(
+      linear_kernel<T, kTiles>, dim3(grid), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters, stream, p,
+      ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+}
+
+template <typename T>
+cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
+  DeviceLimits limits{};
+  if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
+  if (p.r > 0) {
+    const dim3 grid((p.r + kFragment - 1) / kFragment, (p.m + kTokens - 1) / kTokens);
+    project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(p);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  }
+  if (p.m <= 8) return launch_linear<T, 1>(p, limits, stream);
+  if (p.m <= 16) return launch_linear<T, 2>(p, limits, stream);
+  if (p.m <= 32) return launch_linear<T, 4>(p, limits, stream);
+  return launch_linear<T, 8>(p, limits, stream);
+}
+
+}  // namespace
+
+int few_rows_forward_cuda(const FewRowsForward& params, void* stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  if (params.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(params, cuda_stream);
+  if (params.dtype == DType::kFloat16) return launch<__half>(params, cuda_stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace fastlora

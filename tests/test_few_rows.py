@@ -1,0 +1,152 @@
+"""The CUDA kernels for a few rows against the float64 truth; what needs no GPU is in test_backends.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerance import assert_close, check, make_problem, truth_and_plain
+
+from fastlora import native
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(native.available("cuda") is not None, reason=str(native.available("cuda"))),
+]
+
+MOST = native.few_rows(torch.cuda.get_device_capability()) if torch.cuda.is_available() else 0
+ROWS = [m for m in (1, 3, 8, 9, 16, 17, 32, 33, 64) if m <= MOST]
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", ROWS)
+@pytest.mark.parametrize(("n", "k"), [(8, 32), (72, 96), (136, 1056), (1000, 608), (264, 4128)])
+def test_every_size(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check(make_problem(m, n, k, 16, dtype, bias=True, device="cuda"), native.forward, native.backward)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("r", [0, 1, 2, 7, 8, 17, 64, 256, 300])
+@pytest.mark.parametrize("m", [m for m in (1, 13, 40) if m <= MOST])
+def test_every_rank(m: int, r: int, adapter_dtype: torch.dtype) -> None:
+    problem = make_problem(m, 200, 512, r, torch.bfloat16, adapter_dtype=adapter_dtype, device="cuda")
+    check(problem, native.forward, native.backward)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("blocksize", [32, 64, 128, 1024, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_format(quant_type: str, blocksize: int, nested: bool) -> None:
+    # in_features is no multiple of most block sizes: blocks of statistics straddle the rows.
+    for m in (2, 12):
+        problem = make_problem(
+            m, 344, 1056, 8, torch.bfloat16, quant_type=quant_type, blocksize=blocksize, nested=nested, device="cuda"
+        )
+        check(problem, native.forward, native.backward)
+
+
+@pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (4096, 14336)])
+@pytest.mark.parametrize("m", [m for m in (1, 16, 31, 64) if m <= MOST])
+def test_model_shapes(m: int, n: int, k: int) -> None:
+    check(make_problem(m, n, k, 16, torch.bfloat16, device="cuda"), native.forward, native.backward)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
+)
+def test_only_what_is_needed(needs: tuple[bool, bool, bool]) -> None:
+    check(make_problem(5, 136, 512, 8, torch.bfloat16, device="cuda"), native.forward, native.backward, needs)
+
+
+def test_odd_out_features_forward() -> None:
+    problem = make_problem(4, 77, 512, 8, torch.bfloat16, device="cuda")
+    truth, plain = truth_and_plain(problem)
+    y, u = native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
+    assert_close(y, plain["y"], truth["y"], "y")
+    assert_close(u, plain["u"], truth["u"], "u")
+
+
+def test_a_wide_result_is_not_rounded() -> None:
+    problem = make_problem(4, 136, 512, 8, torch.bfloat16, device="cuda")
+    truth, _ = truth_and_plain(problem)
+    args = (problem.x, problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
+    wide, narrow = native.forward(*args, torch.float32)[0], native.forward(*args)[0]
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide.to(torch.bfloat16), narrow)
+    error = [(y.double() - truth["y"]).norm() for y in (wide, narrow)]
+    assert error[0] < 0.75 * error[1]
+
+
+def test_unaligned_views_and_other_layouts() -> None:
+    problem = make_problem(6, 136, 512, 8, torch.bfloat16, device="cuda")
+    expected = problem.run(native.forward, native.backward)
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
+
+    other = problem.to(torch.bfloat16)
+    object.__setattr__(other, "x", shifted(problem.x))
+    object.__setattr__(other, "dy", shifted(problem.dy))
+    object.__setattr__(other, "lora_a", problem.lora_a.T.contiguous().T)
+    object.__setattr__(other, "lora_b", shifted(problem.lora_b))
+    for name, value in other.run(native.forward, native.backward).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    problem = make_problem(min(48, MOST), 4096, 4096, 16, torch.bfloat16, device="cuda")
+    first = problem.run(native.forward, native.backward)
+    for _ in range(20):
+        for name, value in problem.run(native.forward, native.backward).items():
+            assert torch.equal(value, first[name]), name
+
+
+def test_chained_launches_wait_for_what_they_read() -> None:
+    # Each result feeds the next call while the device is busy: a kernel that started too early would read the old one.
+    problem = make_problem(8, 1024, 1024, 16, torch.bfloat16, scale=0.1, device="cuda")
+    args = (problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
+
+    def chain(wait: bool) -> torch.Tensor:
+        x = problem.x
+        for _ in range(50):
+            x, u = native.forward(x, *args)
+            dx, da, _ = native.backward(x, x, u, problem.w, problem.lora_a, problem.lora_b, problem.scale, None)
+            x = torch.nn.functional.normalize(x + dx + da.sum(0), dim=-1) * 30
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(wait=True)
+    for _ in range(10):
+        assert torch.equal(chain(wait=False), expected)
+
+
+def test_graph_capture_replays_with_new_inputs() -> None:
+    problem = make_problem(8, 1024, 1024, 16, torch.bfloat16, device="cuda")
+    problem.run(native.forward, native.backward)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = problem.run(native.forward, native.backward)
+    problem.x.normal_()
+    problem.dy.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    for name, expected in problem.run(native.forward, native.backward).items():
+        assert torch.equal(captured[name], expected), name
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": (MOST + 1, 512)}, "rows"),
+        ({"x": (4, 480)}, "x must be contiguous, of shape"),
+        ({"lora_b": (136, 9)}, "lora_b must be contiguous, of shape"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, tuple[int, int]], message: str) -> None:
+    problem = make_problem(4, 136, 512, 8, torch.bfloat16, device="cuda")
+    for name, shape in change.items():
+        object.__setattr__(problem, name, torch.zeros(shape, dtype=torch.bfloat16, device="cuda"))
+    with pytest.raises(RuntimeError, match=message):
+        native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, 1.0, None)
