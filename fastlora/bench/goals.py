@@ -61,7 +61,7 @@ class Run:
     def compare(self, shape: tuple[int, int], m: int, mode: Mode, names: tuple[str, ...], **what: Any) -> Any:
         """`layer.compare`, its quantiles kept."""
         found = layers.compare(shape, m, RANK, mode, names, device=self.device, rounds=self.size.rounds, **what)
-        for field in ("gpu", "wall", "host"):
+        for field in ("gpu_us", "wall_us", "host_us"):
             times = {name: each for name, one in found.items() if (each := getattr(one, field)) is not None}
             self.keep(title(shape, m), f"{mode}, {field}", times)
         return found
@@ -80,21 +80,23 @@ def ratio(
 ) -> Row:
     """The time of ``above`` over that of ``below``, or why there is none."""
     for name in (above, below):
-        if found[name].gpu is None:
+        if found[name].gpu_us is None:
             return Row(case, metric, None, goal, at_least, f"{name}: {found[name].absent or 'not measured'}")
     a, b = found[above], found[below]
     # A time with launches is compared with its like.
-    one, other = (a.gpu, b.gpu) if a.gpu and b.gpu and a.gpu.launches == b.gpu.launches else (a.wall, b.wall)
+    one, other = a.gpu_us, b.gpu_us
+    if one and other and one.launches != other.launches:
+        one, other = a.wall_us, b.wall_us
     if one is None or other is None:
         return Row(case, metric, None, goal, at_least, "one of the two could not be captured in a CUDA graph")
     return Row(case, metric, one.p50 / other.p50, goal, at_least, _launched(one, other))
 
 
-def _microseconds(case: str, metric: str, one: Measured, field: str = "gpu", goal: float | None = None) -> Row:
+def _microseconds(case: str, metric: str, one: Measured, field: str = "gpu_us", goal: float | None = None) -> Row:
     times: timing.Times | None = getattr(one, field)
     if times is None:
         return Row(case, metric, None, goal, note=one.absent or "not measured")
-    return Row(case, metric, times.p50, goal, note=_launched(times) if field == "gpu" else "")
+    return Row(case, metric, times.p50, goal, note=_launched(times) if field == "gpu_us" else "")
 
 
 def _training(
@@ -113,7 +115,7 @@ def _training(
         for name in (FLOOR, OURS, *PEERS):
             yield _microseconds(case, f"fwd+bwd us, {name}", found[name])
         for name in (OURS, *PEERS):
-            yield _microseconds(case, f"fwd+bwd us with launches, {name}", found[name], "wall")
+            yield _microseconds(case, f"fwd+bwd us with launches, {name}", found[name], "wall_us")
         if memory:
             yield from _memory(case, found, run.device)
 
@@ -159,7 +161,9 @@ def _decode(
             assert run.ceilings is not None
             packed = NF4Weight.empty(shape).nbytes
             least = run.ceilings.roofline(layers.moved_bytes(packed, shape, m, "decode"), 0)
-            value, note = (None, ours.absent or "not measured") if ours.gpu is None else (ours.gpu.p50 / least, "")
+            value, note = None, ours.absent or "not measured"
+            if ours.gpu_us is not None:
+                value, note = ours.gpu_us.p50 / least, _launched(ours.gpu_us)
             yield Row(case, "decode: time over the byte roofline", value, roofline, note=note)
             yield Row(case, "byte roofline, us", least)
         for peer in (FLOOR, BASE):
@@ -178,9 +182,9 @@ def _launches(run: Run) -> Iterator[Row]:
     shape, m = run.size.shape(4096, 4096), run.size.tokens(256)
     case, names = title(shape, m), (OURS, ADDMM, PEFT_BF16, "PEFT fp32 autocast")
     found = run.compare(shape, m, "fwd+bwd", names, gpu=False, host=True)
-    yield _microseconds(case, "host us of fwd+bwd", found[OURS], "host", 120.0)
+    yield _microseconds(case, "host us of fwd+bwd", found[OURS], "host_us", 120.0)
     for name in names[1:]:
-        yield _microseconds(case, f"host us of fwd+bwd, {name}", found[name], "host")
+        yield _microseconds(case, f"host us of fwd+bwd, {name}", found[name], "host_us")
 
 
 def _dequantization(n: int, k: int) -> Callable[[Run], Iterator[Row]]:

@@ -53,11 +53,11 @@ wide enough for the peers, whose results are rounded several times."""
 class Measured:
     """What was measured of one provider; a field is None where it was not asked for or does not exist."""
 
-    gpu: timing.Times | None = None
+    gpu_us: timing.Times | None = None
     """GPU time alone. Where its ``launches`` is set the provider could not be captured in a CUDA graph."""
-    wall: timing.Times | None = None
+    wall_us: timing.Times | None = None
     """With the host's launches; there too where some of the providers could not be captured."""
-    host: timing.Times | None = None
+    host_us: timing.Times | None = None
     """The host's time alone."""
     peak_bytes: int | None = None
     absent: str | None = None
@@ -222,9 +222,18 @@ def lines(
     shape, m, r, mode = case
     try:
         found = compare(
-            SHAPES[shape], m, r, mode, names,
-            device=device, gpu=graph, wall=True, host=m <= MOST_DECODED, memory=True, rounds=rounds,
-        )  # fmt: skip
+            SHAPES[shape],
+            m,
+            r,
+            mode,
+            names,
+            device=device,
+            gpu=graph and device.type == "cuda",
+            wall=True,
+            host=m <= MOST_DECODED,  # beyond, the queue of launches may fill and make the host wait
+            memory=True,
+            rounds=rounds,
+        )
     except Exception as error:
         found = {name: Measured(absent=why(error)) for name in names}
     for name, measured in found.items():

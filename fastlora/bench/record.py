@@ -114,10 +114,15 @@ def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def write_lines(suite: str, lines: Iterable[dict[str, Any]], folder: Path | None = None) -> Path:
-    """Write ``<folder>/<device>/<suite>.jsonl``, each line as soon as it is there, with the environment in it."""
+    """Write ``<folder>/<device>/<suite>.jsonl``, each line as soon as it is there, with the environment in it.
+
+    Raises ValueError for a line with a name of the environment's.
+    """
     path = _path(f"{suite}.jsonl", folder)
     with path.open("w") as file:
         for line in lines:
+            if both := line.keys() & environment().keys():
+                raise ValueError(f"a line and its environment both have {', '.join(sorted(both))}")
             file.write(json.dumps({**line, **environment()}) + "\n")
             file.flush()
     return path

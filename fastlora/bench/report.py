@@ -111,7 +111,7 @@ def _least(line: dict[str, Any]) -> float:
 
 def _shown_time(line: dict[str, Any]) -> tuple[float, bool] | None:
     """The GPU time of a line, or else the time with launches, and whether launches are in it."""
-    times = line["gpu"] or line["wall"]
+    times = line["gpu_us"] or line["wall_us"]
     return (times["p50"], times["launches"]) if times else None
 
 
@@ -123,7 +123,7 @@ def layer_table(lines: Lines) -> str:
         if line["absent"]:
             body.append((*case, line["absent"].replace("|", "/"), "", "", "", ""))
             continue
-        gpu, wall, host, peak = line["gpu"], line["wall"], line["host"], line["peak_bytes"]
+        gpu, wall, host, peak = line["gpu_us"], line["wall_us"], line["host_us"], line["peak_bytes"]
         alone = f"{_number(gpu['p50'])} ({_number(gpu['p20'])} to {_number(gpu['p80'])})" if gpu else "-"
         if gpu and gpu["launches"]:
             alone += ", with launches"
