@@ -189,13 +189,13 @@ def bench(
         return
     assert suite is not None
     _one_of("suite", suite, ("layer", "goals", "drop-in"))
-    for package in ("bitsandbytes", "peft", "rich"):
-        require(package, "bench")
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite != "drop-in") + ["--quick"] * (quick and suite != "goals")
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
+    for package in ("rich", "bitsandbytes", "peft"):
+        require(package, "bench")
     with _quiet():
         table, path = _run_suite(suite, given, graph, only, quick, out)
     print(table, path, sep="\n")

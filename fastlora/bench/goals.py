@@ -15,7 +15,7 @@ from fastlora import backends
 from fastlora.bench import layer as layers
 from fastlora.bench import providers, timing
 from fastlora.bench.layer import Measured
-from fastlora.bench.providers import BASE, FLOOR, Layer, Mode
+from fastlora.bench.providers import BASE, FLOOR, Layer, Mode, Provider
 from fastlora.bench.record import Row
 from fastlora.nf4 import NF4Weight
 
@@ -241,9 +241,9 @@ def _dequantization(n: int, k: int) -> Callable[[Run], Iterator[Row]]:
     return case
 
 
-def saved_bytes(layer: Layer, x: torch.Tensor, backend: str = "auto") -> int:
+def saved_bytes(provider: Provider, layer: Layer, x: torch.Tensor) -> int:
     """Bytes kept for the backward pass beside x, the adapters and the packed weight."""
-    known = {t.untyped_storage().data_ptr() for t in (x, layer.lora_a, layer.lora_b, *layer.w.tensors().values())}
+    known = {t.untyped_storage().data_ptr() for t in (x, *provider.trained, *layer.w.tensors().values())}
     kept: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -253,7 +253,7 @@ def saved_bytes(layer: Layer, x: torch.Tensor, backend: str = "auto") -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = providers.fused(layer, backend).forward(x)
+        y = provider.forward(x)  # what is saved lives, at an address of its own, as long as the result
     total = sum(kept.values())
     del y
     return total
@@ -263,13 +263,12 @@ def _saved(run: Run) -> Iterator[Row]:
     shape, m = run.size.shape(4096, 4096), run.size.tokens(8192)
     layer = providers.make_layer(*shape, RANK, torch.bfloat16, run.device)
     x = torch.zeros(m, shape[1], dtype=torch.bfloat16, device=run.device, requires_grad=True)
-    u = m * RANK * x.element_size()
-    yield Row(title(shape, m), "saved for backward beside x and references, bytes", saved_bytes(layer, x), u)
+    saved, u = saved_bytes(providers.fused(layer), layer, x), m * RANK * x.element_size()
+    yield Row(title(shape, m), "saved for backward beside x and references, bytes", saved, u)
 
 
-def differing(layer: Layer, x: torch.Tensor, dy: torch.Tensor, backend: str) -> int:
+def differing(provider: Provider, x: torch.Tensor, dy: torch.Tensor) -> int:
     """Elements of the output and of the gradients that differ between two runs."""
-    provider = providers.fused(layer, backend)
     runs = []
     for _ in range(2):
         y = provider.forward(x)
@@ -279,7 +278,7 @@ def differing(layer: Layer, x: torch.Tensor, dy: torch.Tensor, backend: str) -> 
 
 def _repeated(backend: str, tokens: int) -> Callable[[Run], Iterator[Row]]:
     def case(run: Run) -> Iterator[Row]:
-        (n, k), m = run.size.shape(4096, 4096), tokens
+        (n, k), m = run.size.shape(4096, 4096), run.size.tokens(tokens)
         layer = providers.make_layer(n, k, RANK, torch.bfloat16, run.device)
         generator = torch.Generator(run.device).manual_seed(1)
         x, dy = (torch.randn(m, size, device=run.device, dtype=torch.bfloat16, generator=generator) for size in (k, n))
@@ -291,7 +290,8 @@ def _repeated(backend: str, tokens: int) -> Callable[[Run], Iterator[Row]]:
         if reasons:
             yield Row(title((n, k), m), metric, None, note="; ".join(reasons))
         else:
-            yield Row(title((n, k), m), metric, differing(layer, x.requires_grad_(), dy, backend), 0)
+            found = differing(providers.fused(layer, backend), x.requires_grad_(), dy)
+            yield Row(title((n, k), m), metric, found, 0)
 
     return case
 
