@@ -39,7 +39,7 @@ DEFAULT_TOKENS = (1, 16, 256, 2048, 8192)
 DEFAULT_RANKS = (16,)
 DEFAULT_MODES: tuple[Mode, ...] = ("fwd+bwd", "decode")
 DEFAULT_PROVIDERS = tuple(
-    name for name in providers.PROVIDERS if name not in ("fastlora reference", "PEFT compiled", "naive PyTorch")
+    name for name in providers.PROVIDERS if name not in ("fastlora reference", "PEFT compiled")
 )
 MOST_DECODED = 256
 """Tokens up to which the mode "decode" is measured."""
