@@ -38,9 +38,7 @@ DEFAULT_SHAPES = tuple(f"llama-3-8b {name}" for name in MODELS["llama-3-8b"])
 DEFAULT_TOKENS = (1, 16, 256, 2048, 8192)
 DEFAULT_RANKS = (16,)
 DEFAULT_MODES: tuple[Mode, ...] = ("fwd+bwd", "decode")
-DEFAULT_PROVIDERS = tuple(
-    name for name in providers.PROVIDERS if name not in ("fastlora reference", "PEFT compiled")
-)
+DEFAULT_PROVIDERS = tuple(name for name in providers.PROVIDERS if name not in ("fastlora reference", "PEFT compiled"))
 MOST_DECODED = 256
 """Tokens up to which the mode "decode" is measured."""
 

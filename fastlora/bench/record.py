@@ -94,22 +94,22 @@ def _path(name: str, folder: Path | None) -> Path:
 def write(suite: str, rows: list[Row], extra: dict[str, Any] | None = None, folder: Path | None = None) -> Path:
     """Write ``<folder>/<device>/<suite>.json`` (folder: bench/results) and return its path."""
     path = _path(f"{suite}.json", folder)
-    table = [
-        dataclasses.asdict(row) | {"value": _short(row.value), "goal": _short(row.goal), "ok": row.ok} for row in rows
-    ]
+    table = [dataclasses.asdict(row) | {"ok": row.ok} for row in map(_short, rows)]
     path.write_text(json.dumps({**environment(), **(extra or {}), "rows": table}, indent=1) + "\n")
     return path
 
 
-def _short(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")
+def _short(row: Row) -> Row:
+    """The row with the digits that a record keeps; whether it passes is judged by them, in the file and out of it."""
+    value, goal = (None if number is None else float(f"{number:.5g}") for number in (row.value, row.goal))
+    return dataclasses.replace(row, value=value, goal=goal)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
     """A file that `write` wrote: what stands in it beside the rows, and the rows."""
     data = json.loads(path.read_text())
     names = {field.name for field in dataclasses.fields(Row)}
-    rows = [Row(**{key: value for key, value in row.items() if key in names}) for row in data.pop("rows")]
+    rows = [_short(Row(**{key: value for key, value in row.items() if key in names})) for row in data.pop("rows")]
     return data, rows
 
 

@@ -47,6 +47,19 @@ def test_rows_survive_the_file(tmp_path: Path) -> None:
     assert data["quick"] is False
 
 
+def test_the_verdict_is_that_of_the_digits_kept(tmp_path: Path) -> None:
+    rows = [Row("a", "error", 2.7730449e-07, 2.77304491e-07), Row("a", "error", 1.00000001, 1.0)]
+    path = record.write("goals", rows, folder=tmp_path)
+    assert [row["ok"] for row in json.loads(path.read_text())["rows"]] == [True, True]
+    assert [row.ok for row in record.read(path)[1]] == [True, True]
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "bench/results").glob("*/*.json")), ids=str)
+def test_committed_verdicts_are_those_of_their_rows(path: Path) -> None:
+    stored = [row["ok"] for row in json.loads(path.read_text())["rows"]]
+    assert [row.ok for row in record.read(path)[1]] == stored
+
+
 def test_schema_of_a_record(tmp_path: Path) -> None:
     data = json.loads(record.write("goals", ROWS, folder=tmp_path).read_text())
     assert {"commit", "gpu", "driver", "torch", "triton", "rows"} <= data.keys()
