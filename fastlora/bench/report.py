@@ -1,0 +1,271 @@
+"""The records under ``bench/results`` as Markdown tables and plots: ``fastlora bench --report``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastlora.bench import layer, record, timing
+from fastlora.bench.record import Row
+from fastlora.nf4 import NF4Weight
+
+Lines = list[dict[str, Any]]
+
+
+def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def rows_table(rows: Iterable[Row]) -> str:
+    """A table of rows, a missed goal in bold."""
+    return _markdown(
+        ("case", "metric", "measured", "goal", "", "note"),
+        (
+            (
+                row.case,
+                row.metric,
+                _number(row.value),
+                row.bound,
+                "**MISS**" if row.verdict == "MISS" else row.verdict,
+                row.note.replace("|", "/"),
+            )
+            for row in rows
+        ),
+    )
+
+
+def _source(path: Path, data: dict[str, Any]) -> str:
+    """Where numbers come from."""
+    parts = [data.get("gpu") or f"CPU ({data.get('cpu')}, {data.get('threads')} threads)", f"torch {data.get('torch')}"]
+    parts += [f"{name} {data[name]}" for name in ("triton", "bitsandbytes", "peft") if data.get(name)]
+    return f"{', '.join(parts)}, commit {data.get('commit')} ({'/'.join(path.parts[-4:])})"
+
+
+def _found(results: Path, name: str) -> list[Path]:
+    return sorted(results.glob(f"*/{name}"))
+
+
+def goals(results: Path, *, everything: bool = False) -> str:
+    """Every goal of the committed runs, pass or miss, and with ``everything`` the rows that only inform."""
+    blocks = []
+    for path in _found(results, "goals.json"):
+        data, rows = record.read(path)
+        if data.get("quick"):
+            continue
+        bound = [row for row in rows if row.goal is not None]
+        reached = sum(row.ok for row in bound)
+        head = f"{_source(path, data)}: {reached} of {len(bound)} goals reached."
+        blocks.append(f"{head}\n\n{rows_table(rows if everything else bound)}")
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite goals` on a GPU writes the record."
+
+
+_SPEED = re.compile(r"(?P<layer>\d+ x \d+, M = \d+), (?P<setup>x .*)")
+
+
+def drop_in(results: Path) -> str:
+    """Speed-ups over PEFT of every layer and set-up of the committed runs on GPUs, the losses in bold."""
+    blocks = []
+    for path in _found(results, "drop_in.json"):
+        data, rows = record.read(path)
+        cells: dict[str, dict[str, str]] = {}
+        for row in rows:
+            match = _SPEED.fullmatch(row.case)
+            if match and row.metric == "speed-up over PEFT" and row.value is not None:
+                text = f"{row.value:.2f}x"
+                cells.setdefault(match["layer"], {})[match["setup"]] = text if row.ok else f"**{text}**"
+        setups = list(dict.fromkeys(itertools.chain.from_iterable(cells.values())))
+        if data.get("gpu") and setups:
+            body = ((case, *(found.get(setup, "-") for setup in setups)) for case, found in cells.items())
+            blocks.append(f"{_source(path, data)}.\n\n{_markdown(('layer', *setups), body)}")
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite drop-in` on a GPU writes the record."
+
+
+def _drop_in_rest(results: Path) -> str:
+    """What the drop-in's records hold beside the speed: goals reached and missed, the loss curves."""
+    blocks = []
+    for path in _found(results, "drop_in.json"):
+        data, rows = record.read(path)
+        bound = [row for row in rows if row.goal is not None]
+        shown = [row for row in rows if not row.ok or "hidden" in row.case]
+        text = f"{_source(path, data)}: {sum(row.ok for row in bound)} of {len(bound)} goals reached."
+        blocks.append(f"{text} Every miss, and the loss curves:\n\n{rows_table(shown)}" if shown else text)
+    return "\n\n".join(blocks)
+
+
+def _least(line: dict[str, Any]) -> float:
+    """Microseconds of the roofline for the case of a line."""
+    shape, m, mode = tuple(line["nk"]), line["m"], line["mode"]
+    nbytes = layer.moved_bytes(NF4Weight.empty(shape).nbytes, shape, m, mode)
+    ceilings = timing.Ceilings(**line["ceilings"])
+    return ceilings.roofline(nbytes, layer.operations(shape, m, line["r"], mode))
+
+
+def _shown_time(line: dict[str, Any]) -> tuple[float, bool] | None:
+    """The GPU time of a line, or else the time with launches, and whether launches are in it."""
+    times = line["gpu_us"] or line["wall_us"]
+    return (times["p50"], times["launches"]) if times else None
+
+
+def layer_table(lines: Lines) -> str:
+    """Every line of a layer record."""
+    body = []
+    for line in lines:
+        case = (line["shape"], line["mode"], str(line["r"]), str(line["m"]), line["provider"])
+        if line["absent"]:
+            body.append((*case, line["absent"].replace("|", "/"), "", "", "", ""))
+            continue
+        gpu, wall, host, peak = line["gpu_us"], line["wall_us"], line["host_us"], line["peak_bytes"]
+        alone = f"{_number(gpu['p50'])} ({_number(gpu['p20'])} to {_number(gpu['p80'])})" if gpu else "-"
+        if gpu and gpu["launches"]:
+            alone += ", with launches"
+        time = _shown_time(line)
+        body.append(
+            (
+                *case,
+                alone,
+                _number(wall and wall["p50"]),
+                _number(host and host["p50"]),
+                _number(peak and peak / 1e6),
+                _number(time and time[0] / _least(line)),
+            )
+        )
+    head = ("layer", "mode", "r", "M", "provider", "GPU us (p20 to p80)", "with launches us", "host us", "peak MB")
+    return _markdown((*head, "time / roofline"), body)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def plot(lines: Lines, title: str, stem: Path) -> None:
+    """Time against M of every provider of one layer, mode and rank, with the roofline, as PNG and SVG."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    # The same record gives the same bytes.
+    with matplotlib.rc_context({"svg.hashsalt": "fastlora", "font.size": 9}):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        for i, name in enumerate(dict.fromkeys(line["provider"] for line in lines)):
+            points = sorted(
+                (line["m"], *time) for line in lines if line["provider"] == name and (time := _shown_time(line))
+            )
+            if not points:
+                continue
+            m, times, launches = zip(*points, strict=True)
+            label = f"{name} (with launches)" if any(launches) else name
+            width = 2.5 if name == "fastlora" else 1.2
+            style = "--" if any(launches) else "-"
+            axes.plot(m, times, style, marker="o", markersize=3, linewidth=width, color=f"C{i % 10}", label=label)
+        least = sorted({line["m"]: _least(line) for line in lines}.items())
+        axes.plot(*zip(*least, strict=True), color="black", linestyle=":", label="roofline (measured)")
+        axes.set(xscale="log", yscale="log", xlabel="M (tokens)", ylabel="microseconds", title=title)
+        axes.grid(True, which="both", alpha=0.2)
+        axes.legend(fontsize=7)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(f"{stem}.svg", metadata={"Date": None})
+        figure.savefig(f"{stem}.png", dpi=120, metadata={"Software": None})
+        pyplot.close(figure)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """The lines of one plot and one table: a layer, a mode, a rank, every M and provider."""
+
+    name: str
+    title: str
+    lines: Lines
+
+
+def _groups(path: Path, lines: Lines) -> Iterator[_Group]:
+    def key(line: dict[str, Any]) -> tuple[Any, ...]:
+        return line["shape"], line["mode"], line["r"]
+
+    for (shape, mode, r), group in itertools.groupby(sorted(lines, key=key), key):
+        case = list(group)
+        n, k = case[0]["nk"]
+        name = f"{path.parent.name}-{_slug(shape)}-{_slug(mode)}-r{r}"
+        yield _Group(name, f"{shape} ({n} x {k}), {mode}, r = {r}", case)
+
+
+def _layers(results: Path) -> str:
+    blocks = []
+    for path in _found(results, "layer.jsonl"):
+        lines = record.read_lines(path)
+        if not lines:
+            continue
+        ceilings = timing.Ceilings(**lines[0]["ceilings"])
+        blocks.append(
+            f"{_source(path, lines[0])}. Roofline: {ceilings.bytes_per_second / 1e12:.2f} TB/s copied, "
+            f"{ceilings.flops_per_second / 1e12:.0f} TFLOP/s of the library's bf16 product, both measured in the run."
+        )
+        for group in _groups(path, lines):
+            blocks += [f"![{group.title}]({PLOTS}/{group.name}.png)", layer_table(group.lines)]
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite layer` writes the record."
+
+
+PLOTS = "plots"
+"""The folder of the plots, beside the page that shows them."""
+
+
+def benchmarks(results: Path) -> str:
+    """The page of all tables and plots."""
+    sections = {
+        "Goals": goals(results, everything=True),
+        "Drop-in: speed-up over PEFT": drop_in(results),
+        "Drop-in: goals missed, loss curves": _drop_in_rest(results),
+        "One layer": _layers(results),
+    }
+    head = "# Benchmarks\n\nGenerated by `fastlora bench --report` from the records under `bench/results`. Medians.\n\n"
+    return head + "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
+
+
+README_BLOCKS: dict[str, Callable[[Path], str]] = {"goals": goals, "drop-in": drop_in}
+"""What stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in the README, from the folder of records."""
+
+
+def fill(text: str, blocks: dict[str, str]) -> str:
+    """``text`` with each block between its markers. Raises ValueError for a block without its pair of markers."""
+    for name, block in blocks.items():
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
+            raise ValueError(f"expected one {begin} and one {end} after it")
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def readme(text: str, results: Path) -> str:
+    """The README with its tables as the records have them."""
+    return fill(text, {name: block(results) for name, block in README_BLOCKS.items()})
+
+
+def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
+    """Write ``benchmarks.md`` and the plots under ``docs`` and the tables of the README; the files written.
+
+    Raises ValueError where the README lacks its markers.
+    """
+    filled = readme(readme_path.read_text(encoding="utf-8"), results)
+    page = docs / "benchmarks.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(benchmarks(results), encoding="utf-8")
+    readme_path.write_text(filled, encoding="utf-8")
+    written = [page, readme_path]
+    for path in _found(results, "layer.jsonl"):
+        lines = record.read_lines(path)
+        for group in _groups(path, lines):
+            stem = docs / PLOTS / group.name
+            plot(group.lines, f"{group.title}, {lines[0].get('gpu') or 'CPU'}", stem)
+            written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
+    return written

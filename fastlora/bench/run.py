@@ -1,0 +1,88 @@
+"""What ``fastlora bench`` does: one function a suite, with a progress bar, that writes a record."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from fastlora.bench import record
+
+T = TypeVar("T")
+
+
+def device() -> torch.device:
+    """The one to measure."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def tracked(items: Iterable[T], suite: str) -> Iterator[T]:
+    """``items``, with a progress bar on stderr that names the one at work; lines where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    items, console, begin = list(items), Console(stderr=True), time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(suite, total=len(items))
+        for i, item in enumerate(items):
+            name = item if isinstance(item, str) else ", ".join(str(part) for part in item)  # type: ignore[attr-defined]
+            progress.update(task, description=f"{suite}: {name}")
+            if not console.is_terminal:
+                print(f"{suite} {i + 1}/{len(items)}, {time.monotonic() - begin:.0f} s: {name}", file=sys.stderr)
+            yield item
+            progress.advance(task)
+
+
+def goals(*, quick: bool = False, out: Path | None = None) -> tuple[str, Path]:
+    """Measure the goals; the table and the record's path. The record grows with every case."""
+    from fastlora.bench import goals as suite
+
+    run = suite.Run(device(), suite.QUICK if quick else suite.FULL)
+    rows: list[record.Row] = []
+    for name in tracked(suite.CASES, "goals"):
+        rows += suite.measure(name, run)
+        path = record.write("goals", rows, {"quick": quick, "times": run.times}, out)
+    missed, bound = sum(not row.ok for row in rows), sum(row.goal is not None for row in rows)
+    return f"{record.table(rows)}\n{bound - missed} of {bound} goals reached", path
+
+
+def layer(
+    shapes: tuple[str, ...],
+    tokens: tuple[int, ...],
+    ranks: tuple[int, ...],
+    modes: tuple[Any, ...],
+    providers: tuple[str, ...],
+    *,
+    graph: bool = True,
+    out: Path | None = None,
+) -> tuple[str, Path]:
+    """Measure layers, a line of the record for each case and provider; the table and the record's path."""
+    from fastlora.bench import layer as suite
+    from fastlora.bench import report, timing
+
+    where = device()
+    ceilings = timing.ceilings(where)
+    cases = tracked(suite.cases(shapes, tokens, ranks, modes), "layer")
+    lines = (line for case in cases for line in suite.lines(case, providers, ceilings, where, graph=graph))
+    path = record.write_lines("layer", lines, out)
+    return report.layer_table(record.read_lines(path)), path
+
+
+def drop_in(parts: Iterable[str], *, out: Path | None = None) -> tuple[str, Path]:
+    """Measure the drop-in against PEFT; the table and the record's path. The record grows with every part."""
+    from fastlora.bench import drop_in as suite
+
+    rows: list[record.Row] = []
+    extra: dict[str, Any] = {}
+    for part in tracked(parts, "drop-in"):
+        found, kept = suite.PARTS[part](device())
+        rows += found
+        if part in suite.KEPT_AS:
+            extra[suite.KEPT_AS[part]] = kept
+        path = record.write("drop_in", rows, extra, out)
+    return record.table(rows), path
