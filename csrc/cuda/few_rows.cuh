@@ -235,10 +235,11 @@ struct Sums {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    const int share = kRows / ranks;
+    const int share = kRows / ranks;  // both are powers of two
+    const int log2_share = 31 - __clz(share);
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < tokens * share; i += kThreads) {
-      const int token = i / share, row = static_cast<int>(rank) * share + i % share;
+      const int token = i >> log2_share, row = static_cast<int>(rank) * share + (i & (share - 1));
       const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(&at(0, token, row)));
       // All loads are under way before the first sum: each takes as long as one from the L2 cache.
       float value[kMaxRanks];
@@ -307,23 +308,95 @@ inline int log2_of(int32_t blocksize) {
   return log2;
 }
 
+// A launch with `ranks` blocks to a cluster; `overlap`: it may start before the previous kernel has ended.
+struct LaunchConfig {
+  LaunchConfig(dim3 grid, int threads, int shared, int ranks, bool overlap, cudaStream_t stream) {
+    config.gridDim = grid;
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (ranks > 1) {
+      cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
+      cluster.val.clusterDim.y = 1;
+      cluster.val.clusterDim.z = 1;
+    }
+    if (overlap) {
+      cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
+      dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      dependent.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  LaunchConfig& operator=(const LaunchConfig&) = delete;
+
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attributes[2];
+};
+
+// How many blocks of a kernel a device runs at once, by log2 of the blocks to a cluster: fewer for larger clusters,
+// which must lie in one part of the device. One object per kernel; kept, because the query takes longer than a launch.
+class Slots {
+ public:
+  template <typename... Parameters>
+  cudaError_t find(void (*kernel)(Parameters...), int shared, const DeviceLimits& limits, const int*& slots) {
+    int device = 0;
+    if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
+    if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+    Known& known = known_[device];
+    slots = known.blocks;
+    if (known.ready) return cudaSuccess;
+    const void* function = reinterpret_cast<const void*>(kernel);
+    cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (status != cudaSuccess) return status;
+    // Otherwise the cache may be left so large that a second block does not fit.
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    if (status != cudaSuccess) return status;
+    int blocks = 0;
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, static_cast<size_t>(shared));
+    if (status != cudaSuccess) return status;
+    known.blocks[0] = blocks * limits.multiprocessors;
+    for (int log2 = 1; limits.clusters && (1 << log2) <= kMaxRanks; ++log2) {
+      const LaunchConfig launch(dim3(1u << log2), kThreads, shared, 1 << log2, false, nullptr);
+      int clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) clusters = 0;
+      known.blocks[log2] = clusters << log2;
+    }
+    known.ready = true;  // two threads would write the same values
+    return cudaSuccess;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  struct Known {
+    bool ready;
+    int blocks[4];
+  };
+  static_assert((1 << 3) == kMaxRanks);
+  Known known_[kDevices] = {};
+};
+
 // Into how many blocks of a cluster the reduction of each tile is split: the split whose waves over the device take
-// the fewest steps, `chunks` steps for a whole tile and about one for starting and finishing a block.
-inline int split_of(int64_t tiles, int64_t chunks, int slots, bool clusters) {
+// the fewest steps, `chunks` steps for a whole tile and `overhead` more for starting and finishing a block.
+inline int split_of(int64_t tiles, int64_t chunks, const int* slots, int overhead) {
   int best = 1;
   int64_t best_steps = INT64_MAX;
-  for (int ranks = 1; ranks <= (clusters ? kMaxRanks : 1) && ranks <= chunks; ranks *= 2) {
-    const int64_t waves = (tiles * ranks + slots - 1) / slots;
-    const int64_t steps = waves * ((chunks + ranks - 1) / ranks + 1);
+  for (int log2 = 0; (1 << log2) <= kMaxRanks && (1 << log2) <= chunks; ++log2) {
+    if (slots[log2] == 0) continue;
+    const int64_t ranks = 1 << log2;
+    const int64_t waves = (tiles * ranks + slots[log2] - 1) / slots[log2];
+    const int64_t steps = waves * ((chunks + ranks - 1) / ranks + overhead);
     if (steps < best_steps) {
-      best = ranks;
+      best = static_cast<int>(ranks);
       best_steps = steps;
     }
   }
   return best;
 }
 
-// Launches with `ranks` blocks to a cluster; `overlap`: may start before the previous kernel has ended.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_few_rows(
     void (*kernel)(Parameters...),
@@ -334,35 +407,8 @@ cudaError_t launch_few_rows(
     bool overlap,
     cudaStream_t stream,
     Arguments... arguments) {
-  if (shared > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (status != cudaSuccess) return status;
-    // Otherwise the cache may be left so large that a second block does not fit.
-    cudaFuncSetAttribute(
-        reinterpret_cast<const void*>(kernel), cudaFuncAttributePreferredSharedMemoryCarveout,
-        cudaSharedmemCarveoutMaxShared);
-  }
-  cudaLaunchAttribute attributes[2];
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared);
-  config.stream = stream;
-  config.attrs = attributes;
-  if (ranks > 1) {
-    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = static_cast<unsigned>(ranks);
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
-  }
-  if (overlap) {
-    cudaLaunchAttribute& dependent = attributes[config.numAttrs++];
-    dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    dependent.val.programmaticStreamSerializationAllowed = 1;
-  }
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
+  const LaunchConfig launch(grid, threads, shared, ranks, overlap, stream);
+  return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
 }
 
 }  // namespace fastlora

@@ -315,11 +315,16 @@ cudaError_t launch_input_gradient(const FewRowsBackward& p, const DeviceLimits& 
   if (Layout::kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
   const int64_t tiles = (p.k + kColumns - 1) / kColumns;
   const int64_t chunks = (p.n + kChunk - 1) / kChunk;
-  const int ranks = split_of(tiles, chunks, limits.multiprocessors * (kTiles <= 4 ? 2 : 1), limits.clusters);
+  static Slots slots_of_kernel;
+  const int* slots = nullptr;
+  const auto kernel = input_gradient_kernel<T, kTiles>;
+  if (const cudaError_t status = slots_of_kernel.find(kernel, Layout::kShared, limits, slots); status != cudaSuccess) {
+    return status;
+  }
+  const int ranks = split_of(tiles, chunks, slots, 2);
   return launch_few_rows(
-      input_gradient_kernel<T, kTiles>, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, Layout::kShared, ranks,
-      p.r > 0 && limits.clusters, stream, p, ranks, static_cast<int>((chunks + ranks - 1) / ranks),
-      log2_of(p.blocksize));
+      kernel, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters,
+      stream, p, ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
 }
 
 template <typename T>

@@ -9,16 +9,15 @@
 namespace fastlora {
 namespace {
 
-constexpr int kSlab = 128;               // elements of a row that a warp multiplies at once, 32 a lane
-constexpr int kChunk = kWarpsK * kSlab;  // elements of K in one stage of the pipeline
+constexpr int kSlab = 128;  // elements of a row that a warp multiplies at once, 32 a lane
 constexpr int kStages = 2;
 constexpr int kGroups = 2;  // groups of 16 outputs to a warp
 constexpr int kUnit = 16;   // bytes of one copy
 
-// kTiles tiles of 8 tokens. With more of them fewer warps share the outputs, so that two blocks fit where they can.
+// kTiles tiles of 8 tokens.
 template <int kTiles>
 struct Shape {
-  static constexpr int kWarpsRow = kTiles <= 2 ? 2 : 4;
+  static constexpr int kWarpsRow = 4;
   static constexpr int kWarpsK = kThreads / 32 / kWarpsRow;
   static constexpr int kChunk = kWarpsK * kSlab;  // elements of K in one stage of the pipeline
   static constexpr int kRows = kWarpsRow * kGroups * kFragment;
@@ -31,6 +30,68 @@ struct Shape {
   using Result = Sums<kRows, kTiles * kTokens>;
   static_assert(kWarpsK * Result::kBytes <= kStages * kStageBytes);
 };
+
+// Adds scale * (u B^T) to the sums of a warp. The steps over R are dealt to `warps` warps, this one being number
+// `warp`, whose sums are added anyway.
+template <typename T, int kTiles, int kTileGroups>
+__device__ __forceinline__ void add_lora(
+    const FewRowsForward& p, float (&acc)[kTileGroups][kTiles][4], int64_t row0, int warp, int warps, bool wide) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  for (int r0 = warp * kFragment; r0 < p.r; r0 += warps * kFragment) {
+    const int r = r0 + 4 * t;
+    uint32_t b[kTiles][2];
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int token = tile * kTokens + g;
+      const int inside = token < p.m ? p.r : 0;
+      b[tile][0] = pair<T>(p.u, token, p.r, r, inside, false);
+      b[tile][1] = pair<T>(p.u, token, p.r, r + 2, inside, false);
+    }
+#pragma unroll
+    for (int group = 0; group < kTileGroups; ++group) {
+      const int64_t row = row0 + group * kFragment + g;
+      const int upper = row < p.n ? p.r : 0, lower = row + 8 < p.n ? p.r : 0;
+      const uint32_t a0 = pair<T>(p.lora_b, row, p.r, r, upper, wide);
+      const uint32_t a1 = pair<T>(p.lora_b, row + 8, p.r, r, lower, wide);
+      const uint32_t a2 = pair<T>(p.lora_b, row, p.r, r + 2, upper, wide);
+      const uint32_t a3 = pair<T>(p.lora_b, row + 8, p.r, r + 2, lower, wide);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        float lora[4] = {};
+        Numeric<T>::mma(lora, a0, a1, a2, a3, b[tile][0], b[tile][1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[group][tile][i] += p.scale * lora[i];
+      }
+    }
+  }
+}
+
+// Leaves the sums of a warp, whose rows start at `row0` of the block, as part `part`.
+template <int kTiles, int kTileGroups, typename Result>
+__device__ __forceinline__ void put_sums(
+    const Result& sums, const float (&acc)[kTileGroups][kTiles][4], int part, int row0) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int group = 0; group < kTileGroups; ++group) {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sums.at(part, tile * kTokens + 2 * t + i % 2, row0 + group * kFragment + g + i / 2 * 8) = acc[group][tile][i];
+      }
+    }
+  }
+}
+
+template <typename T, int kParts, typename Result>
+__device__ __forceinline__ void finish_rows(const FewRowsForward& p, const Result& sums, int64_t row0, int ranks) {
+  sums.template finish<kParts>(p.m, ranks, [&](int token, int row, float sum) {
+    const int64_t n = row0 + row;
+    if (n >= p.n) return;
+    if (p.bias != nullptr) sum += element<T>(p.bias, n, p.bias_dtype == DType::kFloat32);
+    store_as<T>(p.y, token * p.n + n, sum, p.out_dtype == DType::kFloat32);
+  });
+}
 
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
@@ -161,54 +222,136 @@ __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
 
   if (p.r > 0) {
     wait_for_previous();
-    // The steps over R are dealt to the warps of the whole cluster, whose sums are added anyway.
-    for (int r0 = (rank * kWarpsK + warp_k) * kFragment; r0 < p.r; r0 += ranks * kWarpsK * kFragment) {
-      const int r = r0 + 4 * t;
-      uint32_t b[kTiles][2];
+    const int64_t first_row = row0 + warp_row * kGroups * kFragment;
+    add_lora<T, kTiles, kGroups>(p, acc, first_row, rank * kWarpsK + warp_k, ranks * kWarpsK, wide);
+  }
+  const typename Layout::Result sums{reinterpret_cast<float*>(stages)};
+  put_sums<kTiles, kGroups>(sums, acc, warp_k, warp_row * kGroups * kFragment);
+  finish_rows<T, kWarpsK>(p, sums, row0, ranks);
+}
+
+// The same for at most 16 tokens, where the bytes of W are the whole cost: they go straight to registers, several
+// slabs ahead, and x comes from the cache. All warps split K; `kTileGroups` groups of 16 outputs a block.
+template <int kTiles, int kTileGroups>
+struct DecodeShape {
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kChunk = kWarps * kSlab;
+  static constexpr int kRows = kTileGroups * kFragment;
+  static constexpr int kAhead = 4 / kTileGroups;  // slabs that a warp has under way
+  using Result = Sums<kRows, kTiles * kTokens>;
+  static constexpr int kShared = kTableBytes + kStatisticsBytes;
+  static_assert(kWarps * Result::kBytes <= kShared);
+};
+
+template <typename T, int kTiles, int kTileGroups>
+__global__ void __launch_bounds__(kThreads, 2)
+    decode_kernel(const FewRowsForward p, int ranks, int chunks, int log2_blocksize) {
+  using Layout = DecodeShape<kTiles, kTileGroups>;
+  constexpr int kAhead = Layout::kAhead, kChunk = Layout::kChunk;
+  extern __shared__ __align__(1024) unsigned char shared[];
+  unsigned char* table = shared;
+  float* statistics = reinterpret_cast<float*>(shared + kTableBytes);
+
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int rank = static_cast<int>(blockIdx.x) % ranks;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(ranks)) * Layout::kRows;
+  const int64_t k0 = static_cast<int64_t>(rank) * chunks * kChunk;
+  const int length = static_cast<int>(min(p.k - k0, static_cast<int64_t>(chunks) * kChunk));
+  const int start = warp * kSlab + t * 32;  // of this lane, from k0 on
+
+  uint4 words[kAhead][kTileGroups][2];
+  Statistic found[kAhead][kTileGroups][2];
+  int64_t first[kTileGroups][2];  // element of W where this lane starts
+  bool inside[kTileGroups][2];
 #pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int token = tile * kTokens + g;
-        const int inside = token < p.m ? p.r : 0;
-        b[tile][0] = pair<T>(p.u, token, p.r, r, inside, false);
-        b[tile][1] = pair<T>(p.u, token, p.r, r + 2, inside, false);
+  for (int group = 0; group < kTileGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = row0 + group * kFragment + half * 8 + g;
+      inside[group][half] = row < p.n;
+      first[group][half] = row * p.k + k0 + start;
+    }
+  }
+  const auto load = [&](uint4(&word)[kTileGroups][2], Statistic(&s)[kTileGroups][2], int k) {
+#pragma unroll
+    for (int group = 0; group < kTileGroups; ++group) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const bool here = inside[group][half] && start + k < length;
+        const int64_t element = first[group][half] + k;
+        word[group][half] = make_uint4(0, 0, 0, 0);
+        if (here) {
+          asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                       : "=r"(word[group][half].x), "=r"(word[group][half].y), "=r"(word[group][half].z),
+                         "=r"(word[group][half].w)
+                       : "l"(p.w_packed + element / 2));
+        }
+        s[group][half] = load_statistic(p, element, log2_blocksize, here);
       }
+    }
+  };
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
-        const int64_t row = row0 + (warp_row * kGroups + group) * kFragment + g;
-        const int upper = row < p.n ? p.r : 0, lower = row + 8 < p.n ? p.r : 0;
-        const uint32_t a0 = pair<T>(p.lora_b, row, p.r, r, upper, wide);
-        const uint32_t a1 = pair<T>(p.lora_b, row + 8, p.r, r, lower, wide);
-        const uint32_t a2 = pair<T>(p.lora_b, row, p.r, r + 2, upper, wide);
-        const uint32_t a3 = pair<T>(p.lora_b, row + 8, p.r, r + 2, lower, wide);
+  for (int i = 0; i < kAhead; ++i) load(words[i], found[i], i * kChunk);
+  const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
+  fill_tables(p, reinterpret_cast<float2*>(table), statistics);
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+  if (p.r > 0) {
+    const int64_t width = static_cast<int64_t>(p.r) * (wide ? sizeof(float) : sizeof(T));
+    const int64_t rows = min(p.n - row0, static_cast<int64_t>(Layout::kRows));
+    prefetch(static_cast<const char*>(p.lora_b) + row0 * width, rows * width);
+  }
+  __syncthreads();
+
+  float acc[kTileGroups][kTiles][4] = {};
+  const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(float2));
+  const T* x = static_cast<const T*>(p.x) + g * p.k + k0 + start;
+  for (int k = 0; warp * kSlab + k < length; k += kAhead * kChunk) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int at = k + i * kChunk;
+      if (warp * kSlab + at >= length) break;
+      const bool here = start + at < length;
+      uint4 b[4][kTiles];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-          float lora[4] = {};
-          Numeric<T>::mma(lora, a0, a1, a2, a3, b[tile][0], b[tile][1]);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) acc[group][tile][i] += p.scale * lora[i];
+          b[j][tile] = make_uint4(0, 0, 0, 0);
+          if (here && tile * kTokens + g < p.m) {
+            b[j][tile] = __ldg(reinterpret_cast<const uint4*>(x + tile * kTokens * p.k + at + j * 8));
+          }
         }
       }
-    }
-  }
-
-  const typename Layout::Result sums{reinterpret_cast<float*>(stages)};
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const int row = (warp_row * kGroups + group) * kFragment + g;
+      for (int group = 0; group < kTileGroups; ++group) {
+        const float upper_absmax = absmax_of(p, found[i][group][0], statistics, offset);
+        const float lower_absmax = absmax_of(p, found[i][group][1], statistics, offset);
+        const uint4 w0 = words[i][group][0], w1 = words[i][group][1];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
+        for (int j = 0; j < 4; ++j) {
+          uint32_t upper[4], lower[4];
+          decode_word<T>(upper, table, j == 0 ? w0.x : j == 1 ? w0.y : j == 2 ? w0.z : w0.w, copy, upper_absmax);
+          decode_word<T>(lower, table, j == 0 ? w1.x : j == 1 ? w1.y : j == 2 ? w1.z : w1.w, copy, lower_absmax);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sums.at(warp_k, tile * kTokens + 2 * t + i % 2, row + i / 2 * 8) = acc[group][tile][i];
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const uint4 v = b[j][tile];
+            Numeric<T>::mma(acc[group][tile], upper[0], lower[0], upper[1], lower[1], v.x, v.y);
+            Numeric<T>::mma(acc[group][tile], upper[2], lower[2], upper[3], lower[3], v.z, v.w);
+          }
+        }
       }
+      load(words[i], found[i], at + kAhead * kChunk);
     }
   }
-  sums.template finish<kWarpsK>(p.m, ranks, [&](int token, int row, float sum) {
-    const int64_t n = row0 + row;
-    if (n >= p.n) return;
-    if (p.bias != nullptr) sum += element<T>(p.bias, n, p.bias_dtype == DType::kFloat32);
-    store_as<T>(p.y, token * p.n + n, sum, p.out_dtype == DType::kFloat32);
-  });
+  if (p.r > 0) {
+    wait_for_previous();
+    add_lora<T, kTiles, kTileGroups>(p, acc, row0, rank * Layout::kWarps + warp, ranks * Layout::kWarps, wide);
+  }
+  __syncthreads();
+  const typename Layout::Result sums{reinterpret_cast<float*>(shared)};
+  put_sums<kTiles, kTileGroups>(sums, acc, warp, 0);
+  finish_rows<T, Layout::kWarps>(p, sums, row0, ranks);
 }
 
 constexpr int kProjectThreads = 512;
@@ -251,11 +394,42 @@ cudaError_t launch_linear(const FewRowsForward& p, const DeviceLimits& limits, c
   if (Layout::kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
   const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
   const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
-  const int ranks = split_of(tiles, chunks, limits.multiprocessors * Layout::kBlocks, limits.clusters);
+  static Slots slots_of_kernel;
+  const int* slots = nullptr;
+  const auto kernel = linear_kernel<T, kTiles>;
+  if (const cudaError_t status = slots_of_kernel.find(kernel, Layout::kShared, limits, slots); status != cudaSuccess) {
+    return status;
+  }
+  const int ranks = split_of(tiles, chunks, slots, 2);
   const auto grid = static_cast<unsigned>(tiles * ranks);
   return launch_few_rows(
-      linear_kernel<T, kTiles>, dim3(grid), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters, stream, p,
-      ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+      kernel, dim3(grid), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters, stream, p, ranks,
+      static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+}
+
+template <typename T, int kTiles, int kTileGroups>
+cudaError_t launch_decode_groups(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
+  using Layout = DecodeShape<kTiles, kTileGroups>;
+  static Slots slots_of_kernel;
+  const int* slots = nullptr;
+  const auto kernel = decode_kernel<T, kTiles, kTileGroups>;
+  if (const cudaError_t status = slots_of_kernel.find(kernel, Layout::kShared, limits, slots); status != cudaSuccess) {
+    return status;
+  }
+  const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
+  const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
+  const int ranks = split_of(tiles, chunks, slots, 2);
+  return launch_few_rows(
+      kernel, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters,
+      stream, p, ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+}
+
+// Larger tiles read x less often and fill the table less often; smaller ones keep more multiprocessors busy.
+template <typename T, int kTiles>
+cudaError_t launch_decode(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
+  const bool large = p.n > static_cast<int64_t>(limits.multiprocessors) * 2 * kFragment;
+  if (kTiles > 1 || large) return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
+  return launch_decode_groups<T, kTiles, 1>(p, limits, stream);
 }
 
 template <typename T>
@@ -267,8 +441,8 @@ cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
     project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(p);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
-  if (p.m <= 8) return launch_linear<T, 1>(p, limits, stream);
-  if (p.m <= 16) return launch_linear<T, 2>(p, limits, stream);
+  if (p.m <= 8) return launch_decode<T, 1>(p, limits, stream);
+  if (p.m <= 16) return launch_decode<T, 2>(p, limits, stream);
   if (p.m <= 32) return launch_linear<T, 4>(p, limits, stream);
   return launch_linear<T, 8>(p, limits, stream);
 }
