@@ -8,12 +8,16 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <array>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#if defined(FASTLORA_WITH_CUDA)
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+#endif
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -239,33 +243,66 @@ DType narrow_or_wide(const char* name, const Tensor& t, DType dtype) {
   return type;
 }
 
-// Checks what forward and backward share: x or dy (m, columns), the adapters, the weight's own conditions.
+// Checks what every forward and backward share: x or dy (m, columns), the adapters.
+template <typename Params>
+void check_operands(
+    Params& p,
+    const char* name,
+    Tensor& rows,
+    int64_t columns,
+    int64_t n,
+    int64_t k,
+    std::optional<Tensor>& lora_a,
+    std::optional<Tensor>& lora_b) {
+  if (rows.dim() != 2 || rows.sizes()[0] < 1) fail(name, " must have rows, got shape ", shape_of(rows));
+  operand(name, rows, rows, rows.sizes()[0], columns);
+  p.m = static_cast<decltype(p.m)>(rows.sizes()[0]);
+  p.dtype = dtype_of(name, rows);
+  if (p.dtype == DType::kFloat32) fail(name, " must be bfloat16 or float16");
+  p.adapter_dtype = p.dtype;
+  if (lora_a.has_value() != lora_b.has_value()) fail("lora_a and lora_b must be given together");
+  if (!lora_a.has_value()) return;
+  const int64_t r = lora_a->dim() == 2 ? lora_a->sizes()[0] : 0;
+  if (r < 1 || r > INT32_MAX) fail("lora_a must be (R, ", k, "), got ", shape_of(*lora_a));
+  p.r = static_cast<int32_t>(r);
+  operand("lora_a", *lora_a, rows, r, k);
+  operand("lora_b", *lora_b, rows, n, r);
+  p.adapter_dtype = narrow_or_wide("lora_a", *lora_a, p.dtype);
+  if (dtype_of("lora_b", *lora_b) != p.adapter_dtype) fail("lora_a and lora_b must have one type");
+}
+
+// And what the kernels for few rows ask for besides.
 template <typename Params>
 void check_few_rows(
     Params& p,
     const char* name,
     Tensor& rows,
     int64_t columns,
+    Tensor& w_packed,
     std::optional<Tensor>& lora_a,
     std::optional<Tensor>& lora_b) {
-  if (rows.dim() != 2 || rows.sizes()[0] < 1 || rows.sizes()[0] > kMaxFewRows) {
-    fail(name, " must have from 1 to ", kMaxFewRows, " rows, got shape ", shape_of(rows));
+  check_operands(p, name, rows, columns, p.n, p.k, lora_a, lora_b);
+  if (rows.sizes()[0] > kMaxFewRows) {
+    fail(name, " must have at most ", int64_t{kMaxFewRows}, " rows, got shape ", shape_of(rows));
   }
-  p.m = static_cast<int32_t>(rows.sizes()[0]);
-  operand(name, rows, rows, p.m, columns);
-  p.dtype = dtype_of(name, rows);
-  if (p.dtype == DType::kFloat32) fail(name, " must be bfloat16 or float16");
   if (p.k % 32 != 0) fail("in_features must be a multiple of 32, got ", p.k);
-  p.adapter_dtype = p.dtype;
-  if (lora_a.has_value() != lora_b.has_value()) fail("lora_a and lora_b must be given together");
+  align(w_packed);
+  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
   if (!lora_a.has_value()) return;
-  const int64_t r = lora_a->dim() == 2 ? lora_a->sizes()[0] : 0;
-  if (r < 1 || r > INT32_MAX) fail("lora_a must be (R, ", p.k, "), got ", shape_of(*lora_a));
-  p.r = static_cast<int32_t>(r);
-  p.lora_a = operand("lora_a", *lora_a, rows, r, p.k);
-  p.lora_b = operand("lora_b", *lora_b, rows, p.n, r);
-  p.adapter_dtype = narrow_or_wide("lora_a", *lora_a, p.dtype);
-  if (dtype_of("lora_b", *lora_b) != p.adapter_dtype) fail("lora_a and lora_b must have one type");
+  p.lora_a = lora_a->const_data_ptr();
+  p.lora_b = lora_b->const_data_ptr();
+}
+
+// The bias of a forward pass.
+template <typename Params>
+void check_bias(Params& p, const std::optional<Tensor>& bias, const Tensor& x) {
+  p.bias_dtype = p.dtype;
+  if (!bias.has_value()) return;
+  p.bias_dtype = narrow_or_wide("bias", *bias, p.dtype);
+  if (bias->dim() != 1 || bias->sizes()[0] != p.n || !bias->is_contiguous() || bias->device() != x.device()) {
+    fail("bias must be contiguous, of shape (", p.n, "), on the device of x; got ", shape_of(*bias));
+  }
+  p.bias = bias->const_data_ptr();
 }
 
 std::tuple<Tensor, Tensor> few_rows_forward_op(
@@ -287,19 +324,10 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
     bool float_out) {
   FewRowsForward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  align(w_packed);
-  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
-  check_few_rows(p, "x", x, k, lora_a, lora_b);
+  check_few_rows(p, "x", x, k, w_packed, lora_a, lora_b);
   p.x = x.const_data_ptr();
   p.scale = static_cast<float>(scale);
-  p.bias_dtype = p.dtype;
-  if (bias.has_value()) {
-    p.bias_dtype = narrow_or_wide("bias", *bias, p.dtype);
-    if (bias->dim() != 1 || bias->sizes()[0] != n || !bias->is_contiguous() || bias->device() != x.device()) {
-      fail("bias must be contiguous, of shape (", n, "), on the device of x; got ", shape_of(*bias));
-    }
-    p.bias = bias->const_data_ptr();
-  }
+  check_bias(p, bias, x);
   p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
   Tensor y = torch::stable::new_empty(x, {p.m, n}, float_out ? ScalarType::Float : x.scalar_type());
   Tensor u = torch::stable::new_empty(x, {p.m, p.r});
@@ -333,9 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
     bool need_db) {
   FewRowsBackward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
-  align(w_packed);
-  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
-  check_few_rows(p, "dy", dy, n, lora_a, lora_b);
+  check_few_rows(p, "dy", dy, n, w_packed, lora_a, lora_b);
   if (n % 8 != 0) fail("out_features must be a multiple of 8, got ", n);
   p.dy = dy.const_data_ptr();
   p.scale = static_cast<float>(scale);
@@ -370,6 +396,142 @@ std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
   return {dx, da, db};
 }
 
+// Library products, called without Python in between.
+
+Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+Tensor of_type(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+
+// out = alpha * (a b) + beta * out
+void add_product(Tensor& out, const Tensor& a, const Tensor& b, double alpha, double beta) {
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, alpha));
+}
+
+// a b of 16-bit matrices, its sums not rounded.
+Tensor wide_product(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(ScalarType::Float)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "dtype", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// scale * (a b) as a gradient of the type of `like`, rounded once.
+Tensor gradient(const Tensor& a, const Tensor& b, double scale, const Tensor& like) {
+  Tensor out = torch::stable::new_empty(like, {a.sizes()[0], b.sizes()[1]});
+  if (like.scalar_type() == a.scalar_type()) {
+    add_product(out, a, b, scale, 0.0);
+    return out;
+  }
+  out = wide_product(a, b);
+  if (scale != 1.0) {
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(out), torch::stable::detail::from(scale)};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Scalar", stack.data(), TORCH_ABI_VERSION));
+    out = torch::stable::detail::to<Tensor>(stack[0]);
+  }
+  return out;
+}
+
+// The packed weight as a matrix of the type of `like`, in a transient buffer.
+Tensor dense_weight(const PackedWeight& w, const Tensor& like, const Launch& launch) {
+  Tensor out = torch::stable::new_empty(like, {w.n, w.k});
+  Launch::check("dequantize", dequantize_cuda(make_params(w, out), launch.stream()));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> library_forward_op(
+    Tensor x,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    std::optional<Tensor> bias,
+    double scale,
+    bool float_out) {
+  const PackedWeight w =
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x);
+  FinishParams p{};
+  p.n = n;
+  check_operands(p, "x", x, k, n, k, lora_a, lora_b);
+  check_bias(p, bias, x);
+  const Launch launch(x);
+  const Tensor dense = dense_weight(w, x, launch);
+  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
+  if (p.r == 0 && !bias.has_value() && !float_out) {
+    Tensor y = torch::stable::new_empty(x, {p.m, n});
+    add_product(y, x, transposed(dense), 1.0, 0.0);
+    return {y, u};
+  }
+  if (p.r > 0) add_product(u, x, transposed(of_type(*lora_a, x.scalar_type())), 1.0, 0.0);
+  Tensor sums = wide_product(x, transposed(dense));
+  Tensor y = float_out ? sums : torch::stable::new_empty(x, {p.m, n});
+  p.sums = static_cast<const float*>(sums.const_data_ptr());
+  p.u = u.const_data_ptr();
+  p.lora_b = p.r > 0 ? lora_b->const_data_ptr() : nullptr;
+  p.y = y.mutable_data_ptr();
+  p.scale = static_cast<float>(scale);
+  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
+  Launch::check("finish", finish_cuda(p, launch.stream()));
+  return {y, u};
+}
+
+// A gradient that is not needed has no elements.
+std::tuple<Tensor, Tensor, Tensor> library_backward_op(
+    Tensor dy,
+    std::optional<Tensor> x,
+    std::optional<Tensor> u,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    double scale,
+    bool need_dx,
+    bool need_da,
+    bool need_db) {
+  const PackedWeight w =
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy);
+  FinishParams p{};
+  check_operands(p, "dy", dy, n, n, k, lora_a, lora_b);
+  const auto type = dy.scalar_type();
+  const Launch launch(dy);
+  Tensor nothing = torch::stable::new_empty(dy, {0});
+  Tensor dx = nothing, da = nothing, db = nothing, du = nothing;
+  need_da = need_da && p.r > 0;
+  need_db = need_db && p.r > 0;
+  if (p.r > 0 && (need_dx || need_da)) du = gradient(dy, of_type(*lora_b, type), scale, dy);
+  if (need_db) {
+    if (!u.has_value()) fail("u is missing");
+    operand("u", *u, dy, p.m, p.r);
+    db = gradient(transposed(dy), *u, scale, *lora_b);
+  }
+  if (need_da) {
+    if (!x.has_value()) fail("x is missing");
+    operand("x", *x, dy, p.m, k);
+    da = gradient(transposed(du), *x, 1.0, *lora_a);
+  }
+  if (need_dx) {
+    dx = torch::stable::new_empty(dy, {p.m, k});
+    if (p.r > 0) add_product(dx, du, of_type(*lora_a, type), 1.0, 0.0);
+    add_product(dx, dy, dense_weight(w, dy, launch), 1.0, p.r > 0 ? 1.0 : 0.0);
+  }
+  return {dx, da, db};
+}
+
 #endif
 
 }  // namespace
@@ -380,15 +542,21 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
       "dequantize(Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
       "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, int capability, Tensor(a!) out) -> ()");
   m.def("cpu_capability() -> int");
-  m.def(
-      "few_rows_forward(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
-      "Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, Tensor? lora_a, "
-      "Tensor? lora_b, Tensor? bias, float scale, bool float_out) -> (Tensor, Tensor)");
-  m.def(
-      "few_rows_backward(Tensor dy, Tensor? x, Tensor? u, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, "
-      "Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, "
-      "Tensor? lora_a, Tensor? lora_b, float scale, bool need_dx, bool need_da, bool need_db) "
-      "-> (Tensor, Tensor, Tensor)");
+  for (const char* name : {"few_rows_forward", "library_forward"}) {
+    m.def((std::string(name) +
+           "(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
+           "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, Tensor? lora_a, Tensor? lora_b, "
+           "Tensor? bias, float scale, bool float_out) -> (Tensor, Tensor)")
+              .c_str());
+  }
+  for (const char* name : {"few_rows_backward", "library_backward"}) {
+    m.def((std::string(name) +
+           "(Tensor dy, Tensor? x, Tensor? u, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, "
+           "Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, "
+           "Tensor? lora_a, Tensor? lora_b, float scale, bool need_dx, bool need_da, bool need_db) "
+           "-> (Tensor, Tensor, Tensor)")
+              .c_str());
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) { m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op)); }
@@ -402,6 +570,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op));
   m.impl("few_rows_forward", TORCH_BOX(&fastlora::few_rows_forward_op));
   m.impl("few_rows_backward", TORCH_BOX(&fastlora::few_rows_backward_op));
+  m.impl("library_forward", TORCH_BOX(&fastlora::library_forward_op));
+  m.impl("library_backward", TORCH_BOX(&fastlora::library_backward_op));
 }
 #endif
 

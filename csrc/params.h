@@ -72,6 +72,23 @@ struct FewRowsBackward : PackedWeight {
   DType adapter_dtype;
 };
 
+// y = sums + scale * (u B^T) + bias, from float32 sums of a product. Contiguous; y may be sums. r may be 0.
+struct FinishParams {
+  const float* sums;   // (m, n), 16-byte aligned as y
+  const void* u;       // (m, r) of dtype
+  const void* lora_b;  // (n, r) of adapter_dtype
+  const void* bias;    // (n,) of bias_dtype, or null
+  void* y;             // (m, n) of out_dtype
+  int64_t m;
+  int64_t n;
+  int32_t r;
+  float scale;
+  DType dtype;
+  DType adapter_dtype;
+  DType bias_dtype;
+  DType out_dtype;
+};
+
 enum class CpuCapability : int32_t { kPlain = 0, kAVX2 = 1, kAVX512 = 2 };
 
 // The most capable path that this processor runs.
@@ -86,6 +103,7 @@ int dequantize_cuda(const DequantizeParams& params, void* stream);
 // Chained launches on `stream`, on the current device. Return a cudaError_t.
 int few_rows_forward_cuda(const FewRowsForward& params, void* stream);
 int few_rows_backward_cuda(const FewRowsBackward& params, void* stream);
+int finish_cuda(const FinishParams& params, void* stream);
 
 const char* cuda_error_string(int status);
 

@@ -149,12 +149,6 @@ def _cuda_unsupported(problem: Problem, machine: Machine) -> list[str]:
         reasons.append(f"{problem.dtype} is not a type of these kernels")
     if problem.quant_type is None:
         reasons.append("the base weight is dense")
-    if machine.capability is not None and problem.m > (most := native.few_rows(machine.capability)):
-        reasons.append(f"M is more than {most}, the rows that fit beside the packed weight")
-    if problem.k % 32:
-        reasons.append("in_features is not a multiple of 32")
-    if problem.direction == "backward" and problem.n % 8:
-        reasons.append("out_features is not a multiple of 8")
     if problem.dropout:
         reasons.append("there is dropout")
     return reasons
@@ -174,6 +168,14 @@ _LARGE_OUTPUT = 2**22
 """Elements of y whose three spared passes take as long on an H200 as the launch of a Triton kernel on its host."""
 
 
+_LONG = 2**36
+"""Multiplications from which on the persistent Triton product was measured to be faster than a library product."""
+
+
+def _cuda_preferred(problem: Problem, machine: Machine) -> bool:
+    return problem.direction == "backward" or problem.m * problem.n * problem.k < _LONG or machine.triton is not None
+
+
 def _triton_preferred(problem: Problem, machine: Machine) -> bool:
     # Its pass over the output saves the library products a few; a small output is not worth its longer launch.
     # Backward, library products were measured faster in every shape. See docs/performance.md.
@@ -190,9 +192,9 @@ BACKENDS = {
     for backend in (
         Backend(
             "cuda",
-            "CUDA kernels for a few rows: the packed weight is read once, inside the product",
+            "C++ and CUDA: a few rows read the packed weight once, inside the product; more use library products",
             _cuda_unsupported,
-            lambda problem, machine: True,
+            _cuda_preferred,
             native.forward,
             native.backward,
         ),

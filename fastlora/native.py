@@ -113,16 +113,33 @@ def dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor
 
 
 def few_rows(capability: tuple[int, int]) -> int:
-    """The most rows of x or dy that `forward` and `backward` take on a GPU of this compute capability."""
+    """The most rows of x or dy that the kernels for few rows take on a GPU of this compute capability."""
     if capability[0] in (9, 10):
         return 64
     return 32 if capability in ((8, 0), (8, 7)) else 16  # the others have less shared memory
 
 
+@functools.cache
+def _few_rows(index: int | None) -> int:
+    return min(few_rows(torch.cuda.get_device_capability(index)), FEW_ROWS)
+
+
+FEW_ROWS = 64
+"""Up to so many rows the product that decodes the weight was measured to be faster than a library product of a dense
+one."""
+
+
+def _form(x: torch.Tensor, w: NF4Weight) -> str:
+    """ "few_rows": the packed weight is read once, inside the product. "library": it is made dense, then multiplied."""
+    n, k = w.shape
+    fits = x.shape[0] <= _few_rows(x.device.index) and k % 32 == 0 and n % 8 == 0
+    return "few_rows" if fits else "library"
+
+
 def _adapters(
     x: torch.Tensor, lora_a: torch.Tensor | None, lora_b: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The adapters as the kernels read them: contiguous, both float32 or both of the type of x."""
+    """The adapters as the operators read them: contiguous, both float32 or both of the type of x."""
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         return None, None
     if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x.dtype, torch.float32):
@@ -139,14 +156,18 @@ def forward(
     scale: float,
     dropout: None,
     out_dtype: torch.dtype | None = None,
+    form: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for up to `few_rows` rows of a 16-bit x on a GPU, a
-    packed weight with in_features a multiple of 32, and no dropout. Raises RuntimeError for anything else.
+    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a 16-bit x on a GPU, a packed weight and no dropout.
+
+    form: "few_rows" (up to `few_rows` rows; in_features a multiple of 32) or "library"; by default the faster one.
+    Raises RuntimeError for anything else.
     """
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:
         bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
-    return _operator("few_rows_forward")(x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
+    operator = _operator(f"{form or _form(x, w)}_forward")
+    return operator(x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
 
 
 def backward(
@@ -159,11 +180,13 @@ def backward(
     scale: float,
     dropout: None,
     needs: tuple[bool, bool, bool] = (True, True, True),
+    form: str | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dx, dA and dB as ``fastlora.reference.backward``, where `forward` applies and out_features is a multiple of 8."""
+    """dx, dA and dB as ``fastlora.reference.backward``; form as `forward` (few rows: N a multiple of 8)."""
     need_dx, need_da, need_db = needs
     a, b = _adapters(dy, lora_a, lora_b)
-    dx, da, db = _operator("few_rows_backward")(dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
+    operator = _operator(f"{form or _form(dy, w)}_backward")
+    dx, da, db = operator(dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
     grads: list[torch.Tensor | None] = [dx if need_dx else None]
     for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):
         if not need or adapter is None:

@@ -1,6 +1,10 @@
-"""The CUDA kernels for a few rows against the float64 truth; what needs no GPU is in test_backends.py."""
+"""The `cuda` backend, in both of its forms, against the float64 truth; what needs no GPU is in test_backends.py."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,70 +20,92 @@ pytestmark = [
 MOST = native.few_rows(torch.cuda.get_device_capability()) if torch.cuda.is_available() else 0
 ROWS = [m for m in (1, 3, 8, 9, 16, 17, 32, 33, 64) if m <= MOST]
 DTYPES = (torch.bfloat16, torch.float16)
+FORMS = ("few_rows", "library")
 
 
+def passes(form: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Forward and backward."""
+    return functools.partial(native.forward, form=form), functools.partial(native.backward, form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", ROWS)
 @pytest.mark.parametrize(("n", "k"), [(8, 32), (72, 96), (136, 1056), (1000, 608), (264, 4128)])
-def test_every_size(m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    check(make_problem(m, n, k, 16, dtype, bias=True, device="cuda"), native.forward, native.backward)
+def test_every_size(m: int, n: int, k: int, dtype: torch.dtype, form: str) -> None:
+    check(make_problem(m, n, k, 16, dtype, bias=True, device="cuda"), *passes(form))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("r", [0, 1, 2, 7, 8, 17, 64, 256, 300])
 @pytest.mark.parametrize("m", [m for m in (1, 13, 40) if m <= MOST])
-def test_every_rank(m: int, r: int, adapter_dtype: torch.dtype) -> None:
+def test_every_rank(m: int, r: int, adapter_dtype: torch.dtype, form: str) -> None:
     problem = make_problem(m, 200, 512, r, torch.bfloat16, adapter_dtype=adapter_dtype, device="cuda")
-    check(problem, native.forward, native.backward)
+    check(problem, *passes(form))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("nested", [True, False])
 @pytest.mark.parametrize("blocksize", [32, 64, 128, 1024, 4096])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
-def test_every_format(quant_type: str, blocksize: int, nested: bool) -> None:
+def test_every_format(quant_type: str, blocksize: int, nested: bool, form: str) -> None:
     # in_features is no multiple of most block sizes: blocks of statistics straddle the rows.
     for m in (2, 12):
         problem = make_problem(
             m, 344, 1056, 8, torch.bfloat16, quant_type=quant_type, blocksize=blocksize, nested=nested, device="cuda"
         )
-        check(problem, native.forward, native.backward)
+        check(problem, *passes(form))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("n", "k"), [(4096, 4096), (1024, 4096), (4096, 14336)])
 @pytest.mark.parametrize("m", [m for m in (1, 16, 31, 64) if m <= MOST])
-def test_model_shapes(m: int, n: int, k: int) -> None:
-    check(make_problem(m, n, k, 16, torch.bfloat16, device="cuda"), native.forward, native.backward)
+def test_model_shapes(m: int, n: int, k: int, form: str) -> None:
+    check(make_problem(m, n, k, 16, torch.bfloat16, device="cuda"), *passes(form))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False)]
 )
-def test_only_what_is_needed(needs: tuple[bool, bool, bool]) -> None:
-    check(make_problem(5, 136, 512, 8, torch.bfloat16, device="cuda"), native.forward, native.backward, needs)
+def test_only_what_is_needed(needs: tuple[bool, bool, bool], form: str) -> None:
+    check(make_problem(5, 136, 512, 8, torch.bfloat16, device="cuda"), *passes(form), needs)
 
 
 def test_odd_out_features_forward() -> None:
     problem = make_problem(4, 77, 512, 8, torch.bfloat16, device="cuda")
     truth, plain = truth_and_plain(problem)
-    y, u = native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
+    args = (problem.x, problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
+    y, u = native.forward(*args, form="few_rows")
     assert_close(y, plain["y"], truth["y"], "y")
     assert_close(u, plain["u"], truth["u"], "u")
 
 
-def test_a_wide_result_is_not_rounded() -> None:
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 3, 5), (70, 33, 31), (300, 1000, 513), (4096, 264, 96)])
+def test_sizes_that_only_the_library_takes(m: int, n: int, k: int) -> None:
+    for dtype in DTYPES:
+        for bias in (False, True):
+            check(make_problem(m, n, k, 5, dtype, bias=bias, device="cuda"), native.forward, native.backward)
+        check(make_problem(m, n, k, 0, dtype, device="cuda"), native.forward, native.backward)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wide_result_is_not_rounded(form: str) -> None:
     problem = make_problem(4, 136, 512, 8, torch.bfloat16, device="cuda")
     truth, _ = truth_and_plain(problem)
     args = (problem.x, problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
-    wide, narrow = native.forward(*args, torch.float32)[0], native.forward(*args)[0]
+    wide, narrow = native.forward(*args, torch.float32, form)[0], native.forward(*args, form=form)[0]
     assert wide.dtype == torch.float32
     assert torch.equal(wide.to(torch.bfloat16), narrow)
     error = [(y.double() - truth["y"]).norm() for y in (wide, narrow)]
     assert error[0] < 0.75 * error[1]
 
 
-def test_unaligned_views_and_other_layouts() -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_unaligned_views_and_other_layouts(form: str) -> None:
     problem = make_problem(6, 136, 512, 8, torch.bfloat16, device="cuda")
-    expected = problem.run(native.forward, native.backward)
+    expected = problem.run(*passes(form))
 
     def shifted(t: torch.Tensor) -> torch.Tensor:
         return torch.cat([t.new_zeros(1), t.reshape(-1)])[1:].view(t.shape)
@@ -89,15 +115,17 @@ def test_unaligned_views_and_other_layouts() -> None:
     object.__setattr__(other, "dy", shifted(problem.dy))
     object.__setattr__(other, "lora_a", problem.lora_a.T.contiguous().T)
     object.__setattr__(other, "lora_b", shifted(problem.lora_b))
-    for name, value in other.run(native.forward, native.backward).items():
+    for name, value in other.run(*passes(form)).items():
         assert torch.equal(value, expected[name]), name
 
 
-def test_two_runs_give_the_same_bits() -> None:
-    problem = make_problem(min(48, MOST), 4096, 4096, 16, torch.bfloat16, device="cuda")
-    first = problem.run(native.forward, native.backward)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("m", [m for m in (1, 48) if m <= MOST])
+def test_two_runs_give_the_same_bits(m: int, form: str) -> None:
+    problem = make_problem(m, 4096, 4096, 16, torch.bfloat16, device="cuda")
+    first = problem.run(*passes(form))
     for _ in range(20):
-        for name, value in problem.run(native.forward, native.backward).items():
+        for name, value in problem.run(*passes(form)).items():
             assert torch.equal(value, first[name]), name
 
 
@@ -149,4 +177,4 @@ def test_wrong_arguments(change: dict[str, tuple[int, int]], message: str) -> No
     for name, shape in change.items():
         object.__setattr__(problem, name, torch.zeros(shape, dtype=torch.bfloat16, device="cuda"))
     with pytest.raises(RuntimeError, match=message):
-        native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, 1.0, None)
+        native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, 1.0, None, form="few_rows")
