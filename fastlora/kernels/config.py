@@ -242,6 +242,12 @@ def dequantize_words() -> TileConfig:
 _DEQUANTIZE_WORDS = TileConfig(block_n=512, num_warps=8, num_stages=1)
 
 
+@functools.cache
+def merged(r: int, blocksize: int) -> TileConfig:
+    """Tiles of W + scale * (B A)."""
+    return TileConfig(16, 64, min(64, blocksize), power_of_two(max(r, 1), _MIN_DOT, 32), num_stages=1)
+
+
 def split(size: int, block: int, tiles: int, device: Device) -> int:
     """How much of ``size``, in multiples of ``block``, one program reduces when there are ``tiles`` of output.
 

@@ -112,9 +112,6 @@ def projecting_gemm_kernel(
     tiles = tiles_m * tiles_n
     first = tl.program_id(0)
     rest = first + tl.cdiv(tiles_m, PROGRAMS) * PROGRAMS
-    if OVERLAP:
-        # W and done come from the kernel before; the tiles of x could be read earlier, the descriptors were.
-        tl.extra.cuda.gdc_wait()
     r = tl.arange(0, BLOCK_R)
     for tile in range(first, min(rest, tiles), PROGRAMS):
         tile_m, tile_n = column_first(tile, tiles_m, tiles_n, GROUP_M)
@@ -134,8 +131,7 @@ def projecting_gemm_kernel(
             m = m0 + tl.arange(0, BLOCK_M)
             target = m[:, None].to(tl.int64) * R + r[None, :]
             inside = (m[:, None] < M) & (r[None, :] < R)
-            if narrow_ptr is not None:
-                tl.store(narrow_ptr + target, cast(narrow, dtype), mask=inside)
+            tl.store(narrow_ptr + target, cast(narrow, dtype), mask=inside)
             tl.store(scaled_ptr + target, scaled, mask=inside)
             # Every thread's stores come before the count, which whoever acquires it then sees.
             tl.debug_barrier()
@@ -144,7 +140,7 @@ def projecting_gemm_kernel(
     while tl.atomic_add(done_ptr, 0, sem="acquire") < tiles_m:
         pass
     if OVERLAP:
-        # From here on du and u are complete: what is launched next may read them, but nothing else of this kernel.
+        # Both narrow factors are complete, and so is all that came before this kernel, which waited for it.
         tl.extra.cuda.gdc_launch_dependents()
     for tile in tl.range(rest, tiles, PROGRAMS, flatten=True):
         tile_m, tile_n = column_first(tile, tiles_m, tiles_n, GROUP_M)
@@ -251,20 +247,19 @@ def projecting_gemm(
     done: torch.Tensor,
     *,
     transposed: bool,
-    keep: bool = True,
     out_dtype: torch.dtype | None = None,
     overlap: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, u, scale * u) with u = x project^T and y = x W^T + scale * u adapter^T + bias, from one read of x.
 
     Shapes: x (M, K), w (N, K), project (R, K), adapter (N, R), u (M, R). With ``transposed`` False w is (K, N),
-    project (K, R), adapter (R, N), and none of them is transposed. ``keep`` False leaves u out. ``done`` is one
-    int32, zero. `projects` says which operands are taken. ``overlap``: the launch may begin before the kernel that
-    was launched last has ended, and the next one before this has; compute capability 9.0 and later.
+    project (K, R), adapter (R, N), and none of them is transposed. ``done`` is one int32, zero. `projects` says which
+    operands are taken. ``overlap``: a launch that allows it may begin as soon as u is complete (compute capability
+    9.0 and later).
     """
     (m, k), n, r = x.shape, w.shape[0 if transposed else 1], adapter.shape[1 if transposed else 0]
     y, scaled = x.new_empty(m, n, dtype=out_dtype), x.new_empty(m, r)
-    narrow = x.new_empty(m, r) if keep else None
+    narrow = x.new_empty(m, r)
     device = config.Device.of(x.device)
     tiles = config.buffer_gemm(r, x.dtype, y.dtype, device)
     # The interpreter runs one program after the other, so none may wait for a later one.
@@ -273,9 +268,6 @@ def projecting_gemm(
     def weight(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
         return describe(t, rows, columns) if transposed else describe(t, columns, rows)
 
-    options = tiles.launch() | {"launch_cooperative_grid": True}
-    if overlap:
-        options["launch_pdl"] = True
     programs = min(most, triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n))
     with on_device(x):
         projecting_gemm_kernel[(programs,)](
@@ -301,6 +293,7 @@ def projecting_gemm(
             GROUP_M=tiles.group_m,
             PROGRAMS=most,
             OVERLAP=overlap,
-            **options,
+            launch_cooperative_grid=True,
+            **tiles.launch(),
         )
     return y, narrow, scaled

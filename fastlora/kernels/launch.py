@@ -15,6 +15,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastlora.kernels import config
+
 _NOTHING = contextlib.nullcontext()
 
 
@@ -163,6 +165,11 @@ def on_device(t: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     if t.device.type == "cpu" and interpreted():
         return _NOTHING
     raise ValueError(f"the Triton kernels need CUDA tensors (or TRITON_INTERPRET=1 and CPU tensors), got {t.device}")
+
+
+def overlaps(t: torch.Tensor) -> bool:
+    """Whether a kernel on ``t``'s device may begin before the one before it has ended."""
+    return not interpreted() and config.Device.of(t.device).capability >= (9, 0)
 
 
 def with_rows(t: torch.Tensor) -> torch.Tensor:
