@@ -11,7 +11,7 @@ from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
 from fastlora.kernels.forward import buffered
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
-from fastlora.kernels.launch import on_device, overlaps, with_rows
+from fastlora.kernels.launch import begins_early, on_device, overlaps, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, dropout_arguments, grouped, keep
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -156,7 +156,9 @@ def backward(
             if need_da and need_db and x is not None:
                 both = lora.Gradients(dy, u, x, lora_a, lora_b)
             overlap = both is not None and overlaps(dy)
-            dx, _, made = projecting_gemm(dy, dense, b, a, None, scale, done, transposed=False, overlap=overlap)
+            dx, _, made = projecting_gemm(
+                dy, dense, b, a, None, scale, done, transposed=False, early=begins_early(dy), overlap=overlap
+            )
             if both is not None:
                 return dx, *both.run(made, scale, None, overlap=overlap)
             _, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, None, (False, need_da, need_db), made)

@@ -13,7 +13,7 @@ from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, 
 from fastlora.kernels.dequantize import dequantize
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects, unaligned
-from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.launch import begins_early, on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, grouped
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -124,7 +124,7 @@ def buffered(x: torch.Tensor, w: Weight, zero: torch.Tensor | None = None) -> tu
     if form == "decode":
         return None, False
     if isinstance(w, NF4Weight):
-        dense = dequantize(w, x.dtype, zero=zero)
+        dense = dequantize(w, x.dtype, zero=zero, overlap=zero is not None and begins_early(x))
     else:
         dense = w.to(x.dtype)
         if zero is not None:
@@ -168,7 +168,9 @@ def forward(
     if dense is not None and done is not None:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         if projects(a.shape[0], x, dense, a, b):
-            y, u, _ = projecting_gemm(x, dense, a, b, bias, scale, done, transposed=True, out_dtype=out_dtype)
+            y, u, _ = projecting_gemm(
+                x, dense, a, b, bias, scale, done, transposed=True, out_dtype=out_dtype, early=begins_early(x)
+            )
             return y, u
     u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
     if dense is None:

@@ -135,7 +135,7 @@ def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
             if 0 < r <= 32:
                 done = torch.zeros(1, dtype=torch.int32)
                 projecting_gemm(x, w, a, b, bias, 0.5, done, transposed=True)
-                projecting_gemm(dy, w, b, a, None, 0.5, done, transposed=False, overlap=True)
+                projecting_gemm(dy, w, b, a, None, 0.5, done, transposed=False, early=True, overlap=True)
                 Gradients(dy, x[:, :r].contiguous(), x, a, b).run(narrow, 0.5, None, overlap=True)
             if thorough:
                 gemm(x, w, factors[0], factors[1], transposed=True)
