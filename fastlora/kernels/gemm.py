@@ -234,7 +234,10 @@ def gemm(
 
 def projects(r: int, *tensors: torch.Tensor) -> bool:
     """Whether `projecting_gemm` takes a rank and operands: x, W and both adapters, in one 16-bit type."""
-    return 0 < r <= _WIDEST_PROJECTION and not unaligned(*tensors) and len({t.dtype for t in tensors}) == 1
+    if not 0 < r <= _WIDEST_PROJECTION or unaligned(*tensors) or len({t.dtype for t in tensors}) > 1:
+        return False
+    # Triton cannot compile two products in one loop for 10.x.
+    return interpreted() or (9, 0) <= config.Device.of(tensors[0].device).capability < (10, 0)
 
 
 _WIDEST_PROJECTION = 32

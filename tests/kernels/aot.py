@@ -25,7 +25,7 @@ from fastlora.dropout import Dropout
 from fastlora.kernels import config, launch
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
 from fastlora.kernels.epilogue import finish
-from fastlora.kernels.gemm import gemm, projecting_gemm
+from fastlora.kernels.gemm import gemm, projecting_gemm, projects
 from fastlora.kernels.lora import Gradients
 from fastlora.nf4 import NF4Weight
 
@@ -132,11 +132,12 @@ def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         if compiler.device.capability >= (9, 0):
             compiler.case = f"buffered {m}x{n}x{k} r={r} {dtype}, dx"
             gemm(dy, w, factors[0], factors[2], transposed=False)
-            if 0 < r <= 32:
+            if r:
+                Gradients(dy, narrow, x, a, b).run(narrow, 0.5, None, overlap=True)
+            if projects(r, x, w, b, a) and projects(r, dy, w, b, a):
                 done = torch.zeros(1, dtype=torch.int32)
                 projecting_gemm(x, w, a, b, bias, 0.5, done, transposed=True)
                 projecting_gemm(dy, w, b, a, None, 0.5, done, transposed=False, early=True, overlap=True)
-                Gradients(dy, x[:, :r].contiguous(), x, a, b).run(narrow, 0.5, None, overlap=True)
             if thorough:
                 gemm(x, w, factors[0], factors[1], transposed=True)
 
