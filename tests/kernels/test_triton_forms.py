@@ -147,6 +147,8 @@ def test_a_form_is_what_runs(
     force: Callable[[str], None],
     calls: collections.Counter[str],
 ) -> None:
+    if "projecting_gemm" in forward and HAS_CUDA and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9")
     force(form)
     p = make_problem(**({"m": 8, "n": 32, "k": 32, "r": 8} | options), dtype=torch.float16, device=kernel_device)
     _, u = kernels.forward(p.x, p.w, p.lora_a, p.lora_b, p.bias, p.scale, p.dropout)

@@ -177,6 +177,12 @@ PROJECTED = [(1, 8, 8, 8), (128, 256, 64, 16), (129, 264, 72, 32), (300, 776, 13
 PROJECTED += [(1000, 2048, 4096, 16), (17100, 520, 264, 16), (40000, 256, 64, 8)] if HAS_CUDA else []
 
 
+HOPPER = pytest.mark.skipif(
+    HAS_CUDA and torch.cuda.get_device_capability()[0] != 9, reason="needs compute capability 9"
+)
+
+
+@HOPPER
 @DTYPE
 @TRANSPOSED
 @pytest.mark.parametrize("wide", [False, True], ids=["16 bits", "float32"])
@@ -203,6 +209,7 @@ def test_x_projected_on_the_way(
     dataclasses.replace(o, narrow=s).hold(y)
 
 
+@HOPPER
 def test_columns_beyond_the_first_tile_read_the_stored_projection(kernel_device: str) -> None:
     """A projection of ones and zeros: every column of y is the sum of the same columns of x, whatever its tile."""
     x = torch.randint(-8, 8, (260, 64), device=kernel_device).half()
@@ -216,6 +223,7 @@ def test_columns_beyond_the_first_tile_read_the_stored_projection(kernel_device:
     assert torch.equal(y, (4 * expected).expand(-1, 600))
 
 
+@HOPPER
 def test_what_is_projected_on_the_way() -> None:
     x, w, a, b = (torch.empty(s, dtype=torch.float16) for s in ((4, 64), (32, 64), (8, 64), (32, 8)))
     assert projects(8, x, w, a, b)
