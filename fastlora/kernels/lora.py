@@ -465,7 +465,7 @@ def gradients(
     need_dx, need_da, need_db = needs
     da = db = None
     if du is None and (need_dx or need_da):
-        one_pass = config.one_pass(u.shape[1], dy.dtype, config.Device.of(dy.device)) is not None
+        one_pass = config.one_pass(lora_a.shape[0], dy.dtype, config.Device.of(dy.device)) is not None
         if need_db and (one_pass or not need_da):
             du, db = du_db(dy, u, lora_b, scale)
             need_db = False
