@@ -113,6 +113,7 @@ def decoding(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         dropout = Dropout(p, torch.tensor([1])) if p else None
         _, u = kernels.forward(x, w, a, b, bias, 0.5, dropout)
         kernels.backward(dy, x, u, w, a, b, 0.5, dropout)
+        kernels.backward(dy, x, u, w, a, b, 0.5, dropout, (False, True, False))
 
 
 def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
