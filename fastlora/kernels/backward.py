@@ -10,8 +10,8 @@ from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
 from fastlora.kernels.forward import buffered
-from fastlora.kernels.gemm import gemm
-from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.gemm import gemm, projecting_gemm, projects
+from fastlora.kernels.launch import begins_early, on_device, overlaps, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, dropout_arguments, grouped, keep
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -134,37 +134,56 @@ def backward(
     """
     check_dtype(dy.dtype)
     need_dx, need_da, need_db = needs
-    du = da = db = None
-    if lora_a is None or lora_b is None:
-        lora_a = lora_b = None
-    elif lora_a.shape[0] == 0:
+    da = db = None
+    if lora_a is not None and lora_b is not None and lora_a.shape[0] == 0:
         da = torch.zeros_like(lora_a) if need_da else None
         db = torch.zeros_like(lora_b) if need_db else None
         lora_a = lora_b = None
-    else:
-        need_du = need_dx or need_da
-        if need_du and need_db:
-            du, db = lora.du_db(dy, u, lora_b, scale)
-        elif need_du:
-            du = lora.project_dy(dy, lora_b, scale)
-        elif need_db:
-            db = lora.gradient_b(dy, u, scale, lora_b.dtype)
-        if need_da:
-            assert du is not None
-            if x is None:
-                raise ValueError("the gradient of lora_a needs x, got None")
-            da = lora.gradient_a(du, x, dropout, lora_a.dtype)
-    dx = None
+    if lora_a is None or lora_b is None:
+        dense, persistent = buffered(dy, w) if need_dx else (None, False)
+        dx = _input_gradient(dy, w, dense, persistent, None, None, None) if need_dx else None
+        return dx, da, db
+    if need_da and x is None:
+        raise ValueError("the gradient of lora_a needs x, got None")
+    dense, persistent, done = None, False, None
     if need_dx:
-        dense, persistent = buffered(dy, w)
-        a = None if lora_a is None else lora_a.to(dy.dtype)
-        if dense is None:
-            dx = input_gradient(dy, w, du, lora_a, dropout)
-        elif persistent and (dropout is None or du is None):
-            dx = gemm(dy, dense, du, a, transposed=False)
-        elif du is None or a is None:
-            dx = dy @ dense
-        else:
-            dx = du @ a
-            dx = (dropout.apply(dx) if dropout else dx).addmm_(dy, dense)
+        done = torch.empty(1, dtype=torch.int32, device=dy.device) if dropout is None else None
+        dense, persistent = buffered(dy, w, done)
+    if dense is not None and done is not None and persistent:
+        a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
+        if projects(a.shape[0], dy, dense, a, b):
+            both = None
+            if need_da and need_db and x is not None:
+                both = lora.Gradients(dy, u, x, lora_a, lora_b)
+            overlap = both is not None and overlaps(dy)
+            dx, _, made = projecting_gemm(
+                dy, dense, b, a, None, scale, done, transposed=False, early=begins_early(dy), overlap=overlap
+            )
+            if both is not None:
+                return dx, *both.run(made, scale, None, overlap=overlap)
+            _, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, None, (False, need_da, need_db), made)
+            return dx, da, db
+    du, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, dropout, needs)
+    dx = _input_gradient(dy, w, dense, persistent, du, lora_a, dropout) if need_dx else None
     return dx, da, db
+
+
+def _input_gradient(
+    dy: torch.Tensor,
+    w: Weight,
+    dense: torch.Tensor | None,
+    persistent: bool,
+    du: torch.Tensor | None,
+    lora_a: torch.Tensor | None,
+    dropout: Dropout | None,
+) -> torch.Tensor:
+    """dx (M, K), by the form that `buffered` chose."""
+    if dense is None:
+        return input_gradient(dy, w, du, lora_a, dropout)
+    a = None if lora_a is None else lora_a.to(dy.dtype)
+    if persistent and (dropout is None or du is None):
+        return gemm(dy, dense, du, a, transposed=False)
+    if du is None or a is None:
+        return dy @ dense
+    dx = du @ a
+    return (dropout.apply(dx) if dropout else dx).addmm_(dy, dense)

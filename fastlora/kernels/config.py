@@ -183,7 +183,8 @@ def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Devi
     """Tiles of the persistent product of a dense weight. Measured on an H200: see docs/performance.md."""
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
     config = TileConfig(128, 256, 64, block_r, num_warps=8, num_stages=3)
-    stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+    # In a stage, the tiles of x and W, and of the adapter that x may be projected by.
+    stage = (config.block_m + config.block_n + (block_r if block_r <= 32 else 0)) * config.block_k * dtype.itemsize
     # The halves of the result pass through shared memory, beside the tiles of the LoRA factors.
     beside = config.block_m * config.block_n // 2 * out_dtype.itemsize
     beside += (config.block_m + config.block_n) * block_r * dtype.itemsize
@@ -239,6 +240,12 @@ def dequantize_words() -> TileConfig:
 
 
 _DEQUANTIZE_WORDS = TileConfig(block_n=512, num_warps=8, num_stages=1)
+
+
+@functools.cache
+def merged(r: int, blocksize: int) -> TileConfig:
+    """Tiles of W + scale * (B A)."""
+    return TileConfig(16, 64, min(64, blocksize), power_of_two(max(r, 1), _MIN_DOT, 32), num_stages=1)
 
 
 def split(size: int, block: int, tiles: int, device: Device) -> int:

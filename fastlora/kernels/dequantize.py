@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.kernels import config
-from fastlora.kernels.decode import both_nibbles, check_dtype, statistic
-from fastlora.kernels.launch import on_device
-from fastlora.kernels.tile import cast
+from fastlora.kernels.decode import both_nibbles, check_dtype, statistic, weight_arguments, weight_tile
+from fastlora.kernels.launch import jit, on_device, with_rows
+from fastlora.kernels.tile import cast, dot
 from fastlora.nf4 import NF4Weight
 
 
-@triton.jit
+@jit()
 def dequantize_kernel(
     w_ptr,  # (ceil(N K / 2),) bytes
     code_ptr,  # (16,)
@@ -23,6 +25,7 @@ def dequantize_kernel(
     absmax_code_ptr,
     absmax_offset_ptr,
     out_ptr,  # (N, K), rows stride_on apart
+    zero_ptr,  # one int32 that becomes zero, or None
     numel,
     K,
     stride_on,
@@ -32,6 +35,8 @@ def dequantize_kernel(
     BLOCKS: tl.constexpr,
 ):
     """BLOCKS blocks of statistics a program."""
+    if zero_ptr is not None and tl.program_id(0) == 0:
+        tl.store(zero_ptr, 0)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     first = block[:, None] * BLOCKSIZE
@@ -50,23 +55,24 @@ def dequantize_kernel(
 
 
 @triton.jit
-def dequantize_words_kernel(
-    w_ptr,  # (N K / 8,) words of eight nibbles
+def decode_words(
+    w_ptr,  # (words,) of eight nibbles
     code_ptr,  # (16,)
     absmax_ptr,
     absmax_q_ptr,
     absmax_scale_ptr,
     absmax_code_ptr,
     absmax_offset_ptr,
-    out_ptr,  # (N, K), contiguous
+    out_ptr,  # (8 * words,)
     words,
+    program,
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """WORDS words a program. A thread decodes whole words, so that it stores 16 contiguous bytes or more at once."""
+    """WORDS words. A thread decodes whole words, so that it stores 16 contiguous bytes or more at once."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    first = tl.program_id(0).to(tl.int64) * WORDS
+    first = program.to(tl.int64) * WORDS
     left = tl.minimum(words - first, WORDS).to(tl.int32)
     i = tl.arange(0, WORDS)
     mask = i < left
@@ -90,14 +96,155 @@ def dequantize_words_kernel(
     tl.store(out_ptr + first * 8 + j, values, mask=j < left * 8)
 
 
+@jit()
+def dequantize_words_kernel(
+    w_ptr,  # (N K / 8,) words of eight nibbles
+    code_ptr,  # (16,)
+    absmax_ptr,
+    absmax_q_ptr,
+    absmax_scale_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    out_ptr,  # (N, K), contiguous
+    zero_ptr,  # one int32 that becomes zero, or None
+    words,
+    FORMAT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """WORDS words a program."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    if zero_ptr is not None and tl.program_id(0) == 0:
+        tl.store(zero_ptr, 0)
+    decode_words(
+        w_ptr, code_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr,
+        out_ptr, words, tl.program_id(0), FORMAT, BLOCKSIZE, WORDS,
+    )  # fmt: skip
+
+
+@jit()
+def dequantize_stacked_kernel(
+    w0_ptr, w1_ptr, w2_ptr, w3_ptr,
+    absmax0_ptr, absmax1_ptr, absmax2_ptr, absmax3_ptr,
+    absmax_q0_ptr, absmax_q1_ptr, absmax_q2_ptr, absmax_q3_ptr,
+    absmax_scale0_ptr, absmax_scale1_ptr, absmax_scale2_ptr, absmax_scale3_ptr,
+    absmax_code0_ptr, absmax_code1_ptr, absmax_code2_ptr, absmax_code3_ptr,
+    absmax_offset0_ptr, absmax_offset1_ptr, absmax_offset2_ptr, absmax_offset3_ptr,
+    code_ptr,
+    out_ptr,  # (sum of N, K), contiguous
+    words0, words1, words2, words3,
+    FORMAT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+):  # fmt: skip
+    """`dequantize_words_kernel` of up to four weights, one below the other; an absent one has no words."""
+    program = tl.program_id(0)
+    first1 = tl.cdiv(words0, WORDS)
+    first2 = first1 + tl.cdiv(words1, WORDS)
+    first3 = first2 + tl.cdiv(words2, WORDS)
+    if program < first1:
+        decode_words(
+            w0_ptr, code_ptr, absmax0_ptr, absmax_q0_ptr, absmax_scale0_ptr, absmax_code0_ptr, absmax_offset0_ptr,
+            out_ptr, words0, program, FORMAT, BLOCKSIZE, WORDS,
+        )  # fmt: skip
+    elif program < first2:
+        decode_words(
+            w1_ptr, code_ptr, absmax1_ptr, absmax_q1_ptr, absmax_scale1_ptr, absmax_code1_ptr, absmax_offset1_ptr,
+            out_ptr + tl.cast(words0, tl.int64) * 8, words1, program - first1, FORMAT, BLOCKSIZE, WORDS,
+        )  # fmt: skip
+    elif program < first3:
+        decode_words(
+            w2_ptr, code_ptr, absmax2_ptr, absmax_q2_ptr, absmax_scale2_ptr, absmax_code2_ptr, absmax_offset2_ptr,
+            out_ptr + (tl.cast(words0, tl.int64) + words1) * 8, words2, program - first2, FORMAT, BLOCKSIZE, WORDS,
+        )  # fmt: skip
+    else:
+        decode_words(
+            w3_ptr, code_ptr, absmax3_ptr, absmax_q3_ptr, absmax_scale3_ptr, absmax_code3_ptr, absmax_offset3_ptr,
+            out_ptr + (tl.cast(words0, tl.int64) + words1 + words2) * 8, words3, program - first3,
+            FORMAT, BLOCKSIZE, WORDS,
+        )  # fmt: skip
+
+
+@jit()
+def merged_kernel(
+    w_ptr,  # (ceil(N K / 2),) bytes
+    code_ptr,
+    absmax_ptr,
+    absmax_q_ptr,
+    absmax_scale_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    a_ptr,  # (R, K), rows stride_ar apart
+    b_ptr,  # (N, R), rows stride_bn apart
+    out_ptr,  # (N, K), contiguous
+    scale,
+    N,
+    K,
+    R,
+    stride_wn,
+    stride_ar,
+    stride_bn,
+    FORMAT: tl.constexpr,
+    BLOCKSIZE: tl.constexpr,
+    K_IS_EVEN: tl.constexpr,
+    ROW_STATISTICS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One (BLOCK_N, BLOCK_K) tile of W + scale * (B A) a program, rounded once."""
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k0 = tl.program_id(0) * BLOCK_K
+    k = k0 + tl.arange(0, BLOCK_K)
+    w = weight_tile(
+        w_ptr, code_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr,
+        n, k0, N, K, stride_wn, tl.float32, FORMAT, BLOCKSIZE, K_IS_EVEN, ROW_STATISTICS, BLOCK_K,
+    )  # fmt: skip
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for r0 in range(0, R, BLOCK_R):
+        r = r0 + tl.arange(0, BLOCK_R)
+        b = tl.load(
+            b_ptr + n[:, None].to(tl.int64) * stride_bn + r[None, :],
+            mask=(n[:, None] < N) & (r[None, :] < R),
+            other=0.0,
+        )
+        a = tl.load(
+            a_ptr + r[:, None].to(tl.int64) * stride_ar + k[None, :],
+            mask=(r[:, None] < R) & (k[None, :] < K),
+            other=0.0,
+        )
+        acc = dot(b, a, acc)
+    tl.store(
+        out_ptr + n[:, None].to(tl.int64) * K + k[None, :],
+        cast(w + scale * acc, out_ptr.dtype.element_ty),
+        mask=(n[:, None] < N) & (k[None, :] < K),
+    )
+
+
 _WORD = 4
 
 
-def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+def _in_words(w: NF4Weight) -> bool:
+    """Whether ``w`` can be read in 32-bit words, none of them in part."""
+    return w.w_packed.numel() % _WORD == 0 and w.w_packed.data_ptr() % _WORD == 0 and w.numel() % (2 * _WORD) == 0
+
+
+def dequantize(
+    w: NF4Weight,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+    *,
+    zero: torch.Tensor | None = None,
+    overlap: bool = False,
+) -> torch.Tensor:
     """The dense matrix (N, K) in ``dtype``: float32, float16 or bfloat16.
 
     ``out``, where given, is written and returned: (N, K) of ``dtype``, whose rows are contiguous but may lie
-    any distance apart. Raises TypeError for another type, ValueError for an ``out`` that does not fit.
+    any distance apart. ``zero``, one int32, is set to zero on the way. ``overlap``: a launch that allows it may begin
+    before this one has ended (compute capability 9.0 and later).
+    Raises TypeError for another type, ValueError for an ``out`` that does not fit.
     """
     check_dtype(dtype)
     if out is None:
@@ -109,8 +256,7 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
         )
     statistics = (w.absmax, w.absmax_q, w.absmax_scale, w.absmax_code, w.absmax_offset)
     format_ = "nested" if w.nested else "flat"
-    in_words = w.w_packed.numel() % _WORD == 0 and w.w_packed.data_ptr() % _WORD == 0 and w.numel() % (2 * _WORD) == 0
-    if in_words and out.is_contiguous():
+    if _in_words(w) and out.is_contiguous():
         tiles, words = config.dequantize_words(), w.w_packed.numel() // _WORD
         with on_device(out):
             dequantize_words_kernel[(triton.cdiv(words, tiles.block_n),)](
@@ -118,10 +264,12 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
                 w.code,
                 *statistics,
                 out,
+                zero,
                 words,
                 FORMAT=format_,
                 BLOCKSIZE=w.blocksize,
                 WORDS=tiles.block_n,
+                OVERLAP=overlap,
                 **tiles.launch(),
             )
         return out
@@ -132,6 +280,7 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
             w.code,
             *statistics,
             out,
+            zero,
             w.numel(),
             w.shape[1],
             out.stride(0),
@@ -139,6 +288,98 @@ def dequantize(w: NF4Weight, dtype: torch.dtype, out: torch.Tensor | None = None
             CONTIGUOUS=out.is_contiguous(),
             BLOCKSIZE=w.blocksize,
             BLOCKS=tiles.block_n,
+            **tiles.launch(),
+        )
+    return out
+
+
+_STACKED = 4
+
+
+def dequantize_stacked(
+    weights: Sequence[NF4Weight], dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The dense matrices of ``weights``, (N_i, K) each, one below the other: (sum of N_i, K) of ``dtype``.
+
+    One launch for up to four weights of one blocksize and kind. ``out`` as for `dequantize`. Raises ValueError for no
+    weights, or weights of different K or devices.
+    """
+    check_dtype(dtype)
+    if len({(w.shape[1], w.device) for w in weights}) != 1:
+        raise ValueError(
+            f"stacked weights must have one K and one device, got {[(w.shape, str(w.device)) for w in weights]}"
+        )
+    n, k, first = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0]
+    if out is None:
+        out = torch.empty(n, k, dtype=dtype, device=first.device)
+    elif (out.shape, out.dtype, out.device) != ((n, k), dtype, first.device) or (k > 1 and out.stride(1) != 1):
+        raise ValueError(
+            f"out must be {(n, k)} of {dtype} on {first.device} with contiguous rows; "
+            f"got {tuple(out.shape)}, strides {out.stride()}, {out.dtype}, {out.device}"
+        )
+    alike = len({(w.blocksize, w.quant_type, w.nested) for w in weights}) == 1
+    row = 0
+    for i in range(0, len(weights), _STACKED):
+        group = weights[i : i + _STACKED]
+        rows = out[row : row + sum(w.shape[0] for w in group)]
+        row += rows.shape[0]
+        if len(group) > 1 and alike and all(map(_in_words, group)) and rows.is_contiguous():
+            _stack(group, rows)
+            continue
+        for w in group:
+            dequantize(w, dtype, rows[: w.shape[0]])
+            rows = rows[w.shape[0] :]
+    return out
+
+
+def _stack(weights: Sequence[NF4Weight], out: torch.Tensor) -> None:
+    padded = [*weights, *([None] * (_STACKED - len(weights)))]
+    words = [0 if w is None else w.w_packed.numel() // _WORD for w in padded]
+    statistics = ("absmax", "absmax_q", "absmax_scale", "absmax_code", "absmax_offset")
+    tiles = config.dequantize_words()
+    with on_device(out):
+        dequantize_stacked_kernel[(sum(triton.cdiv(count, tiles.block_n) for count in words),)](
+            # An absent weight has no programs: any pointer of the right type will do.
+            *((w or weights[0]).w_packed.view(torch.int32) for w in padded),
+            *(getattr(w or weights[0], name) for name in statistics for w in padded),
+            weights[0].code,
+            out,
+            *words,
+            FORMAT="nested" if weights[0].nested else "flat",
+            BLOCKSIZE=weights[0].blocksize,
+            WORDS=tiles.block_n,
+            **tiles.launch(),
+        )
+
+
+def dequantize_merged(
+    w: NF4Weight, lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """W + scale * (B A), (N, K) of ``dtype``, for lora_a (R, K) and lora_b (N, R) of one floating type.
+
+    The sum is rounded once. Small updates are lost in that rounding: half a unit in the last place of a weight is
+    more than the whole update of a young adapter.
+    """
+    check_dtype(dtype)
+    if lora_a.dtype != lora_b.dtype:
+        raise TypeError(f"the adapters must have one type, got {lora_a.dtype} and {lora_b.dtype}")
+    (n, k), r = w.shape, lora_a.shape[0]
+    lora_a, lora_b = with_rows(lora_a), with_rows(lora_b)
+    out = torch.empty(n, k, dtype=dtype, device=w.device)
+    tiles = config.merged(r, w.blocksize)
+    with on_device(out):
+        merged_kernel[(triton.cdiv(k, tiles.block_k), triton.cdiv(n, tiles.block_n))](
+            a_ptr=lora_a,
+            b_ptr=lora_b,
+            out_ptr=out,
+            scale=float(scale),
+            R=r,
+            stride_ar=lora_a.stride(0),
+            stride_bn=lora_b.stride(0),
+            BLOCK_N=tiles.block_n,
+            BLOCK_K=tiles.block_k,
+            BLOCK_R=tiles.block_r,
+            **weight_arguments(w, tiles.block_k),
             **tiles.launch(),
         )
     return out

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import config
-from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.tile import cast, dot
 
 
-@triton.jit(do_not_specialize=["M"])
+@jit(do_not_specialize=["M"])
 def epilogue_kernel(
     sums_ptr,  # (M, N) float32
     u_ptr,  # (M, R), rows stride_um apart

@@ -12,8 +12,8 @@ from fastlora.kernels import config, lora
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
 from fastlora.kernels.dequantize import dequantize
 from fastlora.kernels.epilogue import finish
-from fastlora.kernels.gemm import gemm, unaligned
-from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.gemm import gemm, projecting_gemm, projects, unaligned
+from fastlora.kernels.launch import begins_early, on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, grouped
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -116,14 +116,19 @@ def linear(
     return y
 
 
-def buffered(x: torch.Tensor, w: Weight) -> tuple[torch.Tensor | None, bool]:
+def buffered(x: torch.Tensor, w: Weight, zero: torch.Tensor | None = None) -> tuple[torch.Tensor | None, bool]:
     """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
-    rather than a library; no matrix where tiles are decoded inside the product."""
+    rather than a library; no matrix where tiles are decoded inside the product. ``zero``, one int32, becomes zero."""
     (m, _), (n, k) = x.shape, w.shape
     form = config.form(m, n, k, x.dtype, x.device)
     if form == "decode":
         return None, False
-    dense = dequantize(w, x.dtype) if isinstance(w, NF4Weight) else w.to(x.dtype)
+    if isinstance(w, NF4Weight):
+        dense = dequantize(w, x.dtype, zero=zero, overlap=zero is not None and begins_early(x))
+    else:
+        dense = w.to(x.dtype)
+        if zero is not None:
+            zero.zero_()
     return dense, form == "persistent" and (n | k) * x.element_size() % 16 == 0 and not unaligned(x, dense)
 
 
@@ -142,7 +147,10 @@ def forward(
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
     check_dtype(x.dtype)
-    dense, persistent = buffered(x, w)
+    done = None
+    if dropout is None and lora_a is not None and lora_a.shape[0] > 0:
+        done = torch.empty(1, dtype=torch.int32, device=x.device)
+    dense, persistent = buffered(x, w, done)
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         u = x.new_empty(x.shape[0], 0)
         if dense is None:
@@ -157,6 +165,13 @@ def forward(
         u = lora.project_x(x, lora_a, scale, dropout)[0] if dropout else x @ lora_a.to(x.dtype).T
         sums = torch.mm(x, dense.T, out_dtype=torch.float32)
         return finish(sums, u, lora_b, bias, scale, out_dtype or x.dtype), u
+    if dense is not None and done is not None:
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        if projects(a.shape[0], x, dense, a, b):
+            y, u, _ = projecting_gemm(
+                x, dense, a, b, bias, scale, done, transposed=True, out_dtype=out_dtype, early=begins_early(x)
+            )
+            return y, u
     u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
     if dense is None:
         return linear(x, w, scaled_u, lora_b, bias, out_dtype), u

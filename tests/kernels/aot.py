@@ -23,11 +23,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora import kernels
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, launch
+from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
 from fastlora.kernels.epilogue import finish
-from fastlora.kernels.gemm import gemm
+from fastlora.kernels.gemm import gemm, projecting_gemm, projects
+from fastlora.kernels.lora import Gradients
 from fastlora.nf4 import NF4Weight
 
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl", "launch_cooperative_grid")
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
@@ -104,11 +106,14 @@ def decoding(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
             w = NF4Weight.quantize(w, nested=kind == "nested")
             kernels.dequantize(w, dtype)
             kernels.dequantize(w, dtype, torch.empty(n, 2 * k, dtype=dtype)[:, :k])
+            dequantize_stacked([w, w, w], dtype)
+            dequantize_merged(w, torch.randn(r or 1, k), torch.randn(n, r or 1), 0.5, dtype)
         x, dy, bias = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), torch.randn(n)
         a, b = (torch.randn(r, k), torch.randn(n, r)) if r else (None, None)
         dropout = Dropout(p, torch.tensor([1])) if p else None
         _, u = kernels.forward(x, w, a, b, bias, 0.5, dropout)
         kernels.backward(dy, x, u, w, a, b, 0.5, dropout)
+        kernels.backward(dy, x, u, w, a, b, 0.5, dropout, (False, True, False))
 
 
 def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
@@ -128,6 +133,12 @@ def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         if compiler.device.capability >= (9, 0):
             compiler.case = f"buffered {m}x{n}x{k} r={r} {dtype}, dx"
             gemm(dy, w, factors[0], factors[2], transposed=False)
+            if r:
+                Gradients(dy, narrow, x, a, b).run(narrow, 0.5, None, overlap=True)
+            if projects(r, x, w, b, a) and projects(r, dy, w, b, a):
+                done = torch.zeros(1, dtype=torch.int32)
+                projecting_gemm(x, w, a, b, bias, 0.5, done, transposed=True)
+                projecting_gemm(dy, w, b, a, None, 0.5, done, transposed=False, early=True, overlap=True)
             if thorough:
                 gemm(x, w, factors[0], factors[1], transposed=True)
 

@@ -11,8 +11,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from tolerance import assert_close
+
 from fastlora import kernels
 from fastlora.kernels import config
+from fastlora.kernels.dequantize import dequantize, dequantize_merged, dequantize_stacked
 from fastlora.nf4 import BLOCKSIZES, NF4Weight
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
@@ -185,3 +188,92 @@ def test_refuses_an_out_that_does_not_fit(kernel_device: str) -> None:
             kernels.dequantize(w, torch.float32, out)
     with pytest.raises(TypeError, match="float64"):
         kernels.dequantize(w, torch.float64)
+
+
+def stack(ns: list[int], k: int, device: str, **options: Any) -> list[NF4Weight]:
+    return [NF4Weight.quantize(torch.randn(n, k) * 3, **options).to(device) for n in ns]
+
+
+@TYPES
+@FORMATS
+@pytest.mark.parametrize("ns", [[3], [24, 8], [9, 1, 65], [16, 40, 8, 72], [8, 16, 8, 8, 24, 8]], ids=str)
+@pytest.mark.parametrize("k", [64, 8 * 61])
+def test_several_weights_one_below_the_other(
+    k: int, ns: list[int], nested: bool, dtype: torch.dtype, kernel_device: str
+) -> None:
+    weights = stack(ns, k, kernel_device, nested=nested)
+    expected = torch.cat([w.dequantize(dtype) for w in weights])
+    assert torch.equal(dequantize_stacked(weights, dtype), expected)
+    buffer = torch.full((sum(ns) + 2, k), 7.0, dtype=dtype, device=kernel_device)
+    out = buffer[1:-1]
+    assert dequantize_stacked(weights, dtype, out) is out
+    assert torch.equal(out, expected)
+    assert (buffer[[0, -1]] == 7.0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [({"blocksize": 32}, {"blocksize": 64}), ({}, {"quant_type": "fp4"}), ({}, {"nested": False})], ids=str
+)
+def test_stacked_weights_of_different_kinds(options: tuple[dict[str, Any], ...], kernel_device: str) -> None:
+    weights = [w for o in options for w in stack([16], 64, kernel_device, **o)]
+    expected = torch.cat([w.dequantize(torch.float32) for w in weights])
+    assert torch.equal(dequantize_stacked(weights, torch.float32), expected)
+
+
+def test_stacked_weights_that_are_no_whole_words_or_lie_apart(kernel_device: str) -> None:
+    odd = stack([3, 5], 33, kernel_device)
+    assert torch.equal(dequantize_stacked(odd, torch.float32), torch.cat([w.dequantize(torch.float32) for w in odd]))
+    weights = stack([16, 8], 64, kernel_device)
+    buffer = torch.full((24, 80), 7.0, device=kernel_device)
+    dequantize_stacked(weights, torch.float32, buffer[:, 8:72])
+    assert torch.equal(buffer[:, 8:72], torch.cat([w.dequantize(torch.float32) for w in weights]))
+    assert (buffer[:, :8] == 7.0).all()
+    assert (buffer[:, 72:] == 7.0).all()
+
+
+def test_refuses_what_does_not_stack(kernel_device: str) -> None:
+    with pytest.raises(ValueError, match="one K"):
+        dequantize_stacked([], torch.float32)
+    with pytest.raises(ValueError, match="one K"):
+        dequantize_stacked(stack([8], 64, kernel_device) + stack([8], 72, kernel_device), torch.float32)
+    with pytest.raises(ValueError, match="out must be"):
+        dequantize_stacked(stack([8], 64, kernel_device), torch.float32, torch.empty(9, 64, device=kernel_device))
+
+
+@TYPES
+@FORMATS
+@pytest.mark.parametrize("size", [(17, 48, 3), (33, 33, 16), (40, 130, 40)], ids=str)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.float16], ids=str)
+def test_merged(
+    adapter_dtype: torch.dtype, size: tuple[int, int, int], nested: bool, dtype: torch.dtype, kernel_device: str
+) -> None:
+    n, k, r = size
+    (w,) = stack([n], k, kernel_device, nested=nested)
+    a, b = (torch.randn(*shape).to(kernel_device, adapter_dtype) for shape in ((r, k), (n, r)))
+    merged = dequantize_merged(w, a, b, -0.5, dtype)
+    truth = w.dequantize(torch.float32).double() - 0.5 * (b.double() @ a.double())
+    assert_close(merged, truth.to(dtype), truth)
+    assert torch.equal(dequantize_merged(w, a, torch.zeros_like(b), 1.0, dtype), w.dequantize(dtype))
+    with pytest.raises(TypeError, match="one type"):
+        dequantize_merged(w, a.double(), b, 1.0, dtype)
+
+
+def test_a_merged_term_is_added_before_the_rounding(kernel_device: str) -> None:
+    """Weights are 1 + 2^-8 halfway between two bfloat16 numbers once 2^-8 is added; 2^-20 decides upwards."""
+    w = dataclasses.replace(NF4Weight.quantize(torch.ones(16, 64), nested=False), absmax=torch.ones(16)).to(
+        kernel_device
+    )
+    assert (w.dequantize(torch.float32) == 1).all()
+    a, b = torch.zeros(2, 64, device=kernel_device), torch.ones(16, 2, device=kernel_device)
+    a[0], a[1] = 2.0**-8, 2.0**-20
+    assert (dequantize_merged(w, a, b, 1.0, torch.bfloat16) == 1.0 + 2.0**-7).all()
+
+
+@WORDS
+def test_a_counter_becomes_zero_on_the_way(words: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (w,) = stack([40], 8 * 61, kernel_device)
+    allow_only(monkeypatch, words=words)
+    counters = torch.full((3,), 9, dtype=torch.int32, device=kernel_device)
+    out = dequantize(w if words else misaligned(w), torch.float32, zero=counters[1:2])
+    assert torch.equal(out, w.dequantize(torch.float32))
+    assert counters.tolist() == [9, 0, 9]

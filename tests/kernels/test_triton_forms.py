@@ -63,7 +63,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
 
         monkeypatch.setattr(module, name, counted)
 
-    for module, names in (("forward", ("linear", "finish", "gemm")), ("backward", ("input_gradient", "gemm"))):
+    products = ("gemm", "projecting_gemm")
+    for module, names in (("forward", ("linear", "finish", *products)), ("backward", ("input_gradient", *products))):
         for name in names:
             spy(sys.modules[f"fastlora.kernels.{module}"], name)
     return count
@@ -127,7 +128,9 @@ def test_float32_results(
         ("decode", {"r": 0}, {"linear": 1}, {"input_gradient": 1}),
         ("library", {}, {"finish": 1}, {}),
         ("library", {"r": 0}, {}, {}),
-        ("persistent", {}, {"gemm": 1}, {"gemm": 1}),
+        ("persistent", {}, {"projecting_gemm": 1}, {"projecting_gemm": 1}),
+        ("persistent", {"r": 5}, {"gemm": 1}, {"gemm": 1}),
+        ("persistent", {"r": 40}, {"gemm": 1}, {"gemm": 1}),
         ("persistent", {"r": 0}, {"gemm": 1}, {"gemm": 1}),
         # The mask applies to the LoRA term alone, which therefore cannot join the accumulator of dx.
         ("persistent", {"dropout_p": 0.5}, {"gemm": 1}, {}),
@@ -144,6 +147,8 @@ def test_a_form_is_what_runs(
     force: Callable[[str], None],
     calls: collections.Counter[str],
 ) -> None:
+    if "projecting_gemm" in forward and HAS_CUDA and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs compute capability 9")
     force(form)
     p = make_problem(**({"m": 8, "n": 32, "k": 32, "r": 8} | options), dtype=torch.float16, device=kernel_device)
     _, u = kernels.forward(p.x, p.w, p.lora_a, p.lora_b, p.bias, p.scale, p.dropout)

