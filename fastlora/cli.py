@@ -180,8 +180,6 @@ def explain(
     nested: Annotated[bool, typer.Option(help="quantized statistics (double quant)")] = True,
 ) -> None:
     """Show which backend runs one layer, and why."""
-    import dataclasses
-
     import torch
 
     from fastlora import backends
@@ -194,7 +192,7 @@ def explain(
         match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", arch)
         if match is None:
             raise UserError(f"arch: {arch!r} is no GPU architecture: write it as sm_90 or 9.0")
-        machine = dataclasses.replace(machine, capability=(int(match[1]), int(match[2])))
+        machine = backends.measured_machine(machine, (int(match[1]), int(match[2])))
     if device == "auto":
         device = "cuda" if machine.capability is not None else "cpu"
     problem = backends.Problem(
