@@ -205,14 +205,18 @@ BACKENDS = {
 """In the order in which ``auto`` asks them."""
 
 
+def measured_class(problem: Problem) -> tables.Class:
+    """The problems whose measurements hold for ``problem``."""
+    dtype = tables.dtype_class(problem.dtype, problem.device_type)
+    return tables.Class(problem.direction, dtype, "dense" if problem.quant_type is None else "packed", problem.r)
+
+
 def measured(problem: Problem, machine: Machine, known: tables.Tables | None = None) -> tables.Found | None:
     """What the tables (by default, those of this process) hold about ``problem`` on ``machine``."""
     device = machine.gpu if problem.device_type == "cuda" else machine.cpu
     if device is None:
         return None
-    dtype = tables.dtype_class(problem.dtype, problem.device_type)
-    kind = tables.Class(problem.direction, dtype, "dense" if problem.quant_type is None else "packed", problem.r)
-    return (known or tables.current()).choice(device, kind, problem.m, problem.n, problem.k)
+    return (known or tables.current()).choice(device, measured_class(problem), problem.m, problem.n, problem.k)
 
 
 def select(
@@ -246,6 +250,14 @@ def _decide(
             if backend := able.get(candidate.partition(":")[0]):
                 return backend, found
     return next((backend for backend in able.values() if backend.preferred(problem, machine)), None), None
+
+
+def decision(problem: Problem, machine: Machine, known: tables.Tables) -> str | None:
+    """The name of what ``auto`` takes by the tables ``known``, with its form where they name one."""
+    chosen, found = _decide(problem, machine, known)
+    if chosen is None or found is None:
+        return None if chosen is None else chosen.name
+    return next(name for name in found.times.ranking() if name.partition(":")[0] == chosen.name)
 
 
 def explain(problem: Problem, machine: Machine | None = None) -> str:

@@ -458,5 +458,5 @@ def use(tables: Tables) -> Iterator[None]:
 
 forced_forms: dict[str, str] = {}
 """The form that a backend must use, whatever the tables say. Set while candidates are measured, empty otherwise."""
-forced_tiles: dict[str, dict[str, int]] = {}
-"""The same for the fields of a kernel's tiles."""
+forced_tiles: dict[str, Callable[..., Any]] = {}
+"""The same for tiles, by the kernel's name: called with what chooses them and with its arguments."""
