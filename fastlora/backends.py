@@ -296,7 +296,10 @@ def _without_table(problem: Problem, machine: Machine) -> str:
 
 
 def _skipped_tiles(gpu: tables.Device) -> list[str]:
-    config, tuned = (importlib.import_module(f"fastlora.kernels.{name}") for name in ("config", "tuned"))
+    try:
+        config, tuned = (importlib.import_module(f"fastlora.kernels.{name}") for name in ("config", "tuned"))
+    except ImportError:  # the machine asked about has Triton, this one does not
+        return []
     major, minor = (int(part) for part in gpu.capability.split("."))
     return tuned.skipped(config.Device((major, minor), gpu.multiprocessors, name=gpu.name))
 

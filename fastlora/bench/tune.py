@@ -34,6 +34,8 @@ TOKENS = (1, 16, 64, 256, 1024, 2048, 8192)
 QUICK_TOKENS = (1, 64, 1024, 8192)
 TILE_TOKENS = {"gemm": (16, 64, 256), "project": (16, 256, 4096), "epilogue": (16, 256, 4096)}
 """M at which the tiles of a kernel are tried; of one that is blind to M, at 4096."""
+_KERNELS = ("buffer_gemm", "project", "gradient", "one_pass", "epilogue", "gemm")
+"""By what their tiles gain for the seconds that it takes to compile them."""
 _SCALE = 2.0
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 """Relative Frobenius distance from the float32 reference: wide enough for any order of roundings, far too narrow for a
@@ -339,8 +341,7 @@ def tunable() -> list[str]:
     """Names of the kernels whose tiles can be measured; none without Triton."""
     if backends.this_machine().triton is not None:
         return []
-    importlib.import_module("fastlora.kernels.config")
-    return list(importlib.import_module("fastlora.kernels.tuned").TUNED)
+    return list(_KERNELS)
 
 
 def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str]) -> tables.Tiles | None:
@@ -424,7 +425,8 @@ def measure(plan: Plan, advance: Callable[[str], None] = lambda what: None) -> O
     device = machine.gpu if plan.device_type == "cuda" else machine.cpu
     assert device is not None
     # The candidates are to run with the tiles that were just found.
-    known = tables.Tables((outcome.table(device, {}), *tables.current().tables))
+    found = dataclasses.replace(outcome.table(device, {}), user=True)
+    known = tables.Tables((found, *tables.current().tables))
     with tables.use(known):
         for problem, names in problems:
             advance(str(problem))

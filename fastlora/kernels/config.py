@@ -136,14 +136,11 @@ def _lookup_bytes(k: int, blocksize: int | None, block_k: int) -> float:
 
 
 @tuned(
-    fields(16, 32, 128, warps=4, stages=4),
-    fields(16, 64, 64, warps=4, stages=3),
-    fields(16, 128, 64, warps=4, stages=3),
-    fields(32, 64, 64, warps=4, stages=4),
-    fields(64, 128, 64, warps=4, stages=3),
-    fields(64, 64, 64, warps=4, stages=3),
-    fields(128, 64, 64, warps=8, stages=3),
-    fields(128, 128, 64, warps=8, stages=2),
+    fields(16, 32, warps=4, stages=4),
+    fields(16, 128, warps=4, stages=3),
+    fields(32, 64, warps=4, stages=4),
+    fields(64, 128, warps=4, stages=3),
+    fields(128, 64, warps=8, stages=3),
 )
 def gemm(
     m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksize: int | None = None,

@@ -101,12 +101,20 @@ class Tuned:
         return tiles
 
     def candidates(self, *args: Any, **kwargs: Any) -> Iterator[dict[str, int]]:
-        """What to measure for one problem: every listed candidate that can run and is not the function's choice."""
+        """What to measure for one problem: every listed candidate, with as many stages as fit, that can run here, has
+        no more rows than twice the problem's, and is not the function's own choice."""
         base = self._choose(*args, **kwargs)
-        for wanted in self._candidates:
+        rows = max(16, 2 * int(self.problem(*args, **kwargs)[1].get("m", 1 << 30)))
+        seen = [] if base is None else [base]
+        for wanted in self._candidates if base is not None else ():
             try:
-                if self.proposed(wanted, *args, **kwargs) != base:
-                    yield wanted
+                tiles = self._choose(*args, **kwargs, tiles=dataclasses.replace(base, **wanted))
+                if tiles is None or tiles in seen or tiles.block_m > rows:
+                    continue
+                fitting = {**wanted, "num_stages": tiles.num_stages}
+                if self.proposed(fitting, *args, **kwargs) == tiles:
+                    seen.append(tiles)
+                    yield fitting
             except ValueError:
                 continue
 
