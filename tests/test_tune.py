@@ -336,3 +336,22 @@ class TestTiles:
         outcome = tune.measure(dataclasses.replace(self.PLAN, kernels=("project",)))
         assert outcome.absent == {"project M=16 R=4": "RuntimeError: does not compile"}
         assert outcome.choices
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--shapes", "256,512", "--tokens", "16,256", "--kernels", "project", "--budget", "60"]
+    assert main(["tune", *arguments]) == 0
+    assert "not measured" not in capsys.readouterr().out
+    (only,) = tables.current().tables
+    assert only.path is not None
+    assert only.path.parent == cache
+    assert len(only.tiles["project"]) == 3
+    assert len(only.choices) == 2
+    for points in only.choices.values():
+        assert points.keys() == {(16, 256, 512), (256, 256, 512)}
+        for times in points.values():
+            assert "torch" in times.us
+            assert times.graph_us.keys() <= times.us.keys()
+    layer = Problem(300, 256, 512, 16)
+    assert f"decided by {only.path}" in backends.explain(layer)

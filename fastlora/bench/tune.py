@@ -137,11 +137,13 @@ def model_shapes(model: str) -> tuple[tuple[int, int], ...]:
     return shapes
 
 
-def _forms(name: str, plan: Plan) -> tuple[str, ...]:
+def _forms(name: str, problem: Problem) -> tuple[str, ...]:
     if name != "triton":
         return (name,)
     config = importlib.import_module("fastlora.kernels.config")
-    return tuple(f"triton:{form}" for form in config.forms(plan.dtype, torch.device(plan.device_type)))
+    device = torch.device(problem.device_type)
+    forms = config.forms(problem.m, problem.dtype, device, problem.quant_type is not None)
+    return tuple(f"triton:{form}" for form in forms)
 
 
 def candidates(plan: Plan, problem: Problem, machine: Machine) -> list[str]:
@@ -164,10 +166,13 @@ def candidates(plan: Plan, problem: Problem, machine: Machine) -> list[str]:
             if not any(not BACKENDS[backend].unsupported(other, machine) for other in plan.problems()):
                 raise UserError(f"backends: {name} cannot run {problem}: {'; '.join(reasons)}")
             continue
-        forms = _forms(backend, plan)
-        if name != backend and name not in forms:
+        forms = _forms(backend, problem)
+        if name == backend:
+            names += forms
+        elif name in forms:
+            names.append(name)
+        elif not any(name in _forms(backend, other) for other in plan.problems()):
             raise UserError(f"backends: there is no {name!r} on this device; choose from {', '.join(forms)}")
-        names += [name] if name != backend else forms
     return list(dict.fromkeys(names))
 
 

@@ -156,7 +156,7 @@ def backward(
             da = lora.gradient_a(du, x, dropout, lora_a.dtype)
     dx = None
     if need_dx:
-        dense, persistent = buffered(dy, w, 0 if lora_a is None else lora_a.shape[0], "backward")
+        dense, persistent = buffered(dy, w, r=0 if lora_a is None else lora_a.shape[0], direction="backward")
         a = None if lora_a is None else lora_a.to(dy.dtype)
         if dense is None:
             dx = input_gradient(dy, w, du, lora_a, dropout)

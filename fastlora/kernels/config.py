@@ -177,7 +177,7 @@ _LONG = 2**36
 """Multiplications from which on `buffer_gemm` gains more GPU time than its launch costs the host."""
 
 
-def forms(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+def forms(m: int, dtype: torch.dtype, device: torch.device, packed: bool = True) -> tuple[str, ...]:
     """The ways to compute a product with a weight that `form` chooses from.
 
     "persistent": decoded into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product;
@@ -197,23 +197,25 @@ def form(
     """The one of `forms` that the tables call the fastest; without a measurement, that of the built-in rule."""
     if tables.forced_forms and "triton" in tables.forced_forms:
         return tables.forced_forms["triton"]
-    able = forms(dtype, device)
-    if len(able) > 1 and (here := Device.of(device)).name:
-        kind = (direction, tables.dtype_class(dtype, "cuda"), "packed" if packed else "dense", tables.rank_bucket(r))
-        if measured := _measured_form(tables.bucket(m), n, k, here, kind, able):
-            return measured
-    if "persistent" in able and m * n * k >= _LONG:
-        return "persistent"
-    return "library" if "library" in able else "decode"
+    return _form(m, n, k, dtype, device, r, direction, packed)
 
 
 @tables.cached(maxsize=4096)
-def _measured_form(
-    m: int, n: int, k: int, device: Device, kind: tuple[str, str, str, int], able: tuple[str, ...]
-) -> str | None:
-    found = tables.current().choice(device.described, tables.Class(*kind), m, n, k)
-    names = (name.partition(":") for name in (found.times.ranking() if found else ()))
-    return next((name for backend, _, name in names if backend == "triton" and name in able), None)
+def _form(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, r: int, direction: str, packed: bool
+) -> str:
+    able = forms(m, dtype, device, packed)
+    if len(able) > 1 and (here := Device.of(device)).name:
+        weight = "packed" if packed else "dense"
+        kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), weight, r)
+        found = tables.current().choice(here.described, kind, m, n, k)
+        for name in found.times.ranking() if found else ():
+            backend, _, measured = name.partition(":")
+            if backend == "triton" and measured in able:
+                return measured
+    if "persistent" in able and m * n * k >= _LONG:
+        return "persistent"
+    return "library" if "library" in able else "decode"
 
 
 @tuned(fields(32, 128), fields(16, 256), fields(32, 256, warps=8), fields(64, 256, warps=8), fields(64, 64))

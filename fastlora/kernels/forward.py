@@ -116,7 +116,7 @@ def linear(
     return y
 
 
-def buffered(x: torch.Tensor, w: Weight, r: int, direction: str) -> tuple[torch.Tensor | None, bool]:
+def buffered(x: torch.Tensor, w: Weight, *, r: int, direction: str) -> tuple[torch.Tensor | None, bool]:
     """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
     rather than a library; no matrix where tiles are decoded inside the product."""
     (m, _), (n, k) = x.shape, w.shape
@@ -142,7 +142,7 @@ def forward(
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
     check_dtype(x.dtype)
-    dense, persistent = buffered(x, w, 0 if lora_a is None else lora_a.shape[0], "forward")
+    dense, persistent = buffered(x, w, r=0 if lora_a is None else lora_a.shape[0], direction="forward")
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         u = x.new_empty(x.shape[0], 0)
         if dense is None:
