@@ -301,16 +301,18 @@ class TestTiles:
         assert tables.forced_tiles == {}
 
     def test_wrong_tiles_are_no_choice(self, monkeypatch: pytest.MonkeyPatch, clock: dict[str, float]) -> None:
-        from fastlora.kernels import lora
+        from fastlora.kernels import config
 
         clock[""] = 2.0
-        right = lora._gradient
+        right = BACKENDS["triton"].backward
 
-        def wrong(*args: Any) -> torch.Tensor:
-            return right(*args) * (2.0 if "gradient" in tables.forced_tiles and lora.config.gradient(
-                4, torch.float16, lora.config.Device()).block_m == 32 else 1.0)  # fmt: skip
+        def wrong(*args: Any) -> Any:
+            dx, da, db = right(*args)
+            if config.gradient(4, torch.float16, config.Device()).block_m == 32:
+                da *= 2
+            return dx, da, db
 
-        monkeypatch.setattr(lora, "_gradient", wrong)
+        broken("triton", monkeypatch, backward=wrong)
         entry = tune.measure_tiles("gradient", 16, 4, self.PLAN, absent := {})
         assert entry is not None
         assert entry.tiles["block_m"] != 32

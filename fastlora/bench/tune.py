@@ -302,42 +302,45 @@ def measure_problem(problem: Problem, names: Sequence[str], rounds: int, absent:
     return tables.Times({name: us[name] for name in calls}, {name: graph[name] for name in calls if name in graph})
 
 
-def _runners(n: int, k: int, m: int, r: int, plan: Plan) -> dict[str, Callable[[int], tuple[torch.Tensor, ...]]]:
-    """A call of each kernel alone, by the name of the function that chooses its tiles."""
-    backward, epilogue, forward, gemm, lora = (
-        importlib.import_module(f"fastlora.kernels.{name}")
-        for name in ("backward", "epilogue", "forward", "gemm", "lora")
-    )
+_FORM = {"buffer_gemm": "persistent", "gemm": "decode"}
+"""The form of the Triton backend that runs a kernel."""
+
+
+def _runners(n: int, k: int, m: int, r: int, plan: Plan) -> dict[str, Callable[[int], Sequence[torch.Tensor | None]]]:
+    """A call that contains each kernel, by the name of the function that chooses its tiles.
+
+    The products are timed as the whole of a layer that runs them, so that what else shares their tiles has its say.
+    """
+    epilogue, lora = (importlib.import_module(f"fastlora.kernels.{name}") for name in ("epilogue", "lora"))
+    triton = BACKENDS["triton"]
     layers = _layers(n, k, r, plan.dtype, plan.device_type, plan.quant_type)
     a, b = layers[0].lora_a, layers[0].lora_b
     assert a is not None
     assert b is not None
     device = torch.device(plan.device_type)
-    x, dy, u = (torch.randn(m, columns, device=device, dtype=plan.dtype) for columns in (k, n, r))
-
-    @functools.cache
-    def dense() -> torch.Tensor:
-        return backends.dense(layers[0].w, plan.dtype)
+    generator = torch.Generator(device).manual_seed(1)
+    x, dy, u = (torch.randn(m, size, device=device, generator=generator).to(plan.dtype) for size in (k, n, r))
 
     @functools.cache
     def sums() -> torch.Tensor:
-        return torch.randn(m, n, device=device)
+        return torch.randn(m, n, device=device, generator=generator)
 
-    def w(i: int) -> Weight:
-        return layers[i % len(layers)].w
+    def layer(form: str, i: int) -> Sequence[torch.Tensor | None]:
+        tables.forced_forms["triton"] = form
+        w = layers[i % len(layers)].w
+        y, _ = triton.forward(x, w, a, b, None, _SCALE, None)
+        return (y, *triton.backward(dy, x, u, w, a, b, _SCALE, None, (True, True, True)))
+
+    def adapters(i: int) -> Sequence[torch.Tensor | None]:
+        _, da, db = triton.backward(dy, x, u, layers[0].w, a, b, _SCALE, None, (False, True, True))
+        return da, db
 
     return {
-        "buffer_gemm": lambda i: (
-            gemm.gemm(x, dense(), u, b, None, transposed=True),
-            gemm.gemm(dy, dense(), u, a, None, transposed=False),
-        ),
-        "gemm": lambda i: (
-            forward.linear(x, w(i), u, b, None),
-            backward.input_gradient(dy, w(i), u, a, None),
-        ),
+        "buffer_gemm": functools.partial(layer, _FORM["buffer_gemm"]),
+        "gemm": functools.partial(layer, _FORM["gemm"]),
         "project": lambda i: lora.project_x(x, a, _SCALE, None),
-        "gradient": lambda i: (lora.gradient_a(u, x, None, a.dtype),),
-        "one_pass": lambda i: lora.du_db(dy, u, b, _SCALE),
+        "gradient": adapters,
+        "one_pass": adapters,
         "epilogue": lambda i: (epilogue.finish(sums(), u, b, None, _SCALE, plan.dtype),),
     }
 
@@ -353,6 +356,10 @@ def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str
     """The fastest tiles of ``kernel`` for M and rank of the plan's first layer; None where it does not run."""
     chooser = importlib.import_module("fastlora.kernels.tuned").TUNED[kernel]
     device = torch.device(plan.device_type)
+    if device.type == "cuda" and kernel in _FORM:
+        config = importlib.import_module("fastlora.kernels.config")
+        if _FORM[kernel] not in config.forms(m, plan.dtype, device, plan.quant_type is not None):
+            return None
     call = _runners(*plan.shapes[0], m, r, plan)[kernel]
     problems: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -369,7 +376,9 @@ def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str
 
     try:
         with torch.no_grad():
-            truth = [t.float() for t in forcing(own)(0)]
+            truth = [None if t is None else t.float() for t in forcing(own)(0)]
+            if not problems:
+                return None
             args, kwargs = problems[0]
             if chooser.own(*args, **kwargs) is None:
                 return None
@@ -395,6 +404,7 @@ def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str
                 times = timing.measure(variants, device, rounds=plan.rounds, budget_ms=4.0)
     finally:
         tables.forced_tiles.clear()
+        tables.forced_forms.clear()
     best = min(times, key=lambda name: times[name].p50)
     if times[""].p50 <= tables.TIE * times[best].p50:
         best = ""  # another variant to compile is not worth a difference that the next run may not show
