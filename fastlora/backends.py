@@ -1,9 +1,10 @@
 """Which kernel runs, and why.
 
-A backend answers two questions about a problem: can it be right (``unsupported`` lists the reasons against), and was
-it measured to be the fastest (``preferred``). A backend that the user names runs or raises with its reasons; ``auto``
-takes the first that is supported and preferred. Selection looks only at sizes, types and at what the machine has, so it
-can be asked about any machine from any other.
+A backend answers two questions about a problem: can it be right (``unsupported`` lists the reasons against), and is it
+the one to take where nothing was measured (``preferred``). A backend that the user names runs or raises with its
+reasons; ``auto`` takes the supported one that `fastlora.tables` holds as the fastest at the nearest measured shape, and
+without a measurement the first that is preferred. Selection looks only at sizes, types, at what the machine has and at
+the tables; it measures nothing, and can be asked about any machine from any other.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastlora import eager, native, reference
+from fastlora import eager, native, reference, tables
 from fastlora.nf4 import NF4Weight, Weight
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -64,6 +65,9 @@ class Machine:
     """Compute capability of the GPU, None without one."""
     triton_interpreted: bool = False
     """Triton kernels run on CPU tensors (TRITON_INTERPRET=1), slowly: for tests."""
+    gpu: tables.Device | None = None
+    """The GPU as the tables know it. Without one, no table is asked about it; so with the CPU."""
+    cpu: tables.Device | None = None
 
 
 @functools.cache
@@ -71,8 +75,22 @@ def this_machine() -> Machine:
     """The machine this process runs on."""
     triton = None if importlib.util.find_spec("triton") else "triton is not installed (extra: triton)"
     interpreted = triton is None and os.environ.get("TRITON_INTERPRET") == "1"
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return Machine(triton, native.available("cpu"), native.available("cuda"), capability, interpreted)
+    capability = gpu = None
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(torch.cuda.current_device())
+        capability = (p.major, p.minor)
+        gpu = tables.Device("cuda", p.name, f"{p.major}.{p.minor}", p.multi_processor_count)
+    vectors = torch.backends.cpu.get_cpu_capability()
+    cpu = tables.Device("cpu", vectors, vectors, torch.get_num_threads())
+    return Machine(triton, native.available("cpu"), native.available("cuda"), capability, interpreted, gpu, cpu)
+
+
+def measured_machine(machine: Machine, capability: tuple[int, int]) -> Machine:
+    """``machine`` with another GPU in it: the first shipped one of ``capability`` that was measured, or one unknown."""
+    wanted = ".".join(map(str, capability))
+    known = [table.device for table in tables.shipped().tables]
+    gpu = next((device for device in known if device.type == "cuda" and device.capability == wanted), None)
+    return dataclasses.replace(machine, capability=capability, gpu=gpu)
 
 
 def _kernels() -> Any:
@@ -227,8 +245,24 @@ BACKENDS = {
 """In the order in which ``auto`` asks them."""
 
 
-def select(problem: Problem, name: str = "auto", machine: Machine | None = None) -> Backend:
-    """The backend that runs ``problem``.
+def measured_class(problem: Problem) -> tables.Class:
+    """The problems whose measurements hold for ``problem``."""
+    dtype = tables.dtype_class(problem.dtype, problem.device_type)
+    return tables.Class(problem.direction, dtype, "dense" if problem.quant_type is None else "packed", problem.r)
+
+
+def measured(problem: Problem, machine: Machine, known: tables.Tables | None = None) -> tables.Found | None:
+    """What the tables (by default, those of this process) hold about ``problem`` on ``machine``."""
+    device = machine.gpu if problem.device_type == "cuda" else machine.cpu
+    if device is None:
+        return None
+    return (known or tables.current()).choice(device, measured_class(problem), problem.m, problem.n, problem.k)
+
+
+def select(
+    problem: Problem, name: str = "auto", machine: Machine | None = None, known: tables.Tables | None = None
+) -> Backend:
+    """The backend that runs ``problem``. ``known`` are the tables to ask, by default those of this process.
 
     Raises ValueError for an unknown name and RuntimeError, with every reason, when the named backend (or, for
     ``auto``, each one) does not support the problem.
@@ -240,36 +274,74 @@ def select(problem: Problem, name: str = "auto", machine: Machine | None = None)
         if reasons := BACKENDS[name].unsupported(problem, machine):
             raise RuntimeError(f"backend {name!r} cannot run {problem}: {'; '.join(reasons)}")
         return BACKENDS[name]
-    able = [backend for backend in BACKENDS.values() if not backend.unsupported(problem, machine)]
-    for backend in able:
-        if backend.preferred(problem, machine):
-            return backend
-    raise RuntimeError(f"no backend can run {problem}; ask fastlora explain for the reasons")
+    chosen, _ = _decide(problem, machine, known)
+    if chosen is None:
+        raise RuntimeError(f"no backend can run {problem}; ask fastlora explain for the reasons")
+    return chosen
+
+
+def _decide(
+    problem: Problem, machine: Machine, known: tables.Tables | None = None
+) -> tuple[Backend | None, tables.Found | None]:
+    """What ``auto`` takes, and the measurement that says so, None where the built-in rules do."""
+    able = {backend.name: backend for backend in BACKENDS.values() if not backend.unsupported(problem, machine)}
+    if found := measured(problem, machine, known):
+        for candidate in found.times.ranking():
+            if backend := able.get(candidate.partition(":")[0]):
+                return backend, found
+    return next((backend for backend in able.values() if backend.preferred(problem, machine)), None), None
+
+
+def decision(problem: Problem, machine: Machine, known: tables.Tables) -> str | None:
+    """The name of what ``auto`` takes by the tables ``known``, with its form where they name one."""
+    chosen, found = _decide(problem, machine, known)
+    if chosen is None or found is None:
+        return None if chosen is None else chosen.name
+    return next(name for name in found.times.ranking() if name.partition(":")[0] == chosen.name)
 
 
 def explain(problem: Problem, machine: Machine | None = None) -> str:
-    """What would run for ``problem``, forward and backward, and why each other backend would not."""
+    """What would run for ``problem``, forward and backward, why each other backend would not, and what says so."""
     machine = machine or this_machine()
     lines = []
     for direction in ("forward", "backward"):
         problem = dataclasses.replace(problem, direction=direction)
         lines.append(str(problem))
-        try:
-            chosen: Backend | None = select(problem, machine=machine)
-        except RuntimeError:
-            chosen = None
+        chosen, found = _decide(problem, machine)
         for backend in BACKENDS.values():
             reasons = backend.unsupported(problem, machine)
             if backend is chosen:
                 verdict = f"runs: {backend.what}"
             elif reasons:
                 verdict = "cannot run: " + "; ".join(reasons)
-            else:
+            elif found is None:
                 verdict = "can run when named; not the fastest measured here"
+            else:
+                names = (name for name in found.times.us if name.partition(":")[0] == backend.name)
+                times = ", ".join(f"{found.times.us[name]:.4g} us" for name in names)
+                verdict = f"can run when named; {f'measured {times}' if times else 'not measured here'}"
             lines.append(f"  {'->' if backend is chosen else '  '} {backend.name:<10} {verdict}")
         if chosen is not None and chosen.name == "torch" and problem.quant_type is not None:
             lines.append(f"     dequantizer: {dequantizer(problem.device_type, machine)}")
+        if chosen is not None:
+            lines.append(f"     decided by {found or _without_table(problem, machine)}")
+    if problem.device_type == "cuda" and machine.gpu is not None and machine.triton is None:
+        lines += [f"skipped tiles: {reason}" for reason in _skipped_tiles(machine.gpu)]
     return "\n".join(lines)
+
+
+def _without_table(problem: Problem, machine: Machine) -> str:
+    device = machine.gpu if problem.device_type == "cuda" else machine.cpu
+    return f"the built-in rules: no table has a shape near this one for {device or 'an unknown device'}"
+
+
+def _skipped_tiles(gpu: tables.Device) -> list[str]:
+    try:
+        config, tuned = (importlib.import_module(f"fastlora.kernels.{name}") for name in ("config", "tuned"))
+    except ImportError:  # the machine asked about has Triton, this one does not
+        return []
+    major, minor = (int(part) for part in gpu.capability.split("."))
+    return tuned.skipped(config.Device((major, minor), gpu.multiprocessors, name=gpu.name))
 
 
 def package_version(package: str) -> str:
@@ -301,6 +373,8 @@ def info() -> str:
         )
     lines.append(f"extension, cpu   {machine.native_cpu or 'loaded: ' + native.capability()}")
     lines.append(f"extension, cuda  {machine.native_cuda or 'loaded'}")
+    names = [str(table) for table in tables.current().tables]
+    lines.append(f"tables           {', '.join(names) or 'none'}; the user's are in {tables.folder()}")
     for device_type in ("cuda", "cpu"):
         lines.append(f"dequantizer      {device_type}: {dequantizer(device_type, machine)}")
         for backend in BACKENDS.values():

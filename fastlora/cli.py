@@ -57,7 +57,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (generate, merge, bench, info, explain):
+    for command in (generate, merge, bench, info, explain, tune):
         app.command()(command)
     return app
 
@@ -268,8 +268,6 @@ def explain(
     nested: Annotated[bool, typer.Option(help="quantized statistics (double quant)")] = True,
 ) -> None:
     """Show which backend runs one layer, and why."""
-    import dataclasses
-
     import torch
 
     from fastlora import backends
@@ -282,7 +280,7 @@ def explain(
         match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", arch)
         if match is None:
             raise UserError(f"arch: {arch!r} is no GPU architecture: write it as sm_90 or 9.0")
-        machine = dataclasses.replace(machine, capability=(int(match[1]), int(match[2])))
+        machine = backends.measured_machine(machine, (int(match[1]), int(match[2])))
     if device == "auto":
         device = "cuda" if machine.capability is not None else "cpu"
     problem = backends.Problem(
@@ -297,6 +295,48 @@ def explain(
         nested=nested,
     )
     print(backends.explain(problem, machine))
+
+
+def tune(
+    shapes: Annotated[list[str] | None, typer.Option(help="N,K of a layer; may be given several times")] = None,
+    model: Annotated[str | None, typer.Option(help="take the layers of this transformers model or config.json")] = None,
+    tokens: Annotated[list[str] | None, typer.Option(help="M to measure, such as 1,64,2048")] = None,
+    ranks: Annotated[list[str] | None, typer.Option(help="ranks to measure, such as 16,64")] = None,
+    dtype: Annotated[str, typer.Option(help="type of the activations: bf16, fp16 or fp32")] = "bf16",
+    quant: Annotated[str, typer.Option(help="type of the base weight: nf4, fp4 or none")] = "nf4",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    backends: Annotated[list[str] | None, typer.Option(help="what to compare [default: all that can run]")] = None,
+    kernels: Annotated[list[str] | None, typer.Option(help="kernels whose tiles to try, or none")] = None,
+    quick: Annotated[bool, typer.Option(help="fewer sizes and rounds, no tiles")] = False,
+    budget: Annotated[float | None, typer.Option(help="seconds after which the rest is left out")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file of the table [default: the user's, which selection reads]")
+    ] = None,
+) -> None:
+    """Measure which backend and which tiles are the fastest here, and write the table that selection reads."""
+    import torch
+
+    from fastlora.bench import tune as tuning
+
+    require("rich")
+    _one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
+    _one_of("quant", quant, ("nf4", "fp4", "none"))
+    _one_of("device", device, ("auto", "cpu", "cuda"))
+    plan = tuning.plan(
+        shapes=shapes or (),
+        model=model,
+        tokens=tokens or (),
+        ranks=ranks or (),
+        dtype=getattr(torch, DTYPES.get(dtype, dtype)),
+        quant_type=None if quant == "none" else quant,
+        device=device,
+        names=backends or (),
+        kernels=kernels or (),
+        quick=quick,
+        budget=budget,
+    )
+    with _quiet():
+        tuning.run(plan, out)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

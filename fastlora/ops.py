@@ -7,14 +7,13 @@ dropout, and references to the weights; never a dense base weight, never a mask.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastlora import backends
+from fastlora import backends, tables
 from fastlora.backends import Backend, Problem
 from fastlora.dropout import Dropout
 from fastlora.nf4 import NF4Weight, Weight
@@ -64,7 +63,7 @@ def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
 _N_WEIGHT = 10
 
 
-@functools.lru_cache(maxsize=4096)  # what it costs to ask is felt by small layers
+@tables.cached(maxsize=4096)  # what it costs to ask is felt by small layers
 def _chosen(backend: str, *problem: Any) -> str:
     return backends.select(Problem(*problem), backend).name
 

@@ -61,6 +61,15 @@ def _seed() -> None:
     numpy.random.seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _built_in_rules() -> Iterator[None]:
+    """No table of this machine or of the package decides anything, except in tests that bring their own."""
+    from fastlora import tables
+
+    with tables.use(tables.Tables()):
+        yield
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """The test runs once on the CPU and, where there is one, once on the GPU."""

@@ -59,6 +59,8 @@ def test_wheel_contents(wheel: Path) -> None:
     assert not [name for name in package if name.endswith((".so", ".cpp", ".cu", ".h", ".pyc"))]
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("fastlora/**/*.py")}
     assert sources == {name for name in package if name.endswith(".py")}
+    tables = {str(path.relative_to(ROOT)) for path in ROOT.glob("fastlora/**/*.json")}
+    assert tables == {name for name in package if name.endswith(".json")}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -140,7 +140,7 @@ def backward(
         db = torch.zeros_like(lora_b) if need_db else None
         lora_a = lora_b = None
     if lora_a is None or lora_b is None:
-        dense, persistent = buffered(dy, w) if need_dx else (None, False)
+        dense, persistent = buffered(dy, w, r=0, direction="backward") if need_dx else (None, False)
         dx = _input_gradient(dy, w, dense, persistent, None, None, None) if need_dx else None
         return dx, da, db
     if need_da and x is None:
@@ -148,7 +148,7 @@ def backward(
     dense, persistent, done = None, False, None
     if need_dx:
         done = torch.empty(1, dtype=torch.int32, device=dy.device) if dropout is None else None
-        dense, persistent = buffered(dy, w, done)
+        dense, persistent = buffered(dy, w, done, r=lora_a.shape[0], direction="backward")
     if dense is not None and done is not None and persistent:
         a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
         if projects(a.shape[0], dy, dense, a, b):

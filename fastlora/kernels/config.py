@@ -8,6 +8,9 @@ import math
 
 import torch
 
+from fastlora import tables
+from fastlora.kernels.tuned import fields, tuned
+
 # Bytes of shared memory that one block may use, by compute capability.
 _SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 7): 166912, (8, 9): 101376, (9, 0): 232448}
 _SHARED_MEMORY |= {(10, 0): 232448, (10, 3): 232448, (12, 0): 101376, (12, 1): 101376}
@@ -24,11 +27,18 @@ class Device:
     multiprocessors: int = 8
     reserved: int = 0
     """Bytes of shared memory that something else takes."""
+    name: str = ""
+    """Of the GPU, by which it finds its table; without one, the built-in choices hold."""
 
     @property
     def shared_memory(self) -> int:
         """Bytes that one block may use."""
         return _SHARED_MEMORY.get(self.capability, _SMALLEST_SHARED_MEMORY) - self.reserved
+
+    @property
+    def described(self) -> tables.Device:
+        """The same device in the words of the tables."""
+        return tables.Device("cuda", self.name, ".".join(map(str, self.capability)), self.multiprocessors)
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
@@ -41,7 +51,7 @@ class Device:
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device((properties.major, properties.minor), properties.multi_processor_count)
+    return Device((properties.major, properties.minor), properties.multi_processor_count, name=properties.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,11 +135,20 @@ def _lookup_bytes(k: int, blocksize: int | None, block_k: int) -> float:
     return 9 if k % 2 == 0 else 14
 
 
-@functools.lru_cache(maxsize=1024)
-def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksize: int | None = None) -> TileConfig:
+@tuned(
+    fields(16, 32, warps=4, stages=4),
+    fields(16, 128, warps=4, stages=3),
+    fields(32, 64, warps=4, stages=4),
+    fields(64, 128, warps=4, stages=3),
+    fields(128, 64, warps=8, stages=3),
+)
+def gemm(
+    m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksize: int | None = None,
+    tiles: TileConfig | None = None,
+) -> TileConfig:  # fmt: skip
     """Tiles of y = x W^T and of dx = dy W with the LoRA term inside. ``blocksize`` is None for a dense weight.
 
-    M enters by its range only (up to 16, up to 64, more), so at most three variants are ever compiled.
+    By these rules M enters by its range only (up to 16, up to 64, more): three variants at most are ever compiled.
     """
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
 
@@ -143,6 +162,8 @@ def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksiz
         config = TileConfig(block_m, block_n, block_k, min(block_r, limit), num_warps=num_warps, num_stages=num_stages)
         return _fit(config, block_m * wide, stage, device, lookups)
 
+    if tiles is not None:
+        return fit(tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_warps, tiles.num_stages)
     if dtype == torch.float32:
         return fit(16 if m <= 16 else 64, 64, 32, 4, 2)
     if m <= 16:
@@ -156,33 +177,67 @@ _LONG = 2**36
 """Multiplications from which on `buffer_gemm` gains more GPU time than its launch costs the host."""
 
 
-def form(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
-    """How a product with a packed weight is computed.
+def forms(m: int, dtype: torch.dtype, device: torch.device, packed: bool = True) -> tuple[str, ...]:
+    """The ways to compute a product with a weight that `form` chooses from.
 
     "persistent": decoded into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product;
     "decode": tiles are decoded inside the product, the only form for float32 and for the interpreter.
     """
     if dtype == torch.float32 or device.type != "cuda":
-        return "decode"
+        return ("decode",)
     # Its tiles fit in the shared memory of 9.x and 10.x only.
     fits = (9, 0) <= Device.of(device).capability < (11, 0)
-    return "persistent" if fits and m * n * k >= _LONG else "library"
+    return ("persistent", "library", "decode") if fits else ("library", "decode")
 
 
-@functools.lru_cache(maxsize=1024)
-def epilogue(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
+def form(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, r: int = 16, direction: str = "forward",
+    packed: bool = True,
+) -> str:  # fmt: skip
+    """The one of `forms` that the tables call the fastest; without a measurement, that of the built-in rule."""
+    if tables.forced_forms and "triton" in tables.forced_forms:
+        return tables.forced_forms["triton"]
+    return _form(m, n, k, dtype, device, r, direction, packed)
+
+
+@tables.cached(maxsize=4096)
+def _form(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, r: int, direction: str, packed: bool
+) -> str:
+    able = forms(m, dtype, device, packed)
+    if len(able) > 1 and (here := Device.of(device)).name:
+        weight = "packed" if packed else "dense"
+        kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), weight, r)
+        found = tables.current().choice(here.described, kind, m, n, k)
+        for name in found.times.ranking() if found else ():
+            backend, _, measured = name.partition(":")
+            if backend == "triton" and measured in able:
+                return measured
+    if "persistent" in able and m * n * k >= _LONG:
+        return "persistent"
+    return "library" if "library" in able else "decode"
+
+
+@tuned(fields(32, 128), fields(16, 256), fields(32, 256, warps=8), fields(64, 256, warps=8), fields(64, 64))
+def epilogue(m: int, r: int, dtype: torch.dtype, device: Device, tiles: TileConfig | None = None) -> TileConfig:
     """Tiles of the pass that adds the LoRA term to float32 sums and rounds them."""
     block_r = power_of_two(r, _MIN_DOT, 32 if dtype == torch.float32 else 64)
-    config = TileConfig(16 if m <= 16 else 64, 128, 16, block_r, num_warps=4, num_stages=1)
+    config = tiles or TileConfig(16 if m <= 16 else 64, 128, 16, block_r, num_warps=4, num_stages=1)
     stage = (config.block_m + config.block_n) * block_r * 4
     return _fit(config, config.block_m * config.block_n, stage, device)
 
 
-@functools.lru_cache(maxsize=1024)
-def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Device) -> TileConfig:
+@tuned(
+    fields(128, 256, 64, warps=8, stages=2),
+    fields(128, 128, 64, warps=8, stages=4),
+    fields(128, 128, 128, warps=8, stages=2),
+)
+def buffer_gemm(
+    r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Device, tiles: TileConfig | None = None
+) -> TileConfig:
     """Tiles of the persistent product of a dense weight. Measured on an H200: see docs/performance.md."""
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
-    config = TileConfig(128, 256, 64, block_r, num_warps=8, num_stages=3)
+    config = tiles or TileConfig(128, 256, 64, block_r, num_warps=8, num_stages=3)
     # In a stage, the tiles of x and W, and of the adapter that x may be projected by.
     stage = (config.block_m + config.block_n + (block_r if block_r <= 32 else 0)) * config.block_k * dtype.itemsize
     # The halves of the result pass through shared memory, beside the tiles of the LoRA factors.
@@ -192,34 +247,43 @@ def buffer_gemm(r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Devi
     return _fit(config, config.block_m * config.block_n, stage, budget)
 
 
-@functools.lru_cache(maxsize=1024)
-def project(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
+@tuned(
+    fields(16, block_k=128),
+    fields(16, block_k=256),
+    fields(32, block_k=128),
+    fields(64, block_k=64),
+    fields(64, block_k=128, warps=8),
+    fields(128, block_k=64, stages=3),
+)
+def project(m: int, r: int, dtype: torch.dtype, device: Device, tiles: TileConfig | None = None) -> TileConfig:
     """Tiles of the narrow products u = x A^T and du = dy B; the reduced side is ``block_k``."""
     block_r = power_of_two(r, _MIN_DOT, 64 if dtype == torch.float32 else 128)
     block_k = 64 if dtype == torch.float32 or block_r > 32 else 128
-    config = TileConfig(16 if m <= 16 else 64, 16, block_k, block_r, num_warps=4, num_stages=4)
+    config = tiles or TileConfig(16 if m <= 16 else 64, 16, block_k, block_r, num_warps=4, num_stages=4)
     # The adapter may be float32 whatever the type of x.
-    stage = config.block_m * block_k * dtype.itemsize + block_k * block_r * 4
+    stage = config.block_m * config.block_k * dtype.itemsize + config.block_k * block_r * 4
     return _fit(config, config.block_m * block_r, stage, device)
 
 
-@functools.lru_cache(maxsize=1024)
-def gradient(r: int, dtype: torch.dtype, device: Device) -> TileConfig:
+@tuned(fields(32, 128), fields(64, 64), fields(64, 256, warps=8), fields(128, 64), fields(128, 128, stages=2))
+def gradient(r: int, dtype: torch.dtype, device: Device, tiles: TileConfig | None = None) -> TileConfig:
     """Tiles of dA and dB: ``block_n`` of the wide side times ``block_r``, reduced over ``block_m`` rows."""
     small = dtype == torch.float32
-    config = TileConfig(32 if small else 64, 64 if small else 128, 16, power_of_two(r, _MIN_DOT, 64), num_stages=3)
+    block_r = power_of_two(r, _MIN_DOT, 64)
+    config = tiles or TileConfig(32 if small else 64, 64 if small else 128, 16, block_r, num_stages=3)
     stage = config.block_m * (config.block_n + config.block_r) * dtype.itemsize
     return _fit(config, config.block_n * config.block_r, stage, device)
 
 
-@functools.lru_cache(maxsize=1024)
-def one_pass(r: int, dtype: torch.dtype, device: Device) -> TileConfig | None:
+@tuned(fields(64, 64), fields(128, 32), fields(128, 64, warps=8), fields(256, 64, warps=8))
+def one_pass(r: int, dtype: torch.dtype, device: Device, tiles: TileConfig | None = None) -> TileConfig | None:
     """Tiles of the kernel that makes du and dB from one read of dy; None where two kernels move fewer bytes.
 
     Every ``block_m`` rows leave a float32 partial of dB that is written and read once; that must be less than
     another read of dy, and du and dB must fit in the registers together.
     """
-    config = TileConfig(64 if dtype == torch.float32 else 128, 64, 16, power_of_two(r, _MIN_DOT, 1024), num_stages=2)
+    block_m = 64 if dtype == torch.float32 else 128
+    config = tiles or TileConfig(block_m, 64, 16, power_of_two(r, _MIN_DOT, 1024), num_stages=2)
     if device.capability >= (9, 0):  # measured on an H200: 91 us, where two kernels take 43
         return None
     if config.block_r > 128 or 2 * 4 * r > config.block_m * dtype.itemsize:

@@ -116,11 +116,13 @@ def linear(
     return y
 
 
-def buffered(x: torch.Tensor, w: Weight, zero: torch.Tensor | None = None) -> tuple[torch.Tensor | None, bool]:
+def buffered(
+    x: torch.Tensor, w: Weight, zero: torch.Tensor | None = None, *, r: int, direction: str
+) -> tuple[torch.Tensor | None, bool]:
     """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
     rather than a library; no matrix where tiles are decoded inside the product. ``zero``, one int32, becomes zero."""
     (m, _), (n, k) = x.shape, w.shape
-    form = config.form(m, n, k, x.dtype, x.device)
+    form = config.form(m, n, k, x.dtype, x.device, r, direction, isinstance(w, NF4Weight))
     if form == "decode":
         return None, False
     if isinstance(w, NF4Weight):
@@ -147,10 +149,10 @@ def forward(
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
     check_dtype(x.dtype)
-    done = None
-    if dropout is None and lora_a is not None and lora_a.shape[0] > 0:
+    done, r = None, 0 if lora_a is None else lora_a.shape[0]
+    if dropout is None and r > 0:
         done = torch.empty(1, dtype=torch.int32, device=x.device)
-    dense, persistent = buffered(x, w, done)
+    dense, persistent = buffered(x, w, done, r=r, direction="forward")
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         u = x.new_empty(x.shape[0], 0)
         if dense is None:
