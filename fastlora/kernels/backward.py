@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, lora
+from fastlora.kernels import config, lora, split
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
-from fastlora.kernels.forward import buffered
+from fastlora.kernels.forward import buffered, is_split
 from fastlora.kernels.gemm import gemm
 from fastlora.kernels.launch import on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, dropout_arguments, grouped, keep
@@ -134,7 +134,8 @@ def backward(
     """
     check_dtype(dy.dtype)
     need_dx, need_da, need_db = needs
-    du = da = db = None
+    dx = du = da = db = None
+    few = need_dx and is_split(dy, w)
     if lora_a is None or lora_b is None:
         lora_a = lora_b = None
     elif lora_a.shape[0] == 0:
@@ -143,7 +144,11 @@ def backward(
         lora_a = lora_b = None
     else:
         need_du = need_dx or need_da
-        if need_du and need_db:
+        if few:
+            assert isinstance(w, NF4Weight)
+            dx, du = split.input_gradient(dy, w, lora_a, lora_b, scale, dropout)
+            db = lora.gradient_b(dy, u, scale, lora_b.dtype) if need_db else None
+        elif need_du and need_db:
             du, db = lora.du_db(dy, u, lora_b, scale)
         elif need_du:
             du = lora.project_dy(dy, lora_b, scale)
@@ -154,8 +159,10 @@ def backward(
             if x is None:
                 raise ValueError("the gradient of lora_a needs x, got None")
             da = lora.gradient_a(du, x, dropout, lora_a.dtype)
-    dx = None
-    if need_dx:
+    if few and dx is None:
+        assert isinstance(w, NF4Weight)
+        dx = split.input_gradient(dy, w, None, None, scale, None)[0]
+    elif need_dx and dx is None:
         dense, persistent = buffered(dy, w)
         a = None if lora_a is None else lora_a.to(dy.dtype)
         if dense is None:

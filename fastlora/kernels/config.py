@@ -152,6 +152,9 @@ def gemm(m: int, k: int, r: int, dtype: torch.dtype, device: Device, *, blocksiz
     return fit(64, 64, 64, 4, 4)
 
 
+SPLIT_ROWS = 128
+"""Rows up to which a product with a packed weight reads it once and splits the reduced side; measured."""
+
 _LONG = 2**36
 """Multiplications from which on `buffer_gemm` gains more GPU time than its launch costs the host."""
 
@@ -159,14 +162,69 @@ _LONG = 2**36
 def form(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> str:
     """How a product with a packed weight is computed.
 
-    "persistent": decoded into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product;
-    "decode": tiles are decoded inside the product, the only form for float32 and for the interpreter.
+    "split": few rows, tiles decoded inside a product whose reduced side is split among programs; "persistent": decoded
+    into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product; "decode": tiles are
+    decoded inside the product, the only form for float32, and what the interpreter runs unless told otherwise.
     """
     if dtype == torch.float32 or device.type != "cuda":
         return "decode"
+    if m <= SPLIT_ROWS:
+        return "split"
     # Its tiles fit in the shared memory of 9.x and 10.x only.
     fits = (9, 0) <= Device.of(device).capability < (11, 0)
     return "persistent" if fits and m * n * k >= _LONG else "library"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a product of few rows is divided. ``tiles`` are those of W, and ``block_m`` rows of x."""
+
+    tiles: TileConfig
+    finish: TileConfig
+    """Tiles of the pass that adds the parts."""
+    statistics: int
+    """Statistics that a row of a tile of W needs, one per equal part of it."""
+    weight_first: bool
+    """Whether W is the left operand of the products, whose instructions want 64 rows there and at least 8 beside."""
+    steps: int
+    """Tiles of W along the reduced side that one program multiplies."""
+    parts: int
+    narrow_steps: int
+    narrow_parts: int
+
+
+_SPLIT_ROUNDS = {16: 4, 32: 2, 64: 2, 128: 1}
+"""Programs per multiprocessor, by rows of a tile: as many as keep the memory busy, few where partials are large."""
+
+
+def split_tiles(m: int, *, transposed: bool) -> tuple[TileConfig, bool]:
+    """Tiles of a product of few rows, and whether W is its left operand. M enters by its range only."""
+    block_m = power_of_two(m, 16, 128)
+    if block_m <= 32:
+        return TileConfig(block_m, 64, 256, num_warps=4, num_stages=1), True
+    return TileConfig(block_m, 128, 128, num_warps=8, num_stages=1), transposed
+
+
+@functools.lru_cache(maxsize=1024)
+def split_product(m: int, n: int, k: int, r: int, blocksize: int, device: Device, *, transposed: bool) -> Split:
+    """The division of y = x W^T (transposed) or dx = dy W among programs, for a packed w (N, K) and few rows M."""
+    tiles, weight_first = split_tiles(m, transposed=transposed)
+    # Blocks of statistics that straddle rows or tiles are looked up word by word.
+    whole = k % blocksize == 0 and (tiles.block_k % blocksize == 0 or blocksize % tiles.block_k == 0)
+    statistics = max(tiles.block_k // blocksize, 1) if whole else tiles.block_k // 8
+    block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
+    tiles = dataclasses.replace(tiles, block_r=block_r)
+    (tile, side), (block, reduced) = (tiles.block_n, n), (tiles.block_k, k)
+    if not transposed:
+        (tile, side), (block, reduced) = (tiles.block_k, k), (tiles.block_n, n)
+    all_steps = -(-reduced // block)
+    wanted = _SPLIT_ROUNDS[tiles.block_m] * device.multiprocessors
+    parts = min(all_steps, 16, max(1, -(-wanted // -(-side // tile))))
+    steps = -(-all_steps // parts)
+    narrow_steps = max(1, 512 // block, -(-all_steps // 32))
+    finish = TileConfig(16, 32, 16, block_r, num_warps=4, num_stages=1)
+    parts, narrow_parts = -(-all_steps // steps), -(-all_steps // narrow_steps)
+    return Split(tiles, finish, statistics, weight_first, steps, parts, narrow_steps, narrow_parts)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, lora
+from fastlora.kernels import config, lora, split
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
 from fastlora.kernels.dequantize import dequantize
 from fastlora.kernels.epilogue import finish
@@ -116,6 +116,13 @@ def linear(
     return y
 
 
+def is_split(x: torch.Tensor, w: Weight) -> bool:
+    """Whether the product of x and w, or of dy and w, is one of few rows with a packed weight."""
+    if not isinstance(w, NF4Weight) or not split.reads(w):
+        return False
+    return config.form(x.shape[0], *w.shape, x.dtype, x.device) == "split"
+
+
 def buffered(x: torch.Tensor, w: Weight) -> tuple[torch.Tensor | None, bool]:
     """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
     rather than a library; no matrix where tiles are decoded inside the product."""
@@ -142,6 +149,11 @@ def forward(
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
     check_dtype(x.dtype)
+    if is_split(x, w):
+        assert isinstance(w, NF4Weight)
+        without = lora_a is None or lora_b is None or lora_a.shape[0] == 0
+        a, b = (None, None) if without else (lora_a, lora_b)
+        return split.linear(x, w, a, b, bias, scale, dropout, out_dtype)
     dense, persistent = buffered(x, w)
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         u = x.new_empty(x.shape[0], 0)
