@@ -182,8 +182,8 @@ class Split:
     tiles: TileConfig
     finish: TileConfig
     """Tiles of the pass that adds the parts."""
-    statistics: int
-    """Statistics that a row of a tile of W needs, one per equal part of it."""
+    permute: bool
+    """Whether W is decoded by byte permutations rather than table lookups; the bits are the same."""
     weight_first: bool
     """Whether W is the left operand of the products, whose instructions want 64 rows there and at least 8 beside."""
     steps: int
@@ -197,21 +197,18 @@ _SPLIT_ROUNDS = {16: 4, 32: 2, 64: 2, 128: 1}
 """Programs per multiprocessor, by rows of a tile: as many as keep the memory busy, few where partials are large."""
 
 
-def split_tiles(m: int, *, transposed: bool) -> tuple[TileConfig, bool]:
-    """Tiles of a product of few rows, and whether W is its left operand. M enters by its range only."""
+def split_tiles(m: int, *, transposed: bool) -> tuple[TileConfig, bool, bool]:
+    """(tiles, weight_first, permute) of a product of few rows, see `Split`. M enters by its range only."""
     block_m = power_of_two(m, 16, 128)
     if block_m <= 32:
-        return TileConfig(block_m, 64, 256, num_warps=4, num_stages=1), True
-    return TileConfig(block_m, 128, 128, num_warps=8, num_stages=1), transposed
+        return TileConfig(block_m, 64, 256, num_warps=4, num_stages=1), True, True
+    return TileConfig(block_m, 128, 128, num_warps=8, num_stages=1), transposed, True
 
 
 @functools.lru_cache(maxsize=1024)
-def split_product(m: int, n: int, k: int, r: int, blocksize: int, device: Device, *, transposed: bool) -> Split:
+def split_product(m: int, n: int, k: int, r: int, device: Device, *, transposed: bool) -> Split:
     """The division of y = x W^T (transposed) or dx = dy W among programs, for a packed w (N, K) and few rows M."""
-    tiles, weight_first = split_tiles(m, transposed=transposed)
-    # Blocks of statistics that straddle rows or tiles are looked up word by word.
-    whole = k % blocksize == 0 and (tiles.block_k % blocksize == 0 or blocksize % tiles.block_k == 0)
-    statistics = max(tiles.block_k // blocksize, 1) if whole else tiles.block_k // 8
+    tiles, weight_first, permute = split_tiles(m, transposed=transposed)
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
     tiles = dataclasses.replace(tiles, block_r=block_r)
     (tile, side), (block, reduced) = (tiles.block_n, n), (tiles.block_k, k)
@@ -224,7 +221,7 @@ def split_product(m: int, n: int, k: int, r: int, blocksize: int, device: Device
     narrow_steps = max(1, 512 // block, -(-all_steps // 32))
     finish = TileConfig(16, 32, 16, block_r, num_warps=4, num_stages=1)
     parts, narrow_parts = -(-all_steps // steps), -(-all_steps // narrow_steps)
-    return Split(tiles, finish, statistics, weight_first, steps, parts, narrow_steps, narrow_parts)
+    return Split(tiles, finish, permute, weight_first, steps, parts, narrow_steps, narrow_parts)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -11,73 +11,62 @@ Two runs give the same bits. Every call has its own workspace, so streams and ca
 
 from __future__ import annotations
 
+import functools
+import struct
+
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
 from fastlora.kernels import config
-from fastlora.kernels.launch import on_device, with_rows
+from fastlora.kernels.launch import interpreted, on_device, with_rows
 from fastlora.kernels.tile import cast, dot, drop, dropout_arguments, keep
-from fastlora.nf4 import NESTED_BLOCKSIZE, NF4Weight
+from fastlora.nf4 import CODES, NESTED_BLOCKSIZE, NF4Weight
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
-_WORD = 8
-"""Nibbles of a 32-bit word."""
+_GROUP = 32
+"""Elements that are decoded together, the smallest block of statistics."""
 
 
 @triton.jit
-def load_words(
-    w_ptr,  # (N, words) 32-bit words of eight nibbles
+def load_groups(
+    w_ptr,  # (N, groups, 4) 32-bit words of eight nibbles
     absmax_ptr,
     absmax_q_ptr,
     absmax_scale_ptr,
     n,  # (BLOCK_N,) rows
-    word0,  # first column
+    group0,  # first column
     last,  # columns from here on are not read
     N,
-    words,
+    groups,
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    WORDS: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """(BLOCK_N, WORDS) words and their statistics, (BLOCK_N, STATISTICS), as stored: nothing waits for the loads."""
-    row = n[:, None].to(tl.int64) * words
-    in_n = n[:, None] < N
-    column = word0 + tl.arange(0, WORDS)[None, :]
-    word = tl.load(w_ptr + row + column, mask=in_n & (column < last), other=0)
-    first = word0 + tl.arange(0, STATISTICS)[None, :] * (WORDS // STATISTICS)
-    block = (row + first) * 8 // BLOCKSIZE
-    inside = in_n & (first < last)
+    """(BLOCK_N * GROUPS, 4) words and what their statistics are made of: nothing waits for these loads.
+
+    A group is 32 elements, the smallest block of statistics, so all of it shares one.
+    """
+    ROWS: tl.constexpr = n.shape[0]
+    row = tl.broadcast_to(n[:, None], (ROWS, GROUPS)).reshape(ROWS * GROUPS)
+    column = tl.broadcast_to(tl.arange(0, GROUPS)[None, :], (ROWS, GROUPS)).reshape(ROWS * GROUPS) + group0
+    mask = (row < N) & (column < last)
+    group = row.to(tl.int64) * groups + column
+    words = tl.load(w_ptr + group[:, None] * 4 + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
+    block = group // (BLOCKSIZE // 32)
     if FORMAT == "nested":
-        q = tl.load(absmax_q_ptr + block, mask=inside, other=0)
-        group = tl.load(absmax_scale_ptr + block // _NESTED_BLOCKSIZE, mask=inside, other=0.0)
+        q = tl.load(absmax_q_ptr + block, mask=mask, other=0)
+        base = tl.load(absmax_scale_ptr + block // _NESTED_BLOCKSIZE, mask=mask, other=0.0)
     else:
-        q = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-        group = q
-    return word, q, group
+        q = tl.load(absmax_ptr + block, mask=mask, other=0.0)
+        base = q
+    return words, q, base
 
 
 @triton.jit
-def decode_words(
-    word,  # (BLOCK_N, WORDS)
-    q,  # (BLOCK_N, STATISTICS)
-    group,
-    code_ptr,
-    absmax_code_ptr,
-    absmax_offset_ptr,
-    dtype: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """The matrix (BLOCK_N, 8 * WORDS) of ``dtype``, bit for bit as NF4Weight.dequantize."""
-    ROWS: tl.constexpr = word.shape[0]
-    WORDS: tl.constexpr = word.shape[1]
-    STATISTICS: tl.constexpr = q.shape[1]
-    a = q
-    if FORMAT == "nested":
-        a = tl.load(absmax_code_ptr + q.to(tl.int32)) * group + tl.load(absmax_offset_ptr)
-    a = tl.broadcast_to(a[:, :, None], (ROWS, STATISTICS, WORDS // STATISTICS)).reshape(ROWS, WORDS)
+def eight(word, a, code_ptr):
+    """The elements of words, in float32, a dimension a bit of their index, the lowest last."""
     # Bytes in memory order, the high nibble first.
     v0 = tl.load(code_ptr + ((word >> 4) & 15)) * a
     v1 = tl.load(code_ptr + (word & 15)) * a
@@ -88,10 +77,105 @@ def decode_words(
     v6 = tl.load(code_ptr + ((word >> 28) & 15)) * a
     v7 = tl.load(code_ptr + ((word >> 24) & 15)) * a
     # Each join adds the next lower bit of the index as the last dimension.
-    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))
-    odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
+    return tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
+
+
+@triton.jit
+def join8(v0, v1, v2, v3, v4, v5, v6, v7):
+    """The same of eight tensors in the order of their index."""
+    return tl.join(tl.join(tl.join(v0, v4), tl.join(v2, v6)), tl.join(tl.join(v1, v5), tl.join(v3, v7)))
+
+
+@triton.jit
+def decode_groups(
+    words,  # (BLOCK_N * GROUPS, 4)
+    q,  # (BLOCK_N * GROUPS,)
+    base,
+    code_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    dtype: tl.constexpr,
+    FORMAT: tl.constexpr,
+    PERMUTE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The matrix (BLOCK_N, 32 * GROUPS) of ``dtype``, bit for bit as NF4Weight.dequantize."""
+    a = q
+    if FORMAT == "nested":
+        a = tl.load(absmax_code_ptr + q.to(tl.int32)) * base + tl.load(absmax_offset_ptr)
+    even, odd = tl.split(words.reshape(words.shape[0], 2, 2))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    COLUMNS: tl.constexpr = words.shape[0] // ROWS * 32
+    if PERMUTE != "":
+        (
+            a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7,
+            c0, c1, c2, c3, c4, c5, c6, c7, d0, d1, d2, d3, d4, d5, d6, d7,
+        ) = tl.inline_asm_elementwise(
+            PERMUTE, _PERMUTE_CONSTRAINTS, [a, w0, w1, w2, w3],
+            dtype=(
+                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+                tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16, tl.int16,
+            ),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+        first = join8(a0, a1, a2, a3, a4, a5, a6, a7)
+        second = join8(b0, b1, b2, b3, b4, b5, b6, b7)
+        third = join8(c0, c1, c2, c3, c4, c5, c6, c7)
+        fourth = join8(d0, d1, d2, d3, d4, d5, d6, d7)
+    else:
+        first, second = eight(w0, a, code_ptr), eight(w1, a, code_ptr)
+        third, fourth = eight(w2, a, code_ptr), eight(w3, a, code_ptr)
+    # The number of a word comes before the bits of the index of an element in it.
+    left = tl.join(first, third).permute(0, 4, 1, 2, 3)
+    right = tl.join(second, fourth).permute(0, 4, 1, 2, 3)
+    both = tl.join(left, right).permute(0, 1, 5, 2, 3, 4)
     # Rounding comes last: Triton 3.6 cannot place a tile in shared memory for a dot straight after a reshape.
-    return cast(tl.join(even, odd).reshape(ROWS, WORDS * 8), dtype)
+    both = both.reshape(ROWS, COLUMNS)
+    return cast(both, dtype) if PERMUTE == "" else both.to(dtype, bitcast=True)
+
+
+def permute_source(quant_type: str, dtype: torch.dtype) -> str:
+    """PTX that decodes a group: $0 to $31 elements of a 16-bit ``dtype``, $32 the statistic, $33 to $36 the words.
+
+    The sixteen products of the statistic are rounded once for the whole group and kept as four registers of low and
+    four of high bytes; a byte permutation then looks up four elements at a time.
+    """
+    kind = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}[dtype]
+    lines = [".reg .f32 t<16>;", ".reg .b32 p<8>, l<4>, h<4>, m, q, x<2>, y<2>, z<2>;"]
+    for i, value in enumerate(CODES[quant_type]):
+        lines.append(f"mul.rn.f32 t{i}, $32, 0f{struct.pack('>f', value).hex()};")
+    for i in range(8):
+        lines.append(f"cvt.rn.{kind}.f32 p{i}, t{2 * i + 1}, t{2 * i};")
+    for i in range(4):
+        lines.append(f"prmt.b32 l{i}, p{2 * i}, p{2 * i + 1}, 0x6420;")
+        lines.append(f"prmt.b32 h{i}, p{2 * i}, p{2 * i + 1}, 0x7531;")
+    for word in range(4):
+        # Three bits of a nibble choose among eight bytes, the fourth chooses between two such choices.
+        lines += [f"and.b32 m, ${33 + word}, 0x77777777;", f"shr.u32 q, ${33 + word}, 1;"]
+        lines += ["lop3.b32 q, q, 0x44444444, 0x32103210, 0xea;"]
+        for half in range(2):
+            if half:
+                lines += ["shr.u32 m, m, 16;", "shr.u32 q, q, 16;"]
+            for i, plane in enumerate("lh"):
+                lines.append(f"prmt.b32 x{i}, {plane}0, {plane}1, m;")
+                lines.append(f"prmt.b32 y{i}, {plane}2, {plane}3, m;")
+                lines.append(f"prmt.b32 z{i}, x{i}, y{i}, q;")
+            for pair, order in enumerate(("0x4051", "0x6273")):
+                element = 8 * word + 4 * half + 2 * pair
+                lines.append(f"prmt.b32 x0, z0, z1, {order};")
+                lines.append(f"mov.b32 {{${element}, ${element + 1}}}, x0;")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_PERMUTE_CONSTRAINTS = tl.constexpr(",".join(["=h"] * 32 + ["r"] * 5))
+
+
+@functools.cache
+def _permute(quant_type: str, dtype: torch.dtype, wanted: bool) -> str:
+    return permute_source(quant_type, dtype) if wanted else ""
 
 
 @triton.jit
@@ -104,7 +188,7 @@ def load_rows(x_ptr, m, column, last, M, stride_xm):
 @triton.jit(do_not_specialize=["M", "narrow_programs", "threshold"])
 def partial_kernel(
     x_ptr,  # (M, K), or (M, N) where it is dy; rows stride_xm apart
-    w_ptr,  # (N, words) 32-bit words of eight nibbles
+    w_ptr,  # (N, groups, 4) 32-bit words of eight nibbles
     code_ptr,
     absmax_ptr,
     absmax_q_ptr,
@@ -119,7 +203,7 @@ def partial_kernel(
     gain,
     M,
     N,
-    words,
+    groups,
     R,
     steps,  # of a part
     narrow_steps,
@@ -131,7 +215,7 @@ def partial_kernel(
     DROPOUT: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
-    STATISTICS: tl.constexpr,
+    PERMUTE: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -140,68 +224,72 @@ def partial_kernel(
 ):
     """One part of a tile of the narrow product, in the first programs, or of x W^T (TRANSPOSED) or dy W."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    WORDS: tl.constexpr = BLOCK_K // 8
+    GROUPS: tl.constexpr = BLOCK_K // 32
     BLOCK: tl.constexpr = BLOCK_K if TRANSPOSED else BLOCK_N
     TILE: tl.constexpr = BLOCK_N if TRANSPOSED else BLOCK_K
-    K = words * 8
+    K = groups * 32
     reduced = K if TRANSPOSED else N
     side = N if TRANSPOSED else K
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    m = (pid - (0 if pid < narrow_programs else narrow_programs)) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if pid < narrow_programs:
+        m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
         if adapter_ptr is not None:
             tiles_r = tl.cdiv(R, BLOCK_R)
             r = pid // tiles_m % tiles_r * BLOCK_R + tl.arange(0, BLOCK_R)
             p = pid // tiles_m // tiles_r
             adapter_row = adapter_ptr + r[:, None].to(tl.int64) * stride_r
-            acc = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
+            narrow = tl.zeros((BLOCK_R, BLOCK_M), tl.float32)
             for step in range(p * narrow_steps, (p + 1) * narrow_steps):
                 i = step * BLOCK + tl.arange(0, BLOCK)
-                x = load_rows(x_ptr, m, i, reduced, M, stride_xm)
+                rows = load_rows(x_ptr, m, i, reduced, M, stride_xm)
                 inside = (r[:, None] < R) & (i[None, :] < reduced)
                 adapter = tl.load(adapter_row + i[None, :].to(tl.int64) * stride_i, mask=inside, other=0.0)
                 if DROPOUT:
-                    x = drop(x, seed_ptr, threshold, gain, m, step * BLOCK, BLOCK)
-                acc = dot(cast(adapter, dtype), tl.trans(x), acc)
-            target = (p.to(tl.int64) * M + m[None, :]) * R + r[:, None]
-            tl.store(narrow_ptr + target, acc, mask=(r[:, None] < R) & (m[None, :] < M))
+                    rows = drop(rows, seed_ptr, threshold, gain, m, step * BLOCK, BLOCK)
+                narrow = dot(cast(adapter, dtype), tl.trans(rows), narrow)
+            narrow_target = (p.to(tl.int64) * M + m[None, :]) * R + r[:, None]
+            tl.store(narrow_ptr + narrow_target, narrow, mask=(r[:, None] < R) & (m[None, :] < M))
     else:
-        tile = (pid - narrow_programs) // tiles_m
+        pid -= narrow_programs
+        m = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        tile = pid // tiles_m
         tiles = tl.cdiv(side, TILE)
         o0 = tile % tiles
         p = tile // tiles
         o = o0 * TILE + tl.arange(0, TILE)
         first, end = p * steps, (p + 1) * steps
         limit = tl.minimum(end * BLOCK, reduced)
-        last = limit // 8 if TRANSPOSED else words
+        last = limit // 32 if TRANSPOSED else groups
         n = o if TRANSPOSED else first * BLOCK + tl.arange(0, BLOCK)
         n_end = N if TRANSPOSED else limit
-        word0 = first * WORDS if TRANSPOSED else o0 * WORDS
+        group0 = first * GROUPS if TRANSPOSED else o0 * GROUPS
         x = load_rows(x_ptr, m, first * BLOCK + tl.arange(0, BLOCK), limit, M, stride_xm)
-        word, q, group = load_words(
-            w_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, n, word0, last, n_end, words,
-            FORMAT, BLOCKSIZE, WORDS, STATISTICS,
+        word, q, base = load_groups(
+            w_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, n, group0, last, n_end, groups,
+            FORMAT, BLOCKSIZE, GROUPS,
         )  # fmt: skip
         acc = tl.zeros((TILE, BLOCK_M) if WEIGHT_FIRST else (BLOCK_M, TILE), tl.float32)
         for step in range(first, end):
             # The next step's loads are under way while this one decodes and multiplies.
             after = step + 1
             if TRANSPOSED:
-                next_n, next_word = n, after * WORDS
+                next_n, next_group = n, after * GROUPS
             else:
-                next_n, next_word = after * BLOCK + tl.arange(0, BLOCK), word0
+                next_n, next_group = after * BLOCK + tl.arange(0, BLOCK), group0
             next_x = load_rows(x_ptr, m, after * BLOCK + tl.arange(0, BLOCK), limit, M, stride_xm)
-            next_words, next_q, next_group = load_words(
-                w_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, next_n, next_word, last, n_end, words,
-                FORMAT, BLOCKSIZE, WORDS, STATISTICS,
+            next_word, next_q, next_base = load_groups(
+                w_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, next_n, next_group, last, n_end, groups,
+                FORMAT, BLOCKSIZE, GROUPS,
             )  # fmt: skip
-            w = decode_words(word, q, group, code_ptr, absmax_code_ptr, absmax_offset_ptr, dtype, FORMAT)
+            w = decode_groups(
+                word, q, base, code_ptr, absmax_code_ptr, absmax_offset_ptr, dtype, FORMAT, PERMUTE, BLOCK_N
+            )
             if WEIGHT_FIRST:
                 acc = dot(w if TRANSPOSED else tl.trans(w), tl.trans(x), acc)
             else:
                 acc = dot(x, tl.trans(w) if TRANSPOSED else w, acc)
-            x, word, q, group = next_x, next_words, next_q, next_group
+            x, word, q, base = next_x, next_word, next_q, next_base
         if WEIGHT_FIRST:
             target = (p.to(tl.int64) * M + m[None, :]) * side + o[:, None]
             tl.store(sums_ptr + target, acc, mask=(o[:, None] < side) & (m[None, :] < M))
@@ -226,8 +314,6 @@ def finish_kernel(
     M,
     COLUMNS,
     R,
-    parts,
-    narrow_parts,
     stride_r,
     stride_i,
     DROPOUT: tl.constexpr,
@@ -246,44 +332,42 @@ def finish_kernel(
     i = i0 + tl.arange(0, BLOCK_N)
     in_m, in_i = m[:, None] < M, i[None, :] < COLUMNS
     target = m[:, None].to(tl.int64) * COLUMNS + i[None, :]
-    part = tl.arange(0, PARTS)[:, None, None]
-    # All parts at once: their loads do not wait for each other, as those of a loop would.
-    sums = tl.load(
-        sums_ptr + part.to(tl.int64) * M * COLUMNS + target[None, :, :],
-        mask=(part < parts) & (in_m & in_i)[None, :, :], other=0.0,
-    )  # fmt: skip
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Unrolled: the loads of the parts do not wait for each other.
+    for p in tl.static_range(PARTS):
+        part_ptr = sums_ptr + tl.full((), p, tl.int64) * M * COLUMNS
+        sums += tl.load(part_ptr + target, mask=in_m & in_i, other=0.0)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if narrow_ptr is not None:
         dtype: tl.constexpr = u_ptr.dtype.element_ty
-        narrow_part = tl.arange(0, NARROW_PARTS)[:, None, None]
         for r0 in range(0, R, BLOCK_R):
             r = r0 + tl.arange(0, BLOCK_R)
             in_r = in_m & (r[None, :] < R)
             row = m[:, None].to(tl.int64) * R + r[None, :]
-            narrow = tl.load(
-                narrow_ptr + narrow_part.to(tl.int64) * M * R + row[None, :, :],
-                mask=(narrow_part < narrow_parts) & in_r[None, :, :], other=0.0,
-            )  # fmt: skip
+            narrow = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for p in tl.static_range(NARROW_PARTS):
+                part_ptr = narrow_ptr + tl.full((), p, tl.int64) * M * R
+                narrow += tl.load(part_ptr + row, mask=in_r, other=0.0)
             adapter = tl.load(
                 adapter_ptr + r[:, None].to(tl.int64) * stride_r + i[None, :].to(tl.int64) * stride_i,
                 mask=(r[:, None] < R) & in_i, other=0.0,
             )  # fmt: skip
-            u = cast(tl.sum(narrow, axis=0) * narrow_scale, dtype)
+            u = cast(narrow * narrow_scale, dtype)
             if i0 == 0:
                 tl.store(u_ptr + row, u, mask=in_r)
             acc = dot(u, cast(adapter, dtype), acc)
         if DROPOUT:
             acc = tl.where(keep(seed_ptr, threshold, gain, m, i0, BLOCK_N), acc * gain, 0.0)
         acc *= scale
-    acc += tl.sum(sums, axis=0)
+    acc += sums
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + i, mask=i < COLUMNS, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + target, cast(acc, y_ptr.dtype.element_ty), mask=in_m & in_i)
 
 
 def reads(w: NF4Weight) -> bool:
-    """Whether these kernels can read ``w``: whole, aligned words in every row."""
-    return w.shape[1] % _WORD == 0 and w.w_packed.data_ptr() % 4 == 0
+    """Whether these kernels can read ``w``: whole groups in every row, aligned words."""
+    return w.shape[1] % _GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
 
 
 def _product(
@@ -302,7 +386,7 @@ def _product(
     side, reduced = (n, k) if transposed else (k, n)
     r = 0 if adapters is None else adapters[0].shape[0]
     device = config.Device.of(x.device)
-    split = config.split_product(m, n, k, r, w.blocksize, device, transposed=transposed)
+    split = config.split_product(m, n, k, r, device, transposed=transposed)
     tiles, ends = split.tiles, split.finish
     y = x.new_empty(m, side, dtype=out_dtype)
     u = x.new_empty(m, r)
@@ -327,7 +411,7 @@ def _product(
             narrow_ptr=narrow,
             M=m,
             N=n,
-            words=k // _WORD,
+            groups=k // _GROUP,
             R=r,
             steps=split.steps,
             narrow_steps=split.narrow_steps,
@@ -338,7 +422,7 @@ def _product(
             TRANSPOSED=transposed,
             FORMAT="nested" if w.nested else "flat",
             BLOCKSIZE=w.blocksize,
-            STATISTICS=split.statistics,
+            PERMUTE=_permute(w.quant_type, x.dtype, split.permute and not interpreted()),
             WEIGHT_FIRST=split.weight_first,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
@@ -359,12 +443,10 @@ def _product(
             M=m,
             COLUMNS=side,
             R=r,
-            parts=split.parts,
-            narrow_parts=split.narrow_parts,
             stride_r=0 if second is None else second.stride(0),
             stride_i=0 if second is None else second.stride(1),
-            PARTS=triton.next_power_of_2(split.parts),
-            NARROW_PARTS=triton.next_power_of_2(split.narrow_parts),
+            PARTS=split.parts,
+            NARROW_PARTS=split.narrow_parts,
             BLOCK_M=ends.block_m,
             BLOCK_N=ends.block_n,
             BLOCK_R=ends.block_r,
