@@ -193,16 +193,18 @@ class Split:
     narrow_parts: int
 
 
-_SPLIT_ROUNDS = {16: 4, 32: 2, 64: 2, 128: 1}
-"""Programs per multiprocessor, by rows of a tile: as many as keep the memory busy, few where partials are large."""
+_SPLIT_PROGRAMS = {16: 4, 32: 4, 64: 2, 128: 1}
+"""Programs per multiprocessor, by rows of a tile: as many as keep the memory busy, fewer where partials are large."""
+_SPLIT_PARTS = 16
+"""The pass that adds the parts is unrolled over them."""
 
 
 def split_tiles(m: int, *, transposed: bool) -> tuple[TileConfig, bool, bool]:
     """(tiles, weight_first, permute) of a product of few rows, see `Split`. M enters by its range only."""
-    block_m = power_of_two(m, 16, 128)
+    block_m = power_of_two(m, _MIN_DOT, 128)
     if block_m <= 32:
-        return TileConfig(block_m, 64, 256, num_warps=4, num_stages=1), True, True
-    return TileConfig(block_m, 128, 128, num_warps=8, num_stages=1), transposed, True
+        return TileConfig(block_m, 64, 128, num_warps=4, num_stages=1), True, True
+    return TileConfig(block_m, 128 if transposed else 64, 128, num_warps=8, num_stages=1), False, True
 
 
 @functools.lru_cache(maxsize=1024)
@@ -210,15 +212,15 @@ def split_product(m: int, n: int, k: int, r: int, device: Device, *, transposed:
     """The division of y = x W^T (transposed) or dx = dy W among programs, for a packed w (N, K) and few rows M."""
     tiles, weight_first, permute = split_tiles(m, transposed=transposed)
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
-    tiles = dataclasses.replace(tiles, block_r=block_r)
-    (tile, side), (block, reduced) = (tiles.block_n, n), (tiles.block_k, k)
-    if not transposed:
-        (tile, side), (block, reduced) = (tiles.block_k, k), (tiles.block_n, n)
+    tile, block = (tiles.block_n, tiles.block_k) if transposed else (tiles.block_k, tiles.block_n)
+    side, reduced = (n, k) if transposed else (k, n)
+    stage = 2 * (tiles.block_m * block + max(tile, block_r) * block)
+    tiles = _fit(dataclasses.replace(tiles, block_r=block_r), tiles.block_m * tile, stage, device)
     all_steps = -(-reduced // block)
-    wanted = _SPLIT_ROUNDS[tiles.block_m] * device.multiprocessors
-    parts = min(all_steps, 16, max(1, -(-wanted // -(-side // tile))))
-    steps = -(-all_steps // parts)
-    narrow_steps = max(1, 512 // block, -(-all_steps // 32))
+    parts = -(-_SPLIT_PROGRAMS[tiles.block_m] * device.multiprocessors // -(-side // tile))
+    steps = -(-all_steps // min(all_steps, _SPLIT_PARTS, parts))
+    # A part of the narrow product is about 512 columns of x.
+    narrow_steps = max(512 // block, -(-all_steps // _SPLIT_PARTS))
     finish = TileConfig(16, 32, 16, block_r, num_warps=4, num_stages=1)
     parts, narrow_parts = -(-all_steps // steps), -(-all_steps // narrow_steps)
     return Split(tiles, finish, permute, weight_first, steps, parts, narrow_steps, narrow_parts)

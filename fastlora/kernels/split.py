@@ -4,7 +4,7 @@ A product of few rows has few tiles, so the reduced side is split among programs
 
     partial_kernel   tiles of x W^T (or dy W) over one part of the reduced side, W decoded in registers, and tiles of
                      the narrow product x A^T (or dy B), all as float32 partials
-    finish_kernel    the partials added in a fixed order, the narrow product rounded, the LoRA term, the bias, one rounding
+    finish_kernel    the partials added in a fixed order, the LoRA term, the bias, one rounding
 
 Two runs give the same bits. Every call has its own workspace, so streams and captured graphs do not meet in it.
 """
@@ -175,7 +175,9 @@ _PERMUTE_CONSTRAINTS = tl.constexpr(",".join(["=h"] * 32 + ["r"] * 5))
 
 @functools.cache
 def _permute(quant_type: str, dtype: torch.dtype, wanted: bool) -> str:
-    return permute_source(quant_type, dtype) if wanted else ""
+    """`permute_source` where it is wanted and the target understands it, else nothing."""
+    portable = not wanted or interpreted() or torch.version.hip is not None
+    return "" if portable else permute_source(quant_type, dtype)
 
 
 @triton.jit
@@ -383,15 +385,17 @@ def _product(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """x W^T or x W, with the LoRA term, and the narrow product; ``adapters`` are (R, reduced side) and (R, side)."""
     x, (n, k), m = with_rows(x), w.shape, x.shape[0]
-    side, reduced = (n, k) if transposed else (k, n)
+    side = n if transposed else k
     r = 0 if adapters is None else adapters[0].shape[0]
     device = config.Device.of(x.device)
     split = config.split_product(m, n, k, r, device, transposed=transposed)
     tiles, ends = split.tiles, split.finish
     y = x.new_empty(m, side, dtype=out_dtype)
     u = x.new_empty(m, r)
-    sums = torch.empty(split.parts * m * side + split.narrow_parts * m * r, dtype=torch.float32, device=x.device)
-    narrow = sums[split.parts * m * side :] if r else None
+    # Aligned whatever M, or the kernels would be compiled once more.
+    behind = -(-split.parts * m * side // 4) * 4
+    sums = torch.empty(behind + split.narrow_parts * m * r, dtype=torch.float32, device=x.device)
+    narrow = sums[behind:] if r else None
     first, second = adapters or (None, None)
     tiles_m = triton.cdiv(m, tiles.block_m)
     tile = tiles.block_n if transposed else tiles.block_k
@@ -422,7 +426,7 @@ def _product(
             TRANSPOSED=transposed,
             FORMAT="nested" if w.nested else "flat",
             BLOCKSIZE=w.blocksize,
-            PERMUTE=_permute(w.quant_type, x.dtype, split.permute and not interpreted()),
+            PERMUTE=_permute(w.quant_type, x.dtype, split.permute),
             WEIGHT_FIRST=split.weight_first,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
@@ -466,7 +470,7 @@ def linear(
     dropout: Dropout | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type and a w that `reads` accepts."""
+    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type; `reads` must accept w."""
     adapters = None if lora_a is None or lora_b is None else (lora_a, lora_b.T)
     return _product(x, w, adapters, bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
 
@@ -479,6 +483,6 @@ def input_gradient(
     scale: float,
     dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx (M, K) and du (M, R) for dy (M, N) of a 16-bit type and a w that `reads` accepts."""
+    """dx (M, K) and du (M, R) for dy (M, N) of a 16-bit type; `reads` must accept w."""
     adapters = None if lora_a is None or lora_b is None else (lora_b.T, lora_a)
     return _product(dy, w, adapters, None, (scale, 1.0), (None, dropout), None, transposed=False)

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "dequantize_kernel", "dequantize_words_kernel", "project_kernel", "linear_kernel", "input_gradient_kernel",
-    "gradient_kernel", "add_parts_kernel", "epilogue_kernel",
+    "gradient_kernel", "add_parts_kernel", "epilogue_kernel", "partial_kernel", "finish_kernel",
 }  # fmt: skip
 OLDER, NEWER = KERNELS | {"du_db_kernel"}, KERNELS | {"gemm_kernel"}
 """Before compute capability 9.0, and from there on."""

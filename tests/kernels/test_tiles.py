@@ -111,6 +111,6 @@ def test_the_persistent_product_runs_where_its_tiles_fit(
 ) -> None:
     monkeypatch.setattr(config.Device, "of", lambda _: Device(capability, 100))
     assert config.form(4096, 4096, 4096, torch.bfloat16, torch.device("cuda")) == expected
-    assert config.form(64, 4096, 4096, torch.bfloat16, torch.device("cuda")) == "library"
+    assert config.form(512, 4096, 4096, torch.bfloat16, torch.device("cuda")) == "library"
     assert config.form(4096, 4096, 4096, torch.float32, torch.device("cuda")) == "decode"
     assert config.form(4096, 4096, 4096, torch.bfloat16, torch.device("cpu")) == "decode"
