@@ -186,6 +186,8 @@ class Split:
     """Whether W is decoded by byte permutations rather than table lookups; the bits are the same."""
     weight_first: bool
     """Whether W is the left operand of the products, whose instructions want 64 rows there and at least 8 beside."""
+    overlap: bool
+    """Whether the second launch starts before the first has ended (programmatic dependent launch)."""
     steps: int
     """Tiles of W along the reduced side that one program multiplies."""
     parts: int
@@ -223,7 +225,8 @@ def split_product(m: int, n: int, k: int, r: int, device: Device, *, transposed:
     narrow_steps = max(512 // block, -(-all_steps // _SPLIT_PARTS))
     finish = TileConfig(16, 32, 16, block_r, num_warps=4, num_stages=1)
     parts, narrow_parts = -(-all_steps // steps), -(-all_steps // narrow_steps)
-    return Split(tiles, finish, permute, weight_first, steps, parts, narrow_steps, narrow_parts)
+    overlap = device.capability >= (9, 0)
+    return Split(tiles, finish, permute, weight_first, overlap, steps, parts, narrow_steps, narrow_parts)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -218,6 +218,7 @@ def partial_kernel(
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     PERMUTE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -232,6 +233,8 @@ def partial_kernel(
     K = groups * 32
     reduced = K if TRANSPOSED else N
     side = N if TRANSPOSED else K
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     if pid < narrow_programs:
@@ -319,6 +322,7 @@ def finish_kernel(
     stride_r,
     stride_i,
     DROPOUT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PARTS: tl.constexpr,
     NARROW_PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -334,6 +338,9 @@ def finish_kernel(
     i = i0 + tl.arange(0, BLOCK_N)
     in_m, in_i = m[:, None] < M, i[None, :] < COLUMNS
     target = m[:, None].to(tl.int64) * COLUMNS + i[None, :]
+    if OVERLAP:
+        # These programs are on the chip while the last of those before them finish.
+        tl.extra.cuda.gdc_wait()
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Unrolled: the loads of the parts do not wait for each other.
     for p in tl.static_range(PARTS):
@@ -427,6 +434,7 @@ def _product(
             FORMAT="nested" if w.nested else "flat",
             BLOCKSIZE=w.blocksize,
             PERMUTE=_permute(w.quant_type, x.dtype, split.permute),
+            OVERLAP=split.overlap,
             WEIGHT_FIRST=split.weight_first,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
@@ -449,6 +457,7 @@ def _product(
             R=r,
             stride_r=0 if second is None else second.stride(0),
             stride_i=0 if second is None else second.stride(1),
+            OVERLAP=split.overlap,
             PARTS=split.parts,
             NARROW_PARTS=split.narrow_parts,
             BLOCK_M=ends.block_m,
@@ -456,6 +465,7 @@ def _product(
             BLOCK_R=ends.block_r,
             **dropout_arguments(dropouts[1] if r else None),
             **ends.launch(),
+            **({"launch_pdl": True} if split.overlap else {}),
         )
     return y, u
 

@@ -221,6 +221,20 @@ def test_table_and_permutations_give_the_same_bits(
 
 
 @pytest.mark.gpu
+def test_overlapping_launches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(16, 4096, 4096, 16, torch.bfloat16, bias=True, dropout_p=0.1, device="cuda")
+    divide = config.split_product
+    monkeypatch.setattr(
+        config, "split_product", lambda *args, **kwargs: dataclasses.replace(divide(*args, **kwargs), overlap=False)
+    )
+    apart = problem.run(kernels.forward, kernels.backward)
+    monkeypatch.setattr(config, "split_product", divide)
+    for _ in range(20):
+        for name, value in problem.run(kernels.forward, kernels.backward).items():
+            assert torch.equal(value, apart[name]), name
+
+
+@pytest.mark.gpu
 def test_graphs_and_streams_do_not_meet() -> None:
     """Two streams at once, and a graph that is replayed with other inputs: each call has its own workspace."""
     one, two = (make_problem(m, 1024, 2048, 16, torch.bfloat16, device="cuda", seed=m) for m in (7, 50))
