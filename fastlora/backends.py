@@ -186,19 +186,22 @@ _LARGE_OUTPUT = 2**22
 """Elements of y whose three spared passes take as long on an H200 as the launch of a Triton kernel on its host."""
 
 
-_LONG = 2**36
-"""Multiplications from which on the persistent Triton product was measured to be faster than a library product."""
+def _long(problem: Problem, machine: Machine) -> bool:
+    """Whether Triton's persistent product was measured to be faster than library products. See docs/performance.md."""
+    fits = machine.capability is not None and (9, 0) <= machine.capability < (11, 0)
+    return fits and problem.dtype.itemsize == 2 and problem.m * problem.n * problem.k >= tables.LONG_PRODUCT
 
 
 def _cuda_preferred(problem: Problem, machine: Machine) -> bool:
-    return problem.direction == "backward" or problem.m * problem.n * problem.k < _LONG or machine.triton is not None
+    return machine.triton is not None or not _long(problem, machine)
 
 
 def _triton_preferred(problem: Problem, machine: Machine) -> bool:
-    # Its pass over the output saves the library products a few; a small output is not worth its longer launch.
-    # Backward, library products were measured faster in every shape. See docs/performance.md.
-    large = problem.m * problem.n >= _LARGE_OUTPUT
-    return problem.device_type == "cuda" and problem.direction == "forward" and large and problem.dtype.itemsize == 2
+    if problem.device_type != "cuda" or problem.dtype.itemsize != 2:
+        return False
+    # Its one pass over the sums saves library products a few; a small output is not worth its longer launch.
+    large = problem.direction == "forward" and problem.m * problem.n >= _LARGE_OUTPUT
+    return large or _long(problem, machine)
 
 
 def _torch_unsupported(problem: Problem, machine: Machine) -> list[str]:

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, lora
+from fastlora.kernels import config, lora, split
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
-from fastlora.kernels.forward import buffered
+from fastlora.kernels.forward import buffered, is_split
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
-from fastlora.kernels.launch import begins_early, on_device, overlaps, with_rows
+from fastlora.kernels.launch import jit, on_device, overlaps, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, dropout_arguments, grouped, keep
 from fastlora.nf4 import NF4Weight, Weight
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@jit(do_not_specialize=["M", "threshold"])
 def input_gradient_kernel(
     dy_ptr,  # (M, N), rows stride_dym apart
     w_ptr,  # (N, K), packed or dense
@@ -139,16 +139,30 @@ def backward(
         da = torch.zeros_like(lora_a) if need_da else None
         db = torch.zeros_like(lora_b) if need_db else None
         lora_a = lora_b = None
+    few = need_dx and is_split(dy, w, r=0 if lora_a is None else lora_a.shape[0], direction="backward")
     if lora_a is None or lora_b is None:
+        if few:
+            assert isinstance(w, NF4Weight)
+            return split.input_gradient(dy, w, None, None, scale, None)[0], da, db
         dense, persistent = buffered(dy, w, r=0, direction="backward") if need_dx else (None, False)
         dx = _input_gradient(dy, w, dense, persistent, None, None, None) if need_dx else None
         return dx, da, db
     if need_da and x is None:
         raise ValueError("the gradient of lora_a needs x, got None")
-    dense, persistent, done = None, False, None
+    if few:
+        assert isinstance(w, NF4Weight)
+        dx, few_du = split.input_gradient(dy, w, lora_a, lora_b, scale, dropout)
+        _, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, dropout, (False, need_da, need_db), few_du)
+        return dx, da, db
+    r = lora_a.shape[0]
+    dense, persistent, done, du = None, False, None, None
+    if need_dx and dropout is None and dy.shape[0] >= config.PROJECTED_ROWS:
+        done = torch.empty(1, dtype=torch.int32, device=dy.device)
+    elif (need_dx or need_da) and config.one_pass(r, dy.dtype, config.Device.of(dy.device)) is None:
+        # Before W is decoded, which is then still in the cache when the product reads it.
+        du = lora.project_dy(dy, lora_b, scale)
     if need_dx:
-        done = torch.empty(1, dtype=torch.int32, device=dy.device) if dropout is None else None
-        dense, persistent = buffered(dy, w, done, r=lora_a.shape[0], direction="backward")
+        dense, persistent = buffered(dy, w, done, r=r, direction="backward")
     if dense is not None and done is not None and persistent:
         a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
         if projects(a.shape[0], dy, dense, a, b):
@@ -156,15 +170,16 @@ def backward(
             if need_da and need_db and x is not None:
                 both = lora.Gradients(dy, u, x, lora_a, lora_b)
             overlap = both is not None and overlaps(dy)
-            dx, _, made = projecting_gemm(
-                dy, dense, b, a, None, scale, done, transposed=False, early=begins_early(dy), overlap=overlap
-            )
+            dx, _, made = projecting_gemm(dy, dense, b, a, None, scale, done, transposed=False, overlap=overlap)
             if both is not None:
                 return dx, *both.run(made, scale, None, overlap=overlap)
             _, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, None, (False, need_da, need_db), made)
             return dx, da, db
-    du, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, dropout, needs)
+    if du is None:
+        du, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, dropout, needs)
     dx = _input_gradient(dy, w, dense, persistent, du, lora_a, dropout) if need_dx else None
+    if da is None and db is None:
+        _, da, db = lora.gradients(dy, x, u, lora_a, lora_b, scale, dropout, (False, need_da, need_db), du)
     return dx, da, db
 
 

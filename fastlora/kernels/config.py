@@ -173,21 +173,27 @@ def gemm(
     return fit(64, 64, 64, 4, 4)
 
 
-_LONG = 2**36
-"""Multiplications from which on `buffer_gemm` gains more GPU time than its launch costs the host."""
+SPLIT_ROWS = 128
+"""Rows up to which a product with a packed weight reads it once and splits the reduced side; measured."""
+
+PROJECTED_ROWS = 4096
+"""Rows of x from which on enough programs share the first column of tiles for a product to project x as well: at 8192
+rows it was measured to be faster on an H200, at 2048 slower."""
 
 
 def forms(m: int, dtype: torch.dtype, device: torch.device, packed: bool = True) -> tuple[str, ...]:
     """The ways to compute a product with a weight that `form` chooses from.
 
-    "persistent": decoded into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product;
-    "decode": tiles are decoded inside the product, the only form for float32 and for the interpreter.
+    "split": few rows, tiles decoded inside a product whose reduced side is split among programs; "persistent": decoded
+    into a buffer, then `buffer_gemm`; "library": decoded into a buffer, then a library product; "decode": tiles are
+    decoded inside the product, the only form for float32, and what the interpreter runs unless told otherwise.
     """
     if dtype == torch.float32 or device.type != "cuda":
         return ("decode",)
+    few = ("split",) if packed and m <= SPLIT_ROWS else ()
     # Its tiles fit in the shared memory of 9.x and 10.x only.
     fits = (9, 0) <= Device.of(device).capability < (11, 0)
-    return ("persistent", "library", "decode") if fits else ("library", "decode")
+    return (*few, "persistent", "library", "decode") if fits else (*few, "library", "decode")
 
 
 def form(
@@ -213,9 +219,65 @@ def _form(
             backend, _, measured = name.partition(":")
             if backend == "triton" and measured in able:
                 return measured
-    if "persistent" in able and m * n * k >= _LONG:
+    if "split" in able:
+        return "split"
+    if "persistent" in able and m * n * k >= tables.LONG_PRODUCT:
         return "persistent"
     return "library" if "library" in able else "decode"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """How a product of few rows is divided. ``tiles`` are those of W, and ``block_m`` rows of x."""
+
+    tiles: TileConfig
+    finish: TileConfig
+    """Tiles of the pass that adds the parts."""
+    permute: bool
+    """Whether W is decoded by byte permutations rather than table lookups; the bits are the same."""
+    weight_first: bool
+    """Whether W is the left operand of the products, whose instructions want 64 rows there and at least 8 beside."""
+    overlap: bool
+    """Whether the second launch starts before the first has ended (programmatic dependent launch)."""
+    steps: int
+    """Tiles of W along the reduced side that one program multiplies."""
+    parts: int
+    narrow_steps: int
+    narrow_parts: int
+
+
+_SPLIT_PROGRAMS = {16: 4, 32: 4, 64: 2, 128: 1}
+"""Programs per multiprocessor, by rows of a tile: as many as keep the memory busy, fewer where partials are large."""
+_SPLIT_PARTS = 16
+"""The pass that adds the parts is unrolled over them."""
+
+
+def split_tiles(m: int, *, transposed: bool) -> tuple[TileConfig, bool, bool]:
+    """(tiles, weight_first, permute) of a product of few rows, see `Split`. M enters by its range only."""
+    block_m = power_of_two(m, _MIN_DOT, 128)
+    if block_m <= 32:
+        return TileConfig(block_m, 64, 128, num_warps=4, num_stages=1), True, True
+    return TileConfig(block_m, 128 if transposed else 64, 128, num_warps=8, num_stages=1), False, True
+
+
+@functools.lru_cache(maxsize=1024)
+def split_product(m: int, n: int, k: int, r: int, device: Device, *, transposed: bool) -> Split:
+    """The division of y = x W^T (transposed) or dx = dy W among programs, for a packed w (N, K) and few rows M."""
+    tiles, weight_first, permute = split_tiles(m, transposed=transposed)
+    block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
+    tile, block = (tiles.block_n, tiles.block_k) if transposed else (tiles.block_k, tiles.block_n)
+    side, reduced = (n, k) if transposed else (k, n)
+    stage = 2 * (tiles.block_m * block + max(tile, block_r) * block)
+    tiles = _fit(dataclasses.replace(tiles, block_r=block_r), tiles.block_m * tile, stage, device)
+    all_steps = -(-reduced // block)
+    parts = -(-_SPLIT_PROGRAMS[tiles.block_m] * device.multiprocessors // -(-side // tile))
+    steps = -(-all_steps // min(all_steps, _SPLIT_PARTS, parts))
+    # A part of the narrow product is about 512 columns of x.
+    narrow_steps = max(512 // block, -(-all_steps // _SPLIT_PARTS))
+    finish = TileConfig(16, 32, 16, block_r, num_warps=4, num_stages=1)
+    parts, narrow_parts = -(-all_steps // steps), -(-all_steps // narrow_steps)
+    overlap = device.capability >= (9, 0)
+    return Split(tiles, finish, permute, weight_first, overlap, steps, parts, narrow_steps, narrow_parts)
 
 
 @tuned(fields(32, 128), fields(16, 256), fields(32, 256, warps=8), fields(64, 256, warps=8), fields(64, 64))

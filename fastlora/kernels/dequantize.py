@@ -111,11 +111,8 @@ def dequantize_words_kernel(
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):
     """WORDS words a program."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
     if zero_ptr is not None and tl.program_id(0) == 0:
         tl.store(zero_ptr, 0)
     decode_words(
@@ -237,13 +234,11 @@ def dequantize(
     out: torch.Tensor | None = None,
     *,
     zero: torch.Tensor | None = None,
-    overlap: bool = False,
 ) -> torch.Tensor:
     """The dense matrix (N, K) in ``dtype``: float32, float16 or bfloat16.
 
     ``out``, where given, is written and returned: (N, K) of ``dtype``, whose rows are contiguous but may lie
-    any distance apart. ``zero``, one int32, is set to zero on the way. ``overlap``: a launch that allows it may begin
-    before this one has ended (compute capability 9.0 and later).
+    any distance apart. ``zero``, one int32, is set to zero on the way.
     Raises TypeError for another type, ValueError for an ``out`` that does not fit.
     """
     check_dtype(dtype)
@@ -269,7 +264,6 @@ def dequantize(
                 FORMAT=format_,
                 BLOCKSIZE=w.blocksize,
                 WORDS=tiles.block_n,
-                OVERLAP=overlap,
                 **tiles.launch(),
             )
         return out

@@ -8,17 +8,17 @@ import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, lora
+from fastlora.kernels import config, lora, split
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
 from fastlora.kernels.dequantize import dequantize
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects, unaligned
-from fastlora.kernels.launch import begins_early, on_device, with_rows
+from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.tile import add_lora, cast, dot, grouped
 from fastlora.nf4 import NF4Weight, Weight
 
 
-@triton.jit(do_not_specialize=["M"])
+@jit(do_not_specialize=["M"])
 def linear_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
     w_ptr,  # (N, K), packed or dense
@@ -116,6 +116,13 @@ def linear(
     return y
 
 
+def is_split(x: torch.Tensor, w: Weight, *, r: int, direction: str) -> bool:
+    """Whether the product of x and w, or of dy and w, is one of few rows with a packed weight."""
+    if not isinstance(w, NF4Weight) or not split.reads(w):
+        return False
+    return config.form(x.shape[0], *w.shape, x.dtype, x.device, r, direction) == "split"
+
+
 def buffered(
     x: torch.Tensor, w: Weight, zero: torch.Tensor | None = None, *, r: int, direction: str
 ) -> tuple[torch.Tensor | None, bool]:
@@ -126,7 +133,7 @@ def buffered(
     if form == "decode":
         return None, False
     if isinstance(w, NF4Weight):
-        dense = dequantize(w, x.dtype, zero=zero, overlap=zero is not None and begins_early(x))
+        dense = dequantize(w, x.dtype, zero=zero)
     else:
         dense = w.to(x.dtype)
         if zero is not None:
@@ -150,8 +157,16 @@ def forward(
     """
     check_dtype(x.dtype)
     done, r = None, 0 if lora_a is None else lora_a.shape[0]
-    if dropout is None and r > 0:
+    if is_split(x, w, r=r, direction="forward"):
+        assert isinstance(w, NF4Weight)
+        a, b = (lora_a, lora_b) if r else (None, None)
+        return split.linear(x, w, a, b, bias, scale, dropout, out_dtype)
+    projected = None
+    if lora_a is not None and dropout is None and r > 0 and x.shape[0] >= config.PROJECTED_ROWS:
         done = torch.empty(1, dtype=torch.int32, device=x.device)
+    elif lora_a is not None and r > 0:
+        # Before W is decoded, which is then still in the cache when the product reads it.
+        projected = lora.project_x(x, lora_a, scale, dropout)
     dense, persistent = buffered(x, w, done, r=r, direction="forward")
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         u = x.new_empty(x.shape[0], 0)
@@ -164,17 +179,15 @@ def forward(
             return (y if bias is None else y.add_(bias)), u
         return F.linear(x, dense, None if bias is None else bias.to(x.dtype)), u
     if dense is not None and not persistent:
-        u = lora.project_x(x, lora_a, scale, dropout)[0] if dropout else x @ lora_a.to(x.dtype).T
+        u, _ = projected or lora.project_x(x, lora_a, scale, dropout)
         sums = torch.mm(x, dense.T, out_dtype=torch.float32)
         return finish(sums, u, lora_b, bias, scale, out_dtype or x.dtype), u
     if dense is not None and done is not None:
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         if projects(a.shape[0], x, dense, a, b):
-            y, u, _ = projecting_gemm(
-                x, dense, a, b, bias, scale, done, transposed=True, out_dtype=out_dtype, early=begins_early(x)
-            )
+            y, u, _ = projecting_gemm(x, dense, a, b, bias, scale, done, transposed=True, out_dtype=out_dtype)
             return y, u
-    u, scaled_u = lora.project_x(x, lora_a, scale, dropout)
+    u, scaled_u = projected or lora.project_x(x, lora_a, scale, dropout)
     if dense is None:
         return linear(x, w, scaled_u, lora_b, bias, out_dtype), u
     return gemm(x, dense, scaled_u, lora_b.to(x.dtype), bias, transposed=True, out_dtype=out_dtype), u

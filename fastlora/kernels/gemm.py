@@ -97,7 +97,6 @@ def projecting_gemm_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
-    EARLY: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """`gemm_kernel` that makes its narrow factor itself, from the tiles of x that it reads anyway.
@@ -114,9 +113,6 @@ def projecting_gemm_kernel(
     first = tl.program_id(0)
     rest = first + tl.cdiv(tiles_m, PROGRAMS) * PROGRAMS
     r = tl.arange(0, BLOCK_R)
-    if EARLY:
-        # The kernel before writes W, and may read what was in the memory that is written here.
-        tl.extra.cuda.gdc_wait()
     for tile in range(first, min(rest, tiles), PROGRAMS):
         tile_m, tile_n = column_first(tile, tiles_m, tiles_n, GROUP_M)
         m0, n0 = tile_m * BLOCK_M, tile_n * BLOCK_N
@@ -255,15 +251,13 @@ def projecting_gemm(
     *,
     transposed: bool,
     out_dtype: torch.dtype | None = None,
-    early: bool = False,
     overlap: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, u, scale * u) with u = x project^T and y = x W^T + scale * u adapter^T + bias, from one read of x.
 
     Shapes: x (M, K), w (N, K), project (R, K), adapter (N, R), u (M, R). With ``transposed`` False w is (K, N),
     project (K, R), adapter (R, N), and none of them is transposed. ``done`` is one int32, zero. `projects` says which
-    operands are taken. On compute capability 9.0 and later, ``early``: the programs may start before the kernel that
-    was launched last has ended, and wait for it; ``overlap``: those of the next one may start once u is complete.
+    operands are taken. ``overlap``: programs of the kernel that is launched next may start once u is complete.
     """
     (m, k), n, r = x.shape, w.shape[0 if transposed else 1], adapter.shape[1 if transposed else 0]
     y, scaled = x.new_empty(m, n, dtype=out_dtype), x.new_empty(m, r)
@@ -300,10 +294,8 @@ def projecting_gemm(
             BLOCK_R=tiles.block_r,
             GROUP_M=tiles.group_m,
             PROGRAMS=most,
-            EARLY=early,
             OVERLAP=overlap,
             launch_cooperative_grid=True,
-            launch_pdl=early,
             **tiles.launch(),
         )
     return y, narrow, scaled

@@ -172,15 +172,6 @@ def overlaps(t: torch.Tensor) -> bool:
     return not interpreted() and config.Device.of(t.device).capability >= (9, 0)
 
 
-_EARLY = False
-"""Whether the projecting product begins while W is still being decoded."""
-
-
-def begins_early(t: torch.Tensor) -> bool:
-    """Whether a kernel on ``t``'s device is launched before the one that it waits for has ended."""
-    return _EARLY and overlaps(t)
-
-
 def with_rows(t: torch.Tensor) -> torch.Tensor:
     """``t`` (rows, columns) itself where each row is contiguous, else a copy."""
     return t if t.stride(1) == 1 else t.contiguous()

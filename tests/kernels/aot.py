@@ -9,8 +9,10 @@ running it. So what is compiled is what a GPU would get: the same types, constan
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
+import unittest.mock
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import kernels
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, launch
+from fastlora.kernels import config, launch, split
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
@@ -138,9 +140,35 @@ def buffered(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
             if projects(r, x, w, b, a) and projects(r, dy, w, b, a):
                 done = torch.zeros(1, dtype=torch.int32)
                 projecting_gemm(x, w, a, b, bias, 0.5, done, transposed=True)
-                projecting_gemm(dy, w, b, a, None, 0.5, done, transposed=False, early=True, overlap=True)
+                projecting_gemm(dy, w, b, a, None, 0.5, done, transposed=False, overlap=True)
             if thorough:
                 gemm(x, w, factors[0], factors[1], transposed=True)
+
+
+def few_rows(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
+    """The products whose reduced side is split, for every range of rows, in both directions."""
+    cases: list[tuple[int, int, str, str, float]] = [
+        # M, R, quant_type, statistics, dropout
+        (1, 16, "nf4", "nested", 0.0),
+        (20, 70, "fp4", "flat", 0.1),
+        (50, 0, "nf4", "flat", 0.0),
+        (100, 3, "nf4", "nested", 0.1),
+    ]
+    n, k = 1024, 512
+    for m, r, quant_type, kind, p in cases:
+        x, dy, bias = torch.empty(m, k, dtype=dtype), torch.empty(m, n, dtype=dtype), torch.empty(n)
+        a, b = (torch.empty(r, k), torch.empty(n, r, dtype=dtype)) if r else (None, None)
+        w = NF4Weight.quantize(torch.zeros(n, k), quant_type=quant_type, nested=kind == "nested")
+        dropout = Dropout(p, torch.tensor([1])) if p else None
+        for permute in (True, False) if thorough else (True,):
+            compiler.case = f"few rows {m}x{n}x{k} r={r} {quant_type} {kind} p={p} {dtype} permute={permute}"
+            wanted = dataclasses.replace(
+                config.split_product(m, n, k, r, compiler.device, transposed=True), permute=permute
+            )
+            with unittest.mock.patch.object(config, "split_product", lambda *args, wanted=wanted, **kwargs: wanted):
+                split.linear(x, w, a, b, bias, 0.5, dropout, torch.float32 if p else None)
+        compiler.case += ", dx"
+        split.input_gradient(dy, w, a, b, 0.5, dropout)
 
 
 def main(capability: str, *dtypes: str) -> None:
@@ -148,7 +176,7 @@ def main(capability: str, *dtypes: str) -> None:
     compiler = Compiler((int(major), int(minor)))
     JITFunction.run = lambda fn, *args, **kwargs: compiler(fn, *args, **kwargs)
     config.Device.of = classmethod(lambda cls, device: compiler.device)
-    for module in ("dequantize", "forward", "backward", "lora", "gemm", "epilogue"):
+    for module in ("dequantize", "forward", "backward", "lora", "gemm", "epilogue", "split"):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()
     for i, name in enumerate(dtypes):
@@ -156,6 +184,7 @@ def main(capability: str, *dtypes: str) -> None:
         decoding(compiler, dtype, thorough=i == 0)
         if dtype != torch.float32:
             buffered(compiler, dtype, thorough=i == 0)
+            few_rows(compiler, dtype, thorough=i == 0)
 
 
 if __name__ == "__main__":

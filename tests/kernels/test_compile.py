@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "dequantize_kernel", "dequantize_words_kernel", "project_kernel", "linear_kernel", "input_gradient_kernel",
     "gradient_kernel", "gradients_kernel", "add_parts_kernel", "epilogue_kernel", "dequantize_stacked_kernel",
-    "merged_kernel",
+    "merged_kernel", "partial_kernel", "finish_kernel",
 }  # fmt: skip
 OLDER, NEWER = KERNELS | {"du_db_kernel"}, KERNELS | {"gemm_kernel"}
 """Before compute capability 9.0, and from there on; 9.x has one more."""

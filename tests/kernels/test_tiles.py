@@ -21,6 +21,7 @@ from fastlora.kernels.config import (
     one_pass,
     project,
     split,
+    split_product,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -63,8 +64,27 @@ def test_one_pass_where_it_moves_fewer_bytes() -> None:
         assert one_pass(16, dtype, newer) is None
 
 
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: str(d.capability))
+@pytest.mark.parametrize("transposed", [True, False])
+def test_few_rows_are_covered_once(transposed: bool, device: Device) -> None:
+    for m in (1, 17, 64, 128, 1000):
+        for n, k in ((1, 32), (33, 4096), (4096, 4096), (1024, 28672), (128256, 4096)):
+            for r in (0, 1, 16, 200):
+                division = split_product(m, n, k, r, device, transposed=transposed)
+                block, reduced = (division.tiles.block_k, k) if transposed else (division.tiles.block_n, n)
+                for steps, parts in (
+                    (division.steps, division.parts), (division.narrow_steps, division.narrow_parts),
+                ):  # fmt: skip
+                    assert parts <= 16
+                    assert (parts - 1) * steps * block < reduced <= parts * steps * block
+
+
 def test_m_enters_by_its_range_only() -> None:
     device = Device((9, 0), 132)
+    for transposed in (True, False):
+        for low, high in ((1, 16), (17, 32), (33, 64), (65, 999)):
+            divisions = {split_product(m, 4096, 4096, 16, device, transposed=transposed) for m in range(low, high + 1)}
+            assert len(divisions) == 1
     for low, high in ((1, 16), (17, 64), (65, 9999)):
         assert len({gemm(m, 4096, 16, torch.bfloat16, device, blocksize=64) for m in range(low, high + 1)}) == 1
     for choose in (project, epilogue):
@@ -111,6 +131,7 @@ def test_the_persistent_product_runs_where_its_tiles_fit(
 ) -> None:
     monkeypatch.setattr(config.Device, "of", lambda _: Device(capability, 100))
     assert config.form(4096, 4096, 4096, torch.bfloat16, torch.device("cuda")) == expected
-    assert config.form(64, 4096, 4096, torch.bfloat16, torch.device("cuda")) == "library"
+    assert config.form(512, 4096, 4096, torch.bfloat16, torch.device("cuda")) == "library"
+    assert config.form(64, 4096, 4096, torch.bfloat16, torch.device("cuda")) == "split"
     assert config.form(4096, 4096, 4096, torch.float32, torch.device("cuda")) == "decode"
     assert config.form(4096, 4096, 4096, torch.bfloat16, torch.device("cpu")) == "decode"

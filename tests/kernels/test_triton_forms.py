@@ -20,7 +20,7 @@ from fastlora.kernels import config
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-FORMS = ("decode", "library", "persistent")
+FORMS = ("decode", "library", "persistent", "split")
 DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 HAS_ACCELERATOR = not HAS_CUDA or torch.cuda.get_device_capability() >= (9, 0)
 
@@ -45,6 +45,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             pytest.skip("needs the tensor memory accelerator")
         _wide_product_on_cpu(monkeypatch)
         monkeypatch.setattr(config, "form", lambda *args: form)
+        monkeypatch.setattr(config, "PROJECTED_ROWS", 1)
 
     return choose
 
@@ -128,6 +129,10 @@ def test_float32_results(
         ("decode", {"r": 0}, {"linear": 1}, {"input_gradient": 1}),
         ("library", {}, {"finish": 1}, {}),
         ("library", {"r": 0}, {}, {}),
+        ("split", {}, {}, {}),
+        # No whole groups in a row, and a dense weight: what a library can do.
+        ("split", {"k": 48}, {"finish": 1}, {}),
+        ("split", {"quant_type": None}, {"finish": 1}, {}),
         ("persistent", {}, {"projecting_gemm": 1}, {"projecting_gemm": 1}),
         ("persistent", {"r": 5}, {"gemm": 1}, {"gemm": 1}),
         ("persistent", {"r": 40}, {"gemm": 1}, {"gemm": 1}),
@@ -190,6 +195,8 @@ def test_long_products_are_persistent_where_the_hardware_is(
 
 NATURAL: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "float32": ("decode", torch.float32, {"m": 300, "n": 512, "k": 768, "r": 16}),
+    "few rows": ("split", torch.bfloat16, {"m": 100, "n": 1024, "k": 2048, "r": 16}),
+    "few rows, float16": ("split", torch.float16, {"m": 5, "n": 1030, "k": 2080, "r": 17}),
     "short": ("library", torch.bfloat16, {"m": 300, "n": 1024, "k": 2048, "r": 16}),
     "short, float16": ("library", torch.float16, {"m": 300, "n": 1030, "k": 2050, "r": 17}),
     "long": ("persistent", torch.bfloat16, {"m": 4096, "n": 4096, "k": 4096, "r": 16}),

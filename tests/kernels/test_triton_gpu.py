@@ -41,7 +41,7 @@ def test_two_runs_give_the_same_bits(r: int, dtype: torch.dtype) -> None:
             assert torch.equal(value, first[name]), name
 
 
-@pytest.mark.parametrize("form", ["decode", "library", "persistent"])
+@pytest.mark.parametrize("form", ["decode", "library", "persistent", "split"])
 def test_m_and_scale_recompile_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if form == "persistent" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("needs the tensor memory accelerator")
