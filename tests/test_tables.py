@@ -21,7 +21,7 @@ H200 = Device("cuda", "NVIDIA H200", "9.0", 132)
 H100 = Device("cuda", "NVIDIA H100 PCIe", "9.0", 114)
 SLICE = Device("cuda", "NVIDIA H200 MIG 1g.18gb", "9.0", 16)
 A100 = Device("cuda", "NVIDIA A100-SXM4-80GB", "8.0", 108)
-MACHINE = Machine(None, None, None, (9, 0), gpu=H200, cpu=Device("cpu", "AVX512", "AVX512", 8))
+MACHINE = Machine(None, None, "not built", (9, 0), gpu=H200, cpu=Device("cpu", "AVX512", "AVX512", 8))
 
 FORWARD = Class("forward", "16-bit", "packed", 16)
 BACKWARD = dataclasses.replace(FORWARD, direction="backward")
@@ -450,5 +450,5 @@ class TestTiles:
             assert config.form(1, 64, 64, dtype, device) == "library"  # a form that is not there any more
             assert config.form(8192, 4096, 4096, dtype, device, 16, "backward") == "persistent"  # the built-in rule
             assert config.form(8192, 4096, 4096, dtype, device, 16, "forward", False) == "persistent"
-        assert config.form(64, 4096, 4096, dtype, device) == "library"
+        assert config.form(64, 4096, 4096, dtype, device) == "split"
         assert config.form(8192, 4096, 4096, dtype, device) == "persistent"

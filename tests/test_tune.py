@@ -90,7 +90,7 @@ class TestAsking:
             (["--ranks", "-1"], "ranks: '-1' is no size"),
             (["--dtype", "int8"], "dtype should be one of"),
             (["--quant", "int4"], "quant should be one of"),
-            (["--backends", "cublas"], "backends: there is no 'cublas'; choose from triton"),
+            (["--backends", "cublas"], "backends: there is no 'cublas'; choose from cuda, triton"),
             (["--backends", "torch:fast"], "backends: there is no 'torch:fast' on this device; choose from torch"),
             (["--kernels", "gem"], "did you mean gemm"),
             (["--budget", "0"], "budget: 0.0 s leave no time"),
