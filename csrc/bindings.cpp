@@ -424,9 +424,9 @@ Tensor gradient(const Tensor& a, const Tensor& b, double scale, const Tensor& li
   }
   out = wide_product(a, b);
   if (scale != 1.0) {
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(out), torch::stable::detail::from(scale)};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul_", "Scalar", stack.data(), TORCH_ABI_VERSION));
-    out = torch::stable::detail::to<Tensor>(stack[0]);
+    AtenTensorHandle scaled = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mul_Scalar(out.get(), scale, &scaled));
+    out = Tensor(scaled);
   }
   return out;
 }

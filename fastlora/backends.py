@@ -43,6 +43,8 @@ class Problem:
     nested: bool = True
     direction: str = "forward"
     dropout: bool = False
+    captured: bool = False
+    """Recorded into a CUDA graph, where a launch costs the host nothing."""
 
     def __str__(self) -> str:
         base = "dense" if self.quant_type is None else f"{self.quant_type}/{self.blocksize}"
@@ -50,7 +52,7 @@ class Problem:
         kind = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.direction} M={self.m} N={self.n} K={self.k} R={self.r}, {kind} on {self.device_type}, {base} base"
-            f"{', dropout' if self.dropout else ''}"
+            f"{', dropout' if self.dropout else ''}{', captured in a CUDA graph' if self.captured else ''}"
         )
 
 
@@ -192,8 +194,17 @@ def _long(problem: Problem, machine: Machine) -> bool:
     return fits and problem.dtype.itemsize == 2 and problem.m * problem.n * problem.k >= tables.LONG_PRODUCT
 
 
+_SPLIT = range(9, 129)
+"""Rows for which Triton's split product takes the GPU less time than C++, though its launches cost the host more."""
+
+
+def _split(problem: Problem) -> bool:
+    few = problem.m in _SPLIT and problem.k % 32 == 0 and problem.quant_type is not None
+    return problem.captured and problem.direction == "forward" and few
+
+
 def _cuda_preferred(problem: Problem, machine: Machine) -> bool:
-    return machine.triton is not None or not _long(problem, machine)
+    return machine.triton is not None or not (_long(problem, machine) or _split(problem))
 
 
 def _triton_preferred(problem: Problem, machine: Machine) -> bool:
@@ -201,7 +212,7 @@ def _triton_preferred(problem: Problem, machine: Machine) -> bool:
         return False
     # Its one pass over the sums saves library products a few; a small output is not worth its longer launch.
     large = problem.direction == "forward" and problem.m * problem.n >= _LARGE_OUTPUT
-    return large or _long(problem, machine)
+    return large or _long(problem, machine) or _split(problem)
 
 
 def _torch_unsupported(problem: Problem, machine: Machine) -> list[str]:
@@ -289,7 +300,7 @@ def _decide(
     """What ``auto`` takes, and the measurement that says so, None where the built-in rules do."""
     able = {backend.name: backend for backend in BACKENDS.values() if not backend.unsupported(problem, machine)}
     if found := measured(problem, machine, known):
-        for candidate in found.times.ranking():
+        for candidate in found.times.ranking(problem.captured):
             if backend := able.get(candidate.partition(":")[0]):
                 return backend, found
     return next((backend for backend in able.values() if backend.preferred(problem, machine)), None), None
@@ -300,7 +311,7 @@ def decision(problem: Problem, machine: Machine, known: tables.Tables) -> str | 
     chosen, found = _decide(problem, machine, known)
     if chosen is None or found is None:
         return None if chosen is None else chosen.name
-    return next(name for name in found.times.ranking() if name.partition(":")[0] == chosen.name)
+    return next(name for name in found.times.ranking(problem.captured) if name.partition(":")[0] == chosen.name)
 
 
 def explain(problem: Problem, machine: Machine | None = None) -> str:

@@ -73,7 +73,8 @@ def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, b
     format_: tuple[Any, ...] = (None, 0, False)
     if isinstance(w, NF4Weight):
         format_ = (w.quant_type, w.blocksize, w.nested)
-    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout)
+    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout, captured)
     return backends.BACKENDS[name]
 
 

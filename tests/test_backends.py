@@ -78,6 +78,13 @@ class TestSelect:
         for change in others:
             assert select(dataclasses.replace(few, **change), machine=H100).name != "cuda", change
 
+    def test_a_graph_is_judged_by_the_time_of_the_gpu(self) -> None:
+        few = dataclasses.replace(STEP, m=64)
+        assert select(few, machine=H100).name == "cuda"
+        assert select(dataclasses.replace(few, captured=True), machine=H100).name == "triton"
+        assert select(dataclasses.replace(few, captured=True, m=1), machine=H100).name == "cuda"
+        assert select(dataclasses.replace(few, captured=True, direction="backward"), machine=H100).name == "cuda"
+
     @pytest.mark.parametrize("machine", [LAPTOP, INTERPRETER, H100], ids=str)
     def test_auto_on_cpu_tensors(self, machine: Machine) -> None:
         assert select(ON_CPU, machine=machine).name == "torch"

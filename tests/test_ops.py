@@ -22,11 +22,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEEDS = ((True, True, True), (True, False, False), (False, True, False), (False, False, True), (False, True, True))
 
 
-def require(name: str, dtype: torch.dtype, device: str) -> None:
+def require(
+    name: str, dtype: torch.dtype, device: str, *, quant_type: str | None = "nf4", dropout: bool = False
+) -> None:
     """Skip, with the backend's own reasons, where this machine cannot run it."""
     if name == "triton" and device == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes in numpy, which has no bfloat16")
-    problem = backends.Problem(8, 8, 8, 8, dtype, device)
+    problem = backends.Problem(8, 8, 8, 8, dtype, device, quant_type=quant_type, dropout=dropout)
     if reasons := backends.BACKENDS[name].unsupported(problem, backends.this_machine()):
         pytest.skip("; ".join(reasons))
 
@@ -101,8 +103,9 @@ CASES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_every_backend_meets_the_tolerance(case: str, backend: str, dtype: torch.dtype, device: str) -> None:
-    require(backend, dtype, device)
     problem = make_problem(dtype=dtype, device=device, **CASES[case])
+    quant_type = CASES[case].get("quant_type", "nf4")
+    require(backend, dtype, device, quant_type=quant_type, dropout=problem.dropout is not None)
     if problem.dropout:
         torch.manual_seed(7)
         seed = draw_seed(torch.device(device))
@@ -117,7 +120,7 @@ def test_every_backend_meets_the_tolerance(case: str, backend: str, dtype: torch
 def test_float32_adapters_get_float32_gradients(
     quant_type: str | None, dtype: torch.dtype, backend: str, device: str
 ) -> None:
-    require(backend, dtype, device)
+    require(backend, dtype, device, quant_type=quant_type)
     problem = make_problem(dtype=dtype, adapter_dtype=torch.float32, quant_type=quant_type, device=device)
     results = through_autograd(problem, backend)
     assert results["y"].dtype == results["dx"].dtype == dtype
@@ -136,7 +139,7 @@ def test_rank_1024(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dense_weight_of_another_type_than_x(backend: str, device: str) -> None:
-    require(backend, torch.float16, device)
+    require(backend, torch.float16, device, quant_type=None)
     problem = make_problem(dtype=torch.float16, quant_type=None, device=device)
     results = through_autograd(dataclasses.replace(problem, w=problem.w.float()), backend)
     assert results["y"].dtype == torch.float16
@@ -336,7 +339,7 @@ def test_output_may_be_changed_in_place() -> None:
 @pytest.mark.parametrize("case", ["plain", "no adapters", "everything", "dense with everything"])
 def test_out_dtype(case: str, backend: str, device: str) -> None:
     """A float32 result of 16-bit products is at least as good as the 16-bit one, and takes float32 gradients."""
-    require(backend, torch.float16, device)
+    require(backend, torch.float16, device, quant_type=CASES[case].get("quant_type", "nf4"))
     problem = make_problem(dtype=torch.float16, device=device, **CASES[case] | {"dropout_p": 0.0})
 
     def wide(*args: Any, **kwargs: Any) -> torch.Tensor:

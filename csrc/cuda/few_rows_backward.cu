@@ -234,11 +234,13 @@ __global__ void __launch_bounds__(kSideThreads) output_gradient_kernel(const Few
     float acc[4] = {};
     // The 16 rows of the fragment are the ranks 2 g (row g) and 2 g + 1 (row g + 8), neighbours in memory.
 #pragma unroll 2
-    for (int64_t n = warp * 32 + t * 8; n < p.n; n += kWarps * 32) {
+    for (int64_t n0 = warp * 32; n0 < p.n; n0 += kWarps * 32) {  // a whole warp takes each step
+      const int64_t n = n0 + t * 8;
+      const int stop = n < p.n ? p.r : 0;
       uint32_t a[8];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = pair<T>(p.lora_b, n + i, p.r, r0 + 2 * g, p.r, wide);
-      const uint4 b = token ? eight<T>(dy, (m0 + g) * p.n + n, false) : make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < 8; ++i) a[i] = pair<T>(p.lora_b, n + i, p.r, r0 + 2 * g, stop, wide);
+      const uint4 b = token && n < p.n ? eight<T>(dy, (m0 + g) * p.n + n, false) : make_uint4(0, 0, 0, 0);
       Numeric<T>::mma(
           acc, lower_halves(a[0], a[1]), upper_halves(a[0], a[1]), lower_halves(a[2], a[3]), upper_halves(a[2], a[3]),
           b.x, b.y);

@@ -88,13 +88,15 @@ class Times:
     us: Mapping[str, float]
     graph_us: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
-    def ranking(self) -> list[str]:
-        """The candidates, best first.
+    def ranking(self, captured: bool = False) -> list[str]:
+        """The candidates, best first; ``captured``: for a CUDA graph, where the time of the GPU alone counts.
 
         A training step is a row of layers on a queue, where a call takes the longer of what it costs the host and
         the GPU: ``us`` is measured so and decides. Among candidates that tie there (all bound by the host, as a rule)
         the one that leaves the GPU earlier is first: it gains as soon as the host is no longer the bottleneck.
         """
+        if captured and self.graph_us:
+            return sorted(self.us, key=lambda name: (self.graph_us.get(name, math.inf), self.us[name], name))
         order = sorted(self.us, key=lambda name: (self.us[name], name))
         fastest = self.us[order[0]]
         ties = [name for name in order if self.us[name] <= TIE * fastest and name in self.graph_us]

@@ -224,8 +224,10 @@ def test_columns_beyond_the_first_tile_read_the_stored_projection(kernel_device:
 
 
 @HOPPER
-def test_what_is_projected_on_the_way() -> None:
-    x, w, a, b = (torch.empty(s, dtype=torch.float16) for s in ((4, 64), (32, 64), (8, 64), (32, 8)))
+def test_what_is_projected_on_the_way(kernel_device: str) -> None:
+    x, w, a, b = (
+        torch.empty(s, dtype=torch.float16, device=kernel_device) for s in ((4, 64), (32, 64), (8, 64), (32, 8))
+    )
     assert projects(8, x, w, a, b)
     assert not projects(0, x, w, a, b)
     assert not projects(40, x, w, a, b)

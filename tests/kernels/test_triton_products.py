@@ -123,8 +123,13 @@ def test_both_gradients_in_one_pass(
     both = lora.Gradients(problem.dy, u, problem.x, a, b)
     da, db = both.run(du, 0.5, problem.dropout)
     assert (da.dtype, db.dtype, da.shape, db.shape) == (torch.float32, b.dtype, a.shape, b.shape)
-    torch.testing.assert_close(da, lora.gradient_a(du, problem.x, problem.dropout, a.dtype))
-    torch.testing.assert_close(db, lora.gradient_b(problem.dy, u, 0.5, b.dtype))
+    # Sums of the same products, split elsewhere: apart by the rounding of sums whose terms largely cancel.
+    for actual, alone in (
+        (da, lora.gradient_a(du, problem.x, problem.dropout, a.dtype)),
+        (db, lora.gradient_b(problem.dy, u, 0.5, b.dtype)),
+    ):
+        unit = 32 * torch.finfo(actual.dtype).eps
+        torch.testing.assert_close(actual, alone, rtol=unit, atol=unit * float(alone.abs().max()))
     assert (both.grid[2] > 1) == (sizes[0] > 64) or kernel_device == "cuda"
 
 
