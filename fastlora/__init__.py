@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.linear import FastLoRALinear, NF4Linear, lora_linear
 from fastlora.nf4 import NF4Weight
+from fastlora.ops import for_graphs
 
 if TYPE_CHECKING:
     from fastlora.integrations.peft import accelerate, restore
 
-__all__ = ["FastLoRALinear", "NF4Linear", "NF4Weight", "accelerate", "lora_linear", "restore"]
+__all__ = ["FastLoRALinear", "NF4Linear", "NF4Weight", "accelerate", "for_graphs", "lora_linear", "restore"]
 
 try:
     __version__ = importlib.metadata.version("fastlora-kernels")

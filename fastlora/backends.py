@@ -44,7 +44,7 @@ class Problem:
     direction: str = "forward"
     dropout: bool = False
     captured: bool = False
-    """Recorded into a CUDA graph, where a launch costs the host nothing."""
+    """For a CUDA graph, where a launch costs the host nothing: see `fastlora.for_graphs`."""
 
     def __str__(self) -> str:
         base = "dense" if self.quant_type is None else f"{self.quant_type}/{self.blocksize}"
@@ -52,7 +52,7 @@ class Problem:
         kind = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.direction} M={self.m} N={self.n} K={self.k} R={self.r}, {kind} on {self.device_type}, {base} base"
-            f"{', dropout' if self.dropout else ''}{', captured in a CUDA graph' if self.captured else ''}"
+            f"{', dropout' if self.dropout else ''}{', for a CUDA graph' if self.captured else ''}"
         )
 
 
@@ -191,7 +191,8 @@ _LARGE_OUTPUT = 2**22
 def _long(problem: Problem, machine: Machine) -> bool:
     """Whether Triton's persistent product was measured to be faster than library products. See docs/performance.md."""
     fits = machine.capability is not None and (9, 0) <= machine.capability < (11, 0)
-    return fits and problem.dtype.itemsize == 2 and problem.m * problem.n * problem.k >= tables.LONG_PRODUCT
+    least = tables.PERSISTENT if problem.captured else tables.PERSISTENT_WITH_LAUNCHES
+    return fits and problem.dtype.itemsize == 2 and problem.m * problem.n * problem.k >= least
 
 
 _SPLIT = range(9, 129)

@@ -161,7 +161,7 @@ def forward(
     """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a 16-bit x on a GPU, a packed weight and no dropout.
 
     form: "few_rows" (up to `few_rows` rows; in_features a multiple of 32) or "library"; by default the faster one.
-    Raises RuntimeError for anything else.
+    Raises RuntimeError where the extension does not serve GPUs, ValueError for tensors that do not fit.
     """
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:

@@ -73,9 +73,26 @@ def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, b
     format_: tuple[Any, ...] = (None, 0, False)
     if isinstance(w, NF4Weight):
         format_ = (w.quant_type, w.blocksize, w.nested)
-    captured = x.is_cuda and torch.cuda.is_current_stream_capturing()
-    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout, captured)
+    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout, _for_graphs > 0)
     return backends.BACKENDS[name]
+
+
+_for_graphs = 0
+
+
+@contextlib.contextmanager
+def for_graphs() -> Iterator[None]:
+    """Within it, ``backend="auto"`` chooses by the GPU's time alone, as is right for calls captured in a CUDA graph.
+
+    To be entered around the warm-up as well: a kernel that runs for the first time inside a capture would have to be
+    compiled there. It holds for every thread of the process, since a backward pass runs in another one.
+    """
+    global _for_graphs
+    _for_graphs += 1
+    try:
+        yield
+    finally:
+        _for_graphs -= 1
 
 
 @contextlib.contextmanager

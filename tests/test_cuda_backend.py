@@ -176,5 +176,5 @@ def test_wrong_arguments(change: dict[str, tuple[int, int]], message: str) -> No
     problem = make_problem(4, 136, 512, 8, torch.bfloat16, device="cuda")
     for name, shape in change.items():
         object.__setattr__(problem, name, torch.zeros(shape, dtype=torch.bfloat16, device="cuda"))
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, 1.0, None, form="few_rows")

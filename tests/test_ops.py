@@ -758,3 +758,21 @@ def test_a_named_backend_that_cannot_run_raises() -> None:
     problem = make_problem(dtype=torch.float64)
     with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run forward M=5 N=7 K=11 R=3, float64 on cpu"):
         lora_linear(problem.x, problem.w, problem.lora_a, problem.lora_b, backend="triton")
+
+
+def test_for_graphs_reaches_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    real = backends.select
+
+    def spy(problem: backends.Problem, *args: Any) -> Any:
+        asked.append(problem.captured)
+        return real(problem, *args)
+
+    monkeypatch.setattr(backends, "select", spy)
+    problem = make_problem(3, 5, 7)
+    for captured in (False, True):
+        ops._chosen.cache_clear()
+        with ops.for_graphs() if captured else contextlib.nullcontext():
+            through_autograd(problem, "auto")
+    assert asked == [False, False, True, True]
+    ops._chosen.cache_clear()

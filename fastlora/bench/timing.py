@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fastlora.ops import for_graphs
+
 Call = Callable[[int], Any]
 """One call of a variant. The argument counts the calls, for rotating among copies of the inputs."""
 
@@ -147,7 +149,7 @@ def measure_graph(variants: Mapping[str, Call], *, calls: int = 20, rounds: int 
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     samples: dict[str, list[float]] = {name: [] for name in variants}
-    with side_stream(device):
+    with side_stream(device), for_graphs():
         graphs = {name: _capture(call, calls) if device.type == "cuda" else None for name, call in variants.items()}
         turns: dict[str, Callable[[], float]] = {}
         for name, call in variants.items():

@@ -221,7 +221,7 @@ def _form(
                 return measured
     if "split" in able:
         return "split"
-    if "persistent" in able and m * n * k >= tables.LONG_PRODUCT:
+    if "persistent" in able and m * n * k >= tables.PERSISTENT:
         return "persistent"
     return "library" if "library" in able else "decode"
 

@@ -181,7 +181,7 @@ def test_cpu_tensors_and_float32_are_decoded_inside_the_product() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "m", "form"),
-    [((9, 0), 2048, "persistent"), ((9, 0), 2047, "library"), ((10, 0), 9999, "persistent"), ((8, 0), 9999, "library")],
+    [((9, 0), 1024, "persistent"), ((9, 0), 1023, "library"), ((10, 0), 9999, "persistent"), ((8, 0), 9999, "library")],
 )
 def test_long_products_are_persistent_where_the_hardware_is(
     capability: tuple[int, int], m: int, form: str, monkeypatch: pytest.MonkeyPatch
