@@ -65,15 +65,6 @@ struct Numeric<__half> {
   }
 };
 
-// The product alone: `mma` onto zero.
-template <typename T>
-__device__ __forceinline__ void mma_onto_zero(
-    float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] = 0.0f;
-  Numeric<T>::mma(d, a0, a1, a2, a3, b0, b1);
-}
-
 // 16 bytes from global to shared memory behind the computation; zeros where `inside` is false.
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool inside) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
@@ -153,20 +144,6 @@ __device__ __forceinline__ void fill_tables(const PackedWeight& w, float2* bytes
   if (w.nested) statistics[threadIdx.x] = __ldg(w.absmax_code + threadIdx.x);
 }
 
-// The same table for `decode_exactly`: the pair of a byte as two pairs of T that add up to it.
-template <typename T>
-__device__ __forceinline__ void fill_exact_tables(const PackedWeight& w, uint2* bytes, float* statistics) {
-  const float* codes = kCodeValues + (w.quant_type == QuantType::kFP4 ? kCodes : 0);
-  const float low = codes[threadIdx.x / kCopies], low_near = Numeric<T>::wide(Numeric<T>::narrow(low));
-#pragma unroll
-  for (int i = 0; i < kCodes; ++i) {
-    const float high = codes[i], high_near = Numeric<T>::wide(Numeric<T>::narrow(high));
-    bytes[i * kThreads + threadIdx.x] =
-        make_uint2(Numeric<T>::pack(high, low), Numeric<T>::pack(high - high_near, low - low_near));
-  }
-  if (w.nested) statistics[threadIdx.x] = __ldg(w.absmax_code + threadIdx.x);
-}
-
 // Asks for `bytes` from `base` on, so that they wait in the cache for a step that will need them late.
 __device__ __forceinline__ void prefetch(const void* base, int64_t bytes) {
   constexpr int kLine = 128;
@@ -208,14 +185,6 @@ __device__ __forceinline__ float2 decode(const unsigned char* table, uint32_t wo
   const uint32_t shifted = kByte == 0 ? word << 7 : word >> (8 * kByte - 7);
   const float2 code = *reinterpret_cast<const float2*>(table + ((shifted & kMask) | copy));
   return make_float2(__fmul_rn(code.x, absmax), __fmul_rn(code.y, absmax));
-}
-
-// The two codes of byte kByte of `word` as two fragment registers that add up to them, without their statistic.
-template <int kByte>
-__device__ __forceinline__ uint2 decode_exactly(const unsigned char* table, uint32_t word, uint32_t copy) {
-  constexpr uint32_t kMask = 0xffu * kCopies * sizeof(uint2);
-  const uint32_t shifted = kByte == 0 ? word << 7 : word >> (8 * kByte - 7);
-  return *reinterpret_cast<const uint2*>(table + ((shifted & kMask) | copy));
 }
 
 // The eight elements of `word`, rounded once each, as four fragment registers.

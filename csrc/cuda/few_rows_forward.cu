@@ -26,7 +26,7 @@ struct Shape {
   static constexpr int kWeightBytes = kRows * kRowUnits * kUnit;
   static constexpr int kStageBytes = kWeightBytes + kTiles * kTokens * kTokenUnits * kUnit;
   static constexpr int kShared = kTableBytes + kStatisticsBytes + kStages * kStageBytes;
-  static constexpr int kResident = kTiles <= 4 ? 2 : 1;  // blocks on a multiprocessor
+  static constexpr int kBlocks = kTiles <= 4 ? 2 : 1;  // on a multiprocessor
   using Result = Sums<kRows, kTiles * kTokens>;
   static_assert(kWarpsK * Result::kBytes <= kStages * kStageBytes);
 };
@@ -94,7 +94,7 @@ __device__ __forceinline__ void finish_rows(const FewRowsForward& p, const Resul
 }
 
 template <typename T, int kTiles>
-__global__ void __launch_bounds__(kThreads, Shape<kTiles>::kResident)
+__global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
     linear_kernel(const FewRowsForward p, int ranks, int chunks, int log2_blocksize) {
   using Layout = Shape<kTiles>;
   constexpr int kWarpsRow = Layout::kWarpsRow, kWarpsK = Layout::kWarpsK, kChunk = Layout::kChunk;
@@ -230,20 +230,14 @@ __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kResident)
   finish_rows<T, kWarpsK>(p, sums, row0, ranks);
 }
 
-// The same for at most 16 tokens, where reading and decoding W is the whole cost. The bytes go straight to registers,
-// several slabs ahead. The codes are multiplied as they are, each as the sum of two values of T, and the sums of a
-// block are multiplied by its statistic: fewer instructions than scaling every element, and W is not rounded at all.
-// All four lanes t of a row are then in one block, so blocks of fewer than 64 elements are left to `linear_kernel`.
-constexpr int kBlock = 64;
-constexpr int kBlocks = kSlab / kBlock;
-
+// The same for at most 16 tokens, where the bytes of W are the whole cost: they go straight to registers, several
+// slabs ahead, and x comes from the cache. All warps split K; `kTileGroups` groups of 16 outputs a block.
 template <int kTiles, int kTileGroups>
 struct DecodeShape {
   static constexpr int kWarps = kThreads / 32;
   static constexpr int kChunk = kWarps * kSlab;
   static constexpr int kRows = kTileGroups * kFragment;
-  static constexpr int kAhead = kTileGroups == 1 ? 3 : kTiles == 1 ? 2 : 1;  // slabs that a warp has under way
-  static constexpr bool kTokensAhead = kTiles == 1;  // whether the next tokens fit in the registers, too
+  static constexpr int kAhead = 4 / kTileGroups;  // slabs that a warp has under way
   using Result = Sums<kRows, kTiles * kTokens>;
   static constexpr int kShared = kTableBytes + kStatisticsBytes;
   static_assert(kWarps * Result::kBytes <= kShared);
@@ -262,66 +256,45 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int g = lane / 4, t = lane % 4;
   const int rank = static_cast<int>(blockIdx.x) % ranks;
   const int64_t row0 = static_cast<int64_t>(blockIdx.x / static_cast<unsigned>(ranks)) * Layout::kRows;
-  const int64_t k0 = static_cast<int64_t>(rank) * chunks * kChunk + warp * kSlab;
-  // Of K from k0 on, for this warp; a multiple of a block.
-  const int length =
-      static_cast<int>(min(p.k - k0, static_cast<int64_t>(chunks) * kChunk - static_cast<int64_t>(warp) * kSlab));
+  const int64_t k0 = static_cast<int64_t>(rank) * chunks * kChunk;
+  const int length = static_cast<int>(min(p.k - k0, static_cast<int64_t>(chunks) * kChunk));
+  const int start = warp * kSlab + t * 32;  // of this lane, from k0 on
 
-  // The first of this lane's rows; the others are 8 rows apart.
-  const uint8_t* source = p.w_packed + ((row0 + g) * p.k + k0) / 2 + 8 * t;
-  const int64_t eight_rows = p.k * 4;
-  const int rows = static_cast<int>(min(p.n - row0 - g, static_cast<int64_t>(Layout::kRows)));  // g being the first
-  // The statistic that a lane looks after: row half t / 2, block t % 2 of a slab.
-  const int64_t first = (row0 + t / 2 * 8 + g) * p.k + k0 + t % 2 * kBlock;
-  struct Slab {
-    uint2 word[kTileGroups][2][kBlocks];
-    Statistic statistic[kTileGroups];
-  };
-  const auto load = [&](Slab& slab, int k) {
+  uint4 words[kAhead][kTileGroups][2];
+  Statistic found[kAhead][kTileGroups][2];
+  int64_t first[kTileGroups][2];  // element of W where this lane starts
+  bool inside[kTileGroups][2];
+#pragma unroll
+  for (int group = 0; group < kTileGroups; ++group) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t row = row0 + group * kFragment + half * 8 + g;
+      inside[group][half] = row < p.n;
+      first[group][half] = row * p.k + k0 + start;
+    }
+  }
+  const auto load = [&](uint4(&word)[kTileGroups][2], Statistic(&s)[kTileGroups][2], int k) {
 #pragma unroll
     for (int group = 0; group < kTileGroups; ++group) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint8_t* row = source + (2 * group + half) * eight_rows + k / 2;
-#pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          slab.word[group][half][i] = make_uint2(0, 0);
-          if (group * kFragment + half * 8 < rows && k + i * kBlock < length) {
-            asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                         : "=r"(slab.word[group][half][i].x), "=r"(slab.word[group][half][i].y)
-                         : "l"(row + i * kBlock / 2));
-          }
+        const bool here = inside[group][half] && start + k < length;
+        const int64_t element = first[group][half] + k;
+        word[group][half] = make_uint4(0, 0, 0, 0);
+        if (here) {
+          asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                       : "=r"(word[group][half].x), "=r"(word[group][half].y), "=r"(word[group][half].z),
+                         "=r"(word[group][half].w)
+                       : "l"(p.w_packed + element / 2));
         }
-      }
-      const bool here = group * kFragment + t / 2 * 8 < rows && k + t % 2 * kBlock < length;
-      slab.statistic[group] = load_statistic(p, first + 4 * group * eight_rows + k, log2_blocksize, here);
-    }
-  };
-  const T* x = static_cast<const T*>(p.x) + g * p.k + k0 + 16 * t;
-  using Tokens = uint4[kTiles][kBlocks][2];
-  const auto load_tokens = [&](Tokens& b, int k) {
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          b[tile][i][j] = make_uint4(0, 0, 0, 0);
-          if (tile * kTokens + g < p.m && k + i * kBlock < length) {
-            b[tile][i][j] = __ldg(reinterpret_cast<const uint4*>(x + tile * kTokens * p.k + k + i * kBlock + j * 8));
-          }
-        }
+        s[group][half] = load_statistic(p, element, log2_blocksize, here);
       }
     }
   };
-
-  Slab slabs[kAhead];
 #pragma unroll
-  for (int i = 0; i < kAhead; ++i) load(slabs[i], i * kChunk);
-  Tokens next;
-  if (Layout::kTokensAhead) load_tokens(next, 0);
+  for (int i = 0; i < kAhead; ++i) load(words[i], found[i], i * kChunk);
   const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
-  fill_exact_tables<T>(p, reinterpret_cast<uint2*>(table), statistics);
+  fill_tables(p, reinterpret_cast<float2*>(table), statistics);
   const bool wide = p.adapter_dtype == DType::kFloat32;
   if (p.r > 0) {
     const int64_t width = static_cast<int64_t>(p.r) * (wide ? sizeof(float) : sizeof(T));
@@ -331,61 +304,44 @@ __global__ void __launch_bounds__(kThreads, 2)
   __syncthreads();
 
   float acc[kTileGroups][kTiles][4] = {};
-  const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(uint2));
-  for (int k = 0; k < length; k += kAhead * kChunk) {
+  const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(float2));
+  const T* x = static_cast<const T*>(p.x) + g * p.k + k0 + start;
+  for (int k = 0; warp * kSlab + k < length; k += kAhead * kChunk) {
 #pragma unroll
-    for (int ahead = 0; ahead < kAhead; ++ahead) {
-      const int at = k + ahead * kChunk;
-      if (at >= length) break;
-      Tokens b;
-      if (Layout::kTokensAhead) {
-        memcpy(b, next, sizeof(Tokens));
-        load_tokens(next, at + kChunk);
-      } else {
-        load_tokens(b, at);
-      }
-      Slab& slab = slabs[ahead];
+    for (int i = 0; i < kAhead; ++i) {
+      const int at = k + i * kChunk;
+      if (warp * kSlab + at >= length) break;
+      const bool here = start + at < length;
+      uint4 b[4][kTiles];
 #pragma unroll
-      for (int group = 0; group < kTileGroups; ++group) {
-        const float mine = absmax_of(p, slab.statistic[group], statistics, offset);
+      for (int j = 0; j < 4; ++j) {
 #pragma unroll
-        for (int i = 0; i < kBlocks; ++i) {
-          const float upper_absmax = __shfl_sync(0xffffffffu, mine, i, 4);
-          const float lower_absmax = __shfl_sync(0xffffffffu, mine, 2 + i, 4);
-          float near[kTiles][4], rest[kTiles][4];
-#pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            const uint2 &up = slab.word[group][0][i], &low = slab.word[group][1][i];
-            const uint32_t upper = step < 2 ? up.x : up.y, lower = step < 2 ? low.x : low.y;
-            // Two bytes of a row each: a lane's elements 4 step to 4 step + 3 of its 16.
-            const uint2 u0 = step % 2 ? decode_exactly<2>(table, upper, copy) : decode_exactly<0>(table, upper, copy);
-            const uint2 u1 = step % 2 ? decode_exactly<3>(table, upper, copy) : decode_exactly<1>(table, upper, copy);
-            const uint2 l0 = step % 2 ? decode_exactly<2>(table, lower, copy) : decode_exactly<0>(table, lower, copy);
-            const uint2 l1 = step % 2 ? decode_exactly<3>(table, lower, copy) : decode_exactly<1>(table, lower, copy);
-#pragma unroll
-            for (int tile = 0; tile < kTiles; ++tile) {
-              const uint4 v = b[tile][i][step / 2];
-              const uint32_t b0 = step % 2 ? v.z : v.x, b1 = step % 2 ? v.w : v.y;
-              if (step == 0) {
-                mma_onto_zero<T>(near[tile], u0.x, l0.x, u1.x, l1.x, b0, b1);
-                mma_onto_zero<T>(rest[tile], u0.y, l0.y, u1.y, l1.y, b0, b1);
-              } else {
-                Numeric<T>::mma(near[tile], u0.x, l0.x, u1.x, l1.x, b0, b1);
-                Numeric<T>::mma(rest[tile], u0.y, l0.y, u1.y, l1.y, b0, b1);
-              }
-            }
-          }
-#pragma unroll
-          for (int tile = 0; tile < kTiles; ++tile) {
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              const float absmax = c < 2 ? upper_absmax : lower_absmax;
-              acc[group][tile][c] = fmaf(absmax, near[tile][c] + rest[tile][c], acc[group][tile][c]);
-            }
+        for (int tile = 0; tile < kTiles; ++tile) {
+          b[j][tile] = make_uint4(0, 0, 0, 0);
+          if (here && tile * kTokens + g < p.m) {
+            b[j][tile] = __ldg(reinterpret_cast<const uint4*>(x + tile * kTokens * p.k + at + j * 8));
           }
         }
       }
-      load(slab, at + kAhead * kChunk);
+#pragma unroll
+      for (int group = 0; group < kTileGroups; ++group) {
+        const float upper_absmax = absmax_of(p, found[i][group][0], statistics, offset);
+        const float lower_absmax = absmax_of(p, found[i][group][1], statistics, offset);
+        const uint4 w0 = words[i][group][0], w1 = words[i][group][1];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          uint32_t upper[4], lower[4];
+          decode_word<T>(upper, table, j == 0 ? w0.x : j == 1 ? w0.y : j == 2 ? w0.z : w0.w, copy, upper_absmax);
+          decode_word<T>(lower, table, j == 0 ? w1.x : j == 1 ? w1.y : j == 2 ? w1.z : w1.w, copy, lower_absmax);
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            const uint4 v = b[j][tile];
+            Numeric<T>::mma(acc[group][tile], upper[0], lower[0], upper[1], lower[1], v.x, v.y);
+            Numeric<T>::mma(acc[group][tile], upper[2], lower[2], upper[3], lower[3], v.z, v.w);
+          }
+        }
+      }
+      load(words[i], found[i], at + kAhead * kChunk);
     }
   }
   if (p.r > 0) {
@@ -471,11 +427,9 @@ cudaError_t launch_decode_groups(const FewRowsForward& p, const DeviceLimits& li
 // Larger tiles read x less often and fill the table less often; smaller ones keep more multiprocessors busy.
 template <typename T, int kTiles>
 cudaError_t launch_decode(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
-  if constexpr (kTiles == 1) {
-    const bool small = p.n <= static_cast<int64_t>(limits.multiprocessors) * 2 * kFragment;
-    if (small) return launch_decode_groups<T, kTiles, 1>(p, limits, stream);
-  }
-  return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
+  const bool large = p.n > static_cast<int64_t>(limits.multiprocessors) * 2 * kFragment;
+  if (kTiles > 1 || large) return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
+  return launch_decode_groups<T, kTiles, 1>(p, limits, stream);
 }
 
 template <typename T>
@@ -487,9 +441,8 @@ cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
     project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(p);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
-  const bool whole_blocks = p.blocksize >= kBlock && p.k % kBlock == 0;
-  if (p.m <= 8 && whole_blocks) return launch_decode<T, 1>(p, limits, stream);
-  if (p.m <= 16) return whole_blocks ? launch_decode<T, 2>(p, limits, stream) : launch_linear<T, 2>(p, limits, stream);
+  if (p.m <= 8) return launch_decode<T, 1>(p, limits, stream);
+  if (p.m <= 16) return launch_decode<T, 2>(p, limits, stream);
   if (p.m <= 32) return launch_linear<T, 4>(p, limits, stream);
   return launch_linear<T, 8>(p, limits, stream);
 }

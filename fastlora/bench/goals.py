@@ -202,7 +202,8 @@ def _dequantization(n: int, k: int) -> Callable[[Run], Iterator[Row]]:
         copies = timing.copies_past_cache(nbytes, device)
         each = [layer, *(providers.copy_of(layer) for _ in range(copies - 1))]
         outs = [one.dense for one in each]
-        halves = [torch.empty(2, nbytes // 2, dtype=torch.uint8, device=device) for _ in each]
+        # Two buffers, not the halves of one: the second half may start where a copy cannot use wide loads.
+        halves = [[torch.empty(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(2)] for _ in each]
         truth = layer.w.dequantize(torch.bfloat16)
         variants: dict[str, timing.Call] = {
             "fastlora": lambda i: backends.dequantize(each[i % copies].w, torch.bfloat16, outs[i % copies]),

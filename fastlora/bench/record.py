@@ -73,8 +73,8 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     packages = ("triton", "bitsandbytes", "peft", "transformers")
     return {
-        # A copy of the tree without its history can be told what it is.
-        "commit": _said("git", "rev-parse", "--short", "HEAD") or os.environ.get("FASTLORA_COMMIT"),
+        # A copy of the tree can be told what it is, whatever history lies beside it.
+        "commit": os.environ.get("FASTLORA_COMMIT") or _said("git", "rev-parse", "--short", "HEAD"),
         "gpu": torch.cuda.get_device_name() if cuda else None,
         "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or None if cuda else None,
         "cpu": platform.processor() or platform.machine(),
