@@ -125,8 +125,8 @@ def _few_rows(index: int | None) -> int:
 
 
 FEW_ROWS = 64
-"""Up to so many rows the product that decodes the weight was measured to be faster than a library product of a dense
-one."""
+"""Up to so many rows the product that decodes the weight was measured to be faster, launches included, than making the
+weight dense for a library product."""
 
 
 def _form(x: torch.Tensor, w: NF4Weight) -> str:
