@@ -11,7 +11,7 @@ from fastlora.nf4 import NF4Weight
 from fastlora.ops import for_graphs
 
 if TYPE_CHECKING:
-    from fastlora.integrations.peft import accelerate, fused, register, restore
+    from fastlora.integrations.peft import accelerate, fused, merge, register, restore
 
 __all__ = [
     "FastLoRALinear",
@@ -21,6 +21,7 @@ __all__ = [
     "fused",
     "for_graphs",
     "lora_linear",
+    "merge",
     "register",
     "restore",
 ]
@@ -33,6 +34,6 @@ except importlib.metadata.PackageNotFoundError:  # running from a source tree th
 
 def __getattr__(name: str) -> Any:
     # These need PEFT, which importing fastlora must not.
-    if name in ("accelerate", "fused", "register", "restore"):
+    if name in ("accelerate", "fused", "merge", "register", "restore"):
         return getattr(importlib.import_module("fastlora.integrations.peft"), name)
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

@@ -301,7 +301,7 @@ FEATURES = [
     ),
     Feature("`init_lora_weights='orthogonal'`", fields={"init_lora_weights": "orthogonal"},
             cells={"4bit": REFUSED + "Only Tensors of floating point"}),
-    Feature("`init_lora_weights='eva'`", eva, 
+    Feature("`init_lora_weights='eva'`", eva,
             fields={"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0, tau=0.5)}),
     Feature("`init_lora_weights='mica'`", fields={"init_lora_weights": "mica"},
             cells={"": PEFT + "adapter 'default' uses MiCALinearVariant",

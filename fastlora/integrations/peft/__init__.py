@@ -9,6 +9,7 @@ where the fused operator computes what PEFT would; in any other situation PEFT's
     forward.py     several adapters at once, mixed batches, DoRA
     layers.py      the fused classes
     report.py      what became of each layer
+    merging.py     merging that keeps what was learned
     convert.py     accelerate, restore, register, fused
 """
 
@@ -19,6 +20,7 @@ except ImportError as error:
 
 from fastlora.integrations.peft.convert import accelerate, fused, register, restore, unregister
 from fastlora.integrations.peft.layers import FUSED
+from fastlora.integrations.peft.merging import merge
 from fastlora.integrations.peft.report import LayerReport, Report
 
-__all__ = ["FUSED", "LayerReport", "Report", "accelerate", "fused", "register", "restore", "unregister"]
+__all__ = ["FUSED", "LayerReport", "Report", "accelerate", "fused", "merge", "register", "restore", "unregister"]
