@@ -15,6 +15,8 @@ from peft_models import quantize_linears
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import fastlora
+
 BASES = {"dense": "`nn.Linear`", "4bit": "`bnb.nn.Linear4bit`", "conv1d": "transformers' `Conv1D`"}
 Results = dict[str, torch.Tensor]
 
@@ -49,12 +51,18 @@ def config(base: str, **fields: Any) -> Any:
     return peft.LoraConfig(fan_in_fan_out=base == "conv1d", **given)
 
 
-def make(base: str, dtype: torch.dtype = torch.float32, base_bias: bool = True, **fields: Any) -> Any:
+def make(
+    base: str,
+    dtype: torch.dtype = torch.float32,
+    base_bias: bool = True,
+    autocast_adapter_dtype: bool = True,
+    **fields: Any,
+) -> Any:
     """One and the same adapted `Tiny` at every call."""
     torch.manual_seed(0)
     model = Tiny(base, dtype, base_bias)
     torch.manual_seed(1)
-    return peft.get_peft_model(model, config(base, **fields))
+    return peft.get_peft_model(model, config(base, **fields), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
 def inputs(model: nn.Module) -> torch.Tensor:
@@ -200,6 +208,35 @@ def eva(model: Any, base: str) -> Results:
     return train(model)
 
 
+def preprocessed(base: str, init: str, **fields: Any) -> tuple[Any, Any]:
+    """The base model and the configuration after what CorDA or LoRA-GA do before adapters are made."""
+    torch.manual_seed(0)
+    model = Tiny(base)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(3))
+    if init == "corda":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        given = config(
+            base, init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+        )
+        preprocess_corda(model, given, run_model=lambda: model(x))
+    else:
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        given = config(base, init_lora_weights="lora_ga", lora_ga_config=peft.tuners.lora.config.LoraGAConfig())
+        preprocess_loraga(model, given, lambda: model(x).square().mean().backward())
+    return model, given
+
+
+def after_preprocessing(model: Any, base: str, init: str) -> Results:
+    """On models of its own; as fused as ``model`` is."""
+    fused = "fastlora_backend" in first(model).__dict__
+    own, given = preprocessed(base, init)
+    torch.manual_seed(1)
+    own = peft.get_peft_model(own, fastlora.register(given) if fused else given)
+    return train(own)
+
+
 def step(model: Any, base: str) -> Results:
     return train(model)
 
@@ -252,6 +289,9 @@ class Feature:
     cells: dict[str, str] = dataclasses.field(default_factory=dict)
     """What happens on the bases where it is not "fused"; "refused" where PEFT itself raises."""
 
+    needs: str | None = None
+    """A package that PEFT needs for it and does not install."""
+
     def cell(self, base: str) -> str:
         return self.cells.get(base, self.cells.get("", "fused"))
 
@@ -303,6 +343,14 @@ FEATURES = [
             cells={"4bit": REFUSED + "Only Tensors of floating point"}),
     Feature("`init_lora_weights='eva'`", eva,
             fields={"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0, tau=0.5)}),
+    *(
+        Feature(f"`init_lora_weights={value!r}`", after_preprocessing, arguments={"init": value}, cells=cells,
+                needs=needs)
+        for value, needs, cells in (
+            ("corda", "attr", {"4bit": REFUSED + "mat1 and mat2 shapes cannot be multiplied"}),
+            ("lora_ga", None, {"4bit": REFUSED + "LoRA-GA does not support quantized models"}),
+        )
+    ),
     Feature("`init_lora_weights='mica'`", fields={"init_lora_weights": "mica"},
             cells={"": PEFT + "adapter 'default' uses MiCALinearVariant",
                    "4bit": REFUSED + "Please initialize MiCA under float32"}),

@@ -14,13 +14,13 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
-import peft_models  # noqa: E402
-import surface  # noqa: E402
+import peft_models
+import surface
 
-import fastlora  # noqa: E402
-from fastlora import NF4Weight  # noqa: E402
-from fastlora.integrations.peft import layers as layers_module  # noqa: E402
-from fastlora.linear import base_weight  # noqa: E402
+import fastlora
+from fastlora import NF4Weight
+from fastlora.integrations.peft import layers as layers_module
+from fastlora.linear import base_weight
 
 WORLD = 2
 

@@ -43,6 +43,8 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)
 def test_feature(feature: Feature, base: str, paths: list[str]) -> None:
+    if feature.needs is not None:
+        pytest.importorskip(feature.needs)
     expected = feature.cell(base)
     arguments = {"base_bias": base == "conv1d"} if feature.name == "base without bias" else {}
     if expected.startswith("refused"):
