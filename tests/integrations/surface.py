@@ -352,8 +352,7 @@ FEATURES = [
         )
     ),
     Feature("`init_lora_weights='mica'`", fields={"init_lora_weights": "mica"},
-            cells={"": PEFT + "adapter 'default' uses MiCALinearVariant",
-                   "4bit": REFUSED + "Please initialize MiCA under float32"}),
+            cells={"4bit": REFUSED + "Please initialize MiCA under float32"}),
     Feature("`use_bdlora`", fields={"use_bdlora": peft.tuners.lora.config.BdLoraConfig(
                 nblocks=2, target_modules_bd_a=["up"], match_strict=False)},
             cells={"": PEFT + "adapter 'default' uses BdLoraLinearVariant",

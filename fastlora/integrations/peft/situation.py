@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora import variants
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
@@ -21,6 +22,11 @@ Situation = tuple[Callable[..., torch.Tensor], Any, Weight]
 """``run``, ``adapters`` and ``weight`` of the call ``run(layer, x, adapters, weight, backend)``."""
 
 _PLAIN = (torch.Tensor, nn.Parameter)
+
+# Variants that differ from LoRA in their start and in what learns, not in what they compute; absent in older versions.
+_COMPUTED_AS_LORA = tuple(
+    kind for name in ("MiCALinearVariant",) if (kind := getattr(variants, name, None)) is not None
+)
 
 
 def _intact(module: nn.Module) -> str | None:
@@ -67,7 +73,7 @@ def _part_reason(name: str, part: Any) -> str | None:
 
 def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     """Why ``adapter`` is not LoRA or DoRA on plain linear layers, or None."""
-    if adapter in layer.lora_variant and (reason := _dora_reason(layer, modules, adapter)):
+    if adapter in layer.lora_variant and (reason := _variant_reason(layer, modules, adapter)):
         return reason
     for name in ("lora_A", "lora_B"):
         part = modules[name]._modules[adapter]
@@ -81,8 +87,10 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
     return f"lora_dropout: {reason}" if (reason := _intact(dropout)) else None
 
 
-def _dora_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
+def _variant_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     variant = layer.lora_variant[adapter]
+    if type(variant) in _COMPUTED_AS_LORA:
+        return None
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} uses {type(variant).__name__}"
     magnitude = modules["lora_magnitude_vector"]._modules[adapter]
@@ -138,12 +146,16 @@ def situation(layer: Any) -> str | Situation:
             return reason
     first = active[0]
     if len(active) > 1:
-        if any(name in layer.lora_variant for name in active):
+        if any(_is_dora(layer, name) for name in active):
             return "DoRA is active together with other adapters"
         return adapters_forward, active, weight
     if layer.lora_bias[first]:
         return adapters_forward, active, weight
-    return (dora_forward if first in layer.lora_variant else adapter_forward), first, weight
+    return (dora_forward if _is_dora(layer, first) else adapter_forward), first, weight
+
+
+def _is_dora(layer: Any, adapter: str) -> bool:
+    return adapter in layer.lora_variant and type(layer.lora_variant[adapter]) is DoraLinearVariant
 
 
 def mixed_situation(layer: Any, names: list[str]) -> str | tuple[list[str], Weight]:
@@ -154,7 +166,7 @@ def mixed_situation(layer: Any, names: list[str]) -> str | tuple[list[str], Weig
     if isinstance(weight, str):
         return weight
     for name in groups:
-        if name in layer.lora_variant:
+        if _is_dora(layer, name):
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if reason := _adapter_reason(layer, modules, name):
             return reason
