@@ -44,10 +44,9 @@ class _Blocks:
     def best_scale(self, a: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         c = self.code[index]
         weighted = c if self.h is None else c * self.h
-        below = (weighted * c).sum(1)
-        # A block of zeros, or one without importance, keeps the scale it has; so does one whose best would be negative.
-        found = (weighted * self.t).sum(1) / below
-        return torch.where((below > 0) & (found > 0), found, a)
+        found = (weighted * self.t).sum(1) / (weighted * c).sum(1)
+        # A block of zeros, or one without importance (NaN), keeps the scale that it has.
+        return torch.where(found > 0, found, a)
 
     def fit(self) -> torch.Tensor:
         """The scales (B,) with the least error found."""

@@ -40,6 +40,13 @@ def test_no_block_is_worse() -> None:
     assert (errors(ours) <= errors(plain) * (1 + 1e-5)).all()
 
 
+def test_nested_statistics_are_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(300, 256)
+    searched = error(w, requantize.quantize(w))
+    monkeypatch.setattr(requantize, "_NEIGHBOURS", 0)
+    assert searched < 0.999 * error(w, requantize.quantize(w))
+
+
 def test_calibration_spends_the_error_where_it_does_not_matter() -> None:
     w, x = torch.randn(64, 128), torch.randn(512, 128) * torch.logspace(-2, 0, 128)
     moments = x.square().mean(0)
