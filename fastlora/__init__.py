@@ -11,9 +11,20 @@ from fastlora.nf4 import NF4Weight
 from fastlora.ops import for_graphs
 
 if TYPE_CHECKING:
-    from fastlora.integrations.peft import accelerate, restore
+    from fastlora.integrations.peft import accelerate, fused, merge, register, restore
 
-__all__ = ["FastLoRALinear", "NF4Linear", "NF4Weight", "accelerate", "for_graphs", "lora_linear", "restore"]
+__all__ = [
+    "FastLoRALinear",
+    "NF4Linear",
+    "NF4Weight",
+    "accelerate",
+    "for_graphs",
+    "fused",
+    "lora_linear",
+    "merge",
+    "register",
+    "restore",
+]
 
 try:
     __version__ = importlib.metadata.version("fastlora-kernels")
@@ -23,6 +34,6 @@ except importlib.metadata.PackageNotFoundError:  # running from a source tree th
 
 def __getattr__(name: str) -> Any:
     # These need PEFT, which importing fastlora must not.
-    if name in ("accelerate", "restore"):
+    if name in ("accelerate", "fused", "merge", "register", "restore"):
         return getattr(importlib.import_module("fastlora.integrations.peft"), name)
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

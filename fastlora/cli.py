@@ -151,13 +151,14 @@ def merge(
     model: Annotated[str | None, typer.Option(help="base model [default: the one the adapter names]")] = None,
     dtype: Annotated[str, typer.Option(help="type of the merged weights: bfloat16, float16 or float32")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
+    mode: Annotated[str, typer.Option(help="dense, or in 4 bits: error-aware or requantize")] = "dense",
 ) -> None:
-    """Merge an adapter into its base model and save the dense model."""
+    """Merge an adapter into its base model and save the model."""
     from fastlora.training.merge import merge as run
 
     _one_of("device", device, ("auto", "cpu", "cuda"))
     with _quiet():
-        print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device)}")
+        print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device, mode=mode)}")
 
 
 def bench(

@@ -256,7 +256,7 @@ class NF4Weight:
             absmax=None,
             absmax_q=absmax_q.to(torch.uint8).view(-1)[: self.blocks].clone(),
             absmax_scale=scale,
-            absmax_code=code,
+            absmax_code=code.clone(),
             absmax_offset=offset,
         )
 
@@ -323,7 +323,7 @@ class NF4Weight:
         state = QuantState(
             absmax=self.absmax_q if self.nested else self.absmax,
             shape=torch.Size(self.shape),
-            code=self.code,
+            code=self.code.clone(),  # safetensors refuses to save tensors that layers share
             blocksize=self.blocksize,
             quant_type=self.quant_type,
             dtype=self.dtype,

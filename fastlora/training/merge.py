@@ -1,4 +1,4 @@
-"""An adapter merged into its base model, as a dense model of 16 or 32 bits."""
+"""An adapter merged into its base model: a dense model of 16 or 32 bits, or one in 4 bits."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 
 import torch
 
+import fastlora
 from fastlora.training import checkpoints
 from fastlora.training import model as models
 from fastlora.training.errors import UserError, disk_errors, first_line, near, require
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+MODES = ("dense", "error-aware", "requantize")
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -21,19 +23,22 @@ def merge(
     model: str | None = None,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    mode: str = "dense",
 ) -> Path:
     """Writes ``base + scale * B A`` of every adapted layer, and the rest of the base, to ``output_dir``.
 
-    The base is loaded dense, not in 4 bit: the merged weights are rounded to ``dtype`` and nothing coarser.
-
     adapter: the folder of an adapter or of a finished run. model: the base, by default the one the adapter names.
-    dtype: bfloat16, float16 or float32.
+    dtype: bfloat16, float16 or float32. mode: "dense" loads the base dense, so that the merged weights are rounded to
+    ``dtype`` and nothing coarser; "error-aware" and "requantize" write a model in NF4 that computes in ``dtype``: see
+    `fastlora.merge`.
 
     Raises UserError for an adapter that is missing, damaged or for another model, and for a full disk.
     """
     dtype = ALIASES.get(dtype, dtype)
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; {near(dtype, DTYPES)}")
+    if mode not in MODES:
+        raise UserError(f"mode: {mode!r} is not one of {', '.join(MODES)}; {near(mode, MODES)}")
     output_dir = Path(output_dir).expanduser()
     folder = models.find_adapter(adapter)
     source = models.find(models.base_of(folder, model))
@@ -48,9 +53,10 @@ def merge(
 
     require("peft")
     tokenizer = models.load_tokenizer(source)
-    base = models.load_base(source, quantization="none", device=target, dtype=DTYPES[dtype])
+    quantization = "none" if mode == "dense" else "nf4"
+    base = models.load_base(source, quantization=quantization, device=target, dtype=DTYPES[dtype])
     try:
-        merged = models.load_adapter(base, folder).merge_and_unload(safe_merge=True)
+        merged = fastlora.merge(models.load_adapter(base, folder), mode)
     except ValueError as error:
         raise UserError(f"adapter: {folder} cannot be merged ({first_line(error)}): use another checkpoint") from error
     merged.config.use_cache = True

@@ -20,9 +20,9 @@ from torch.distributed import tensor as distributed
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-import fastlora  # noqa: E402
 from fastlora import NF4Weight, reference  # noqa: E402
 from fastlora.integrations.peft import FUSED, Report, accelerate, restore  # noqa: E402
+from fastlora.integrations.peft import layers as layers_module  # noqa: E402
 from fastlora.linear import base_weight  # noqa: E402
 
 pytestmark = [
@@ -43,16 +43,25 @@ def first(model: nn.Module) -> Any:
     return next(iter(layers(model).values()))
 
 
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the adapters that the fused operator ran for, filled as it runs."""
-    calls: list[str] = []
-    real = fastlora.integrations.peft.adapter_forward
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The adapters that the fused operator runs for, filled as it runs."""
+    calls: list[Any] = []
+    real, real_mixed = layers_module.situation, layers_module.mixed_situation
 
-    def spy(layer: Any, x: torch.Tensor, adapter: str, *rest: Any) -> torch.Tensor:
-        calls.append(adapter)
-        return real(layer, x, adapter, *rest)
+    def spy(layer: Any) -> Any:
+        found = real(layer)
+        if not isinstance(found, str):
+            calls.append(found[1])
+        return found
 
-    monkeypatch.setattr(fastlora.integrations.peft, "adapter_forward", spy)
+    def mixed_spy(layer: Any, names: list[str]) -> Any:
+        found = real_mixed(layer, names)
+        if not isinstance(found, str):
+            calls.append(names)
+        return found
+
+    monkeypatch.setattr(layers_module, "situation", spy)
+    monkeypatch.setattr(layers_module, "mixed_situation", mixed_spy)
     return calls
 
 
@@ -323,11 +332,6 @@ REASONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
         swap("lora_dropout", "default", lambda old: nn.AlphaDropout(0.1)),
         "lora_dropout is a AlphaDropout",
     ),
-    "transposed base": (
-        "dense",
-        lambda m: setattr(m, "fan_in_fan_out", True),
-        r"stores its weight as \(in_features, out_features\)",
-    ),
     "other base": (
         "dense",
         lambda m: setattr(m, "base_layer", nn.modules.linear.NonDynamicallyQuantizableLinear(64, 96)),
@@ -378,32 +382,23 @@ def test_sharded_weights_are_left_to_peft(shard: Callable[..., None], reason: st
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("fields", "reason"),
-    [({"use_dora": True}, "adapter 'default' uses DoraLinearVariant"), ({"lora_bias": True}, "has a bias on lora_B")],
-)
-@pytest.mark.parametrize("base", BASES)
-def test_variants_are_left_to_peft(
-    base: str, fields: dict[str, Any], reason: str, make_llama: Maker, ids: torch.Tensor, calls: list[str]
-) -> None:
-    stock, fast = make_llama(base, **fields), make_llama(base, **fields)
-    with pytest.warns(UserWarning, match=reason):
-        report = accelerate(fast)
-    assert not report.replaced
-    assert torch.equal(logits(fast, ids), logits(stock, ids))
-    assert not calls
+def test_gpt2(calls: list[Any]) -> None:
+    def gpt2() -> Any:
+        torch.manual_seed(0)
+        size = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0))
+        fields = {"target_modules": ["c_attn", "c_proj"], "init_lora_weights": False, "fan_in_fan_out": True}
+        return peft.get_peft_model(model, peft.LoraConfig(r=4, **fields)).eval()
 
-
-def test_two_active_adapters_are_left_to_peft(pair: tuple[Any, Any], ids: torch.Tensor, calls: list[str]) -> None:
-    for model in pair:
-        torch.manual_seed(5)
-        model.add_adapter("other", peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
-        model.base_model.set_adapter(["default", "other"])
-    stock, fast = pair
-    assert torch.equal(logits(fast, ids), logits(stock, ids))
-    assert not calls
-    with pytest.warns(UserWarning, match="2 adapters are active"):
-        accelerate(fast)
+    stock, fast = gpt2(), gpt2()
+    report = accelerate(fast)
+    assert {(layer.kind, layer.shape) for layer in report.replaced} == {
+        ("dense float32", (192, 64)),
+        ("dense float32", (64, 64)),
+        ("dense float32", (64, 256)),
+    }
+    assert_same_training(fast, stock, torch.randint(1, 64, (1, 8)))
+    assert len(calls) == 3
 
 
 def test_layers_that_are_not_linear_are_left_to_peft() -> None:
@@ -428,21 +423,6 @@ def test_layers_that_are_not_linear_are_left_to_peft() -> None:
     }
     torch.testing.assert_close(model(ids), expected)
     assert "PEFT: Conv2d layers are not linear LoRA layers" in str(report)
-
-
-def test_gpt2_keeps_its_transposed_layers() -> None:
-    torch.manual_seed(0)
-    size = {"n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, "n_positions": 32}
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT sets fan_in_fan_out by itself and says so
-        model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["c_attn"], init_lora_weights=False))
-    ids = torch.randint(64, (1, 8))
-    expected = logits(model.eval(), ids)
-    with pytest.warns(UserWarning, match=r"weight as \(in_features, out_features\)"):
-        report = accelerate(model)
-    assert len(report.skipped) == 1
-    assert torch.equal(logits(model, ids), expected)
 
 
 # -- other states of the adapters ----------------------------------------------------------------------------------
@@ -486,15 +466,74 @@ def test_unload(pair: tuple[Any, Any], ids: torch.Tensor) -> None:
     assert torch.equal(logits(fast, ids), logits(stock, ids))
 
 
-def test_mixed_batch(pair: tuple[Any, Any], ids: torch.Tensor, calls: list[str]) -> None:
+def test_mixed_batch(pair: tuple[Any, Any], ids: torch.Tensor, calls: list[Any]) -> None:
     for model in pair:
         torch.manual_seed(5)
         model.add_adapter("other", peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
         model.eval()
     stock, fast = pair
     names = ["__base__", "other"]
-    assert torch.equal(logits(fast, ids, adapter_names=names), logits(stock, ids, adapter_names=names))
+    torch.testing.assert_close(logits(fast, ids, adapter_names=names), logits(stock, ids, adapter_names=names))
+    assert calls == [names] * 14
+    for wrong, match in ((["other"], "Length of `adapter_names`"), (["other", "nobody"], "non-existing adapter")):
+        with pytest.raises(ValueError, match=match):
+            logits(fast, ids, adapter_names=wrong)
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (4, 3, 64), (4, 1, 3, 64)], ids=str)
+def test_mixed_batch_of_any_shape_with_gradients(shape: tuple[int, ...], calls: list[Any]) -> None:
+    """Inference first: what it keeps must not be unusable in training."""
+    stock, fast = lora_layer("dense", bias=True), lora_layer("dense", bias=True)
+    for model in (stock, fast):
+        torch.manual_seed(5)
+        config = peft.LoraConfig(r=3, init_lora_weights=False)
+        model["layer"].update_layer("other", 3, lora_alpha=5, config=config)
+    fast.load_state_dict(stock.state_dict())
+    accelerate(fast)
+    names = ["default", "other", "__base__", "other"]
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        fast["layer"](x, adapter_names=names)
+    for model in (stock, fast):
+        model["layer"](x, adapter_names=names).square().sum().backward()
+    assert calls == [names] * 2
+    for name, grad in grads(stock).items():
+        torch.testing.assert_close(grads(fast)[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_mixed_batch_with_dropout_is_left_to_peft(calls: list[Any]) -> None:
+    model = lora_layer("dense", lora_dropout=0.5)
+    accelerate(model)
+    model.train()["layer"](torch.randn(2, 64), adapter_names=["default", "__base__"])
     assert not calls
+    model.eval()["layer"](torch.randn(2, 64), adapter_names=["default", "__base__"])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("probabilities", [(0.0, 0.5, 0.25), (0.5, 0.25, 0.5)], ids=str)
+def test_dropout_of_each_active_adapter(probabilities: tuple[float, ...], calls: list[Any]) -> None:
+    """Every mask is independent; each output is that of some mask with the adapter's own probability."""
+    model = lora_layer("dense", bias=True, lora_dropout=probabilities[0])
+    layer = model["layer"]
+    for name, p in zip("bc", probabilities[1:], strict=True):
+        config = peft.LoraConfig(r=3, lora_dropout=p, init_lora_weights=False)
+        layer.update_layer(name, 3, lora_alpha=5, config=config)
+    names = ["default", "b", "c"]
+    layer.set_adapter(names)
+    accelerate(model)
+    model.train()
+    x = torch.randn(1, 64).expand(8192, -1)
+    with torch.no_grad():
+        samples = layer(x) - layer.base_layer(x)
+        expected = layer.eval()(x[:1]) - layer.base_layer(x[:1])
+        deviation = samples.std(0) / 8192**0.5
+        assert ((samples.mean(0) - expected[0]).abs() < 6 * deviation).all()
+        variance = torch.zeros(96)
+        for name, p in zip(names, probabilities, strict=True):
+            delta = layer.lora_B[name].weight @ layer.lora_A[name].weight * layer.scaling[name]
+            variance += p / (1 - p) * (delta * x[0]).square().sum(1)
+        torch.testing.assert_close(samples.var(0), variance, rtol=0.12, atol=0)
+    assert calls == [names] * 2
 
 
 def test_adapters_that_come_and_go(pair: tuple[Any, Any], ids: torch.Tensor, calls: list[str]) -> None:
@@ -882,9 +921,11 @@ def test_a_model_without_adapters() -> None:
     assert restore(nn.Sequential(nn.Linear(4, 4))) == 0
 
 
-@pytest.mark.parametrize("use_dora", [False, True], ids=["all can be fused", "none can be fused"])
-def test_unknown_backend(use_dora: bool, make_llama: Maker) -> None:
-    model = make_llama("dense", use_dora=use_dora)
+@pytest.mark.parametrize("none", [False, True], ids=["all can be fused", "none can be fused"])
+def test_unknown_backend(none: bool, make_llama: Maker) -> None:
+    model = make_llama("dense")
+    if none:
+        model.base_model.set_adapter([])
     before = {name: (type(layer), dict(layer.__dict__)) for name, layer in layers(model).items()}
     with pytest.raises(ValueError, match="unknown backend 'cublas'; choose from auto, "):
         accelerate(model, "cublas")

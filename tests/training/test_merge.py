@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fastlora import NF4Weight
 from fastlora.training import model as models
 from fastlora.training.errors import UserError
 from fastlora.training.merge import merge
@@ -38,9 +39,22 @@ def test_merged_model_is_base_plus_adapter(trained: Any, tiny_model: Path, tmp_p
             torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["error-aware", "requantize"])
+def test_merged_in_4_bits(trained: Any, tmp_path: Path, mode: str) -> None:
+    folder = merge(trained.output_dir, tmp_path / "merged", dtype="float32", mode=mode)
+    dense = merge(trained.output_dir, tmp_path / "dense", dtype="float32")
+    models_ = [AutoModelForCausalLM.from_pretrained(path, device_map="cpu") for path in (folder, dense)]
+    packed, exact = (model.model.layers[1].mlp.down_proj.weight for model in models_)
+    assert models_[0].config.quantization_config.bnb_4bit_quant_type == "nf4"
+    error = NF4Weight.from_bitsandbytes(packed).dequantize(torch.float32) - exact
+    assert error.norm() < 0.15 * exact.norm()
+
+
 def test_bad_inputs(trained: Any, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="dtype: 'int8' is not one of bfloat16"):
         merge(trained.output_dir, tmp_path / "m", dtype="int8")
+    with pytest.raises(UserError, match="mode: 'fp8' is not one of dense"):
+        merge(trained.output_dir, tmp_path / "m", mode="fp8")
     with pytest.raises(UserError, match="is for another model"):
         merge(trained.output_dir, tmp_path / "m", model=str(other_model))
     with pytest.raises(UserError, match="is not empty"):

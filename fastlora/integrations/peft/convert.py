@@ -1,0 +1,128 @@
+"""The ways in and out: a model that has its adapters, a configuration, all that PEFT makes in a ``with`` block."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, LoraModel
+from torch import nn
+
+from fastlora import backends
+from fastlora.integrations.peft.layers import Fused, convert, convertible, revert
+from fastlora.integrations.peft.report import Report, report_layer
+from fastlora.integrations.peft.situation import situation
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in ("auto", *backends.BACKENDS):
+        raise ValueError(f"unknown backend {backend!r}; choose from {', '.join(('auto', *backends.BACKENDS))}")
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def accelerate(model: nn.Module, backend: str = "auto") -> Report:
+    """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights.
+
+    model: a PEFT model, or any module with PEFT LoRA layers inside, on a bitsandbytes 4-bit or a dense base.
+    backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
+
+    Returns the report of every LoRA layer: fused, or left to PEFT and why. Raises ValueError when the model has no PEFT
+    LoRA layer or the backend is unknown, RuntimeError when a named backend cannot run on these layers; the model is
+    then unchanged.
+    """
+    _check_backend(backend)
+    layers = list(_lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no PEFT LoRA layers; wrap it with peft.get_peft_model first")
+    reports, fusible = [], []
+    for name, layer in layers:
+        able = convertible(layer)
+        found = situation(layer) if able else f"{type(layer).__name__} layers are not linear LoRA layers"
+        reports.append(report_layer(name, layer, backend, found if isinstance(found, str) else None))
+        if able:
+            fusible.append(layer)
+    for layer in fusible:
+        convert(layer, backend)
+    report = Report(tuple(reports))
+    if not report.replaced:
+        warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
+    return report
+
+
+def restore(model: nn.Module) -> int:
+    """Give every fused layer of ``model`` its PEFT class back. Returns how many layers changed."""
+    fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]
+    for layer in fused_layers:
+        revert(layer)
+    return len(fused_layers)
+
+
+class _Factory:
+    """Makes the layer that PEFT would make, and fuses it. Called as PEFT calls a custom module class."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    def __call__(self, target: nn.Module, adapter_name: str, config: LoraConfig, **kwargs: Any) -> Any:
+        registered = config._custom_modules
+        config._custom_modules = {
+            kind: make for kind, make in (registered or {}).items() if not isinstance(make, _Factory)
+        }
+        try:
+            layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+        finally:
+            config._custom_modules = registered
+        if convertible(layer):
+            convert(layer, self.backend)
+        return layer
+
+
+def register(config: LoraConfig, backend: str = "auto") -> LoraConfig:
+    """Let ``get_peft_model(model, register(config))`` make fused layers from the start. Returns ``config``.
+
+    The layers are those that PEFT would make, converted as `accelerate` does: for layers that it cannot convert, and
+    for kinds that ``config`` has other custom modules for, nothing changes. PEFT does not save registrations: register
+    the configuration of a loaded adapter again, or use `fused`. Raises ValueError when the backend is unknown.
+    """
+    _check_backend(backend)
+    config._register_custom_module({nn.Module: _Factory(backend)})
+    return config
+
+
+def unregister(config: LoraConfig) -> LoraConfig:
+    """Undo `register`: what PEFT makes from ``config`` from now on is its own. Returns ``config``."""
+    kept = {kind: make for kind, make in (config._custom_modules or {}).items() if not isinstance(make, _Factory)}
+    config._custom_modules = kept or None
+    return config
+
+
+@contextlib.contextmanager
+def fused(backend: str = "auto") -> Iterator[None]:
+    """Within the block, every LoRA layer that PEFT makes is fused: by ``get_peft_model``, transformers'
+    ``add_adapter``, ``PeftModel.from_pretrained``, ``inject_adapter_in_model``.
+
+    Replaces ``LoraModel._create_new_module`` for the whole process until the block ends; the layers made stay fused
+    until `restore`. Raises ValueError when the backend is unknown.
+    """
+    _check_backend(backend)
+    stock: Callable[..., Any] = LoraModel._create_new_module
+
+    def create(*args: Any, **kwargs: Any) -> Any:
+        layer = stock(*args, **kwargs)
+        if convertible(layer):
+            convert(layer, backend)
+        return layer
+
+    LoraModel._create_new_module = staticmethod(create)
+    try:
+        yield
+    finally:
+        LoraModel._create_new_module = staticmethod(stock)

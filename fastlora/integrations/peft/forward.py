@@ -1,0 +1,160 @@
+"""What a PEFT layer computes beyond one plain adapter: several at once, one for each row of a batch, DoRA."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastlora import dora
+from fastlora.linear import _autocast, _run, lora_linear
+from fastlora.nf4 import Weight
+
+
+def _compute_type(
+    base: nn.Module, weight: Weight, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.dtype | None, torch.dtype]:
+    """x in the type to compute in, the wider type to write or None, and the type to return.
+
+    As `fastlora.linear.adapter_forward` decides: bitsandbytes computes in the layer's ``compute_dtype`` and returns
+    the type of x, every other base as ``nn.Linear`` does.
+    """
+    if isinstance(weight, torch.Tensor):
+        x = _autocast(x)
+        return x, None, x.dtype
+    compute_dtype: torch.dtype = getattr(base, "compute_dtype", None) or x.dtype
+    wide = x.dtype if x.dtype.itemsize > compute_dtype.itemsize else None
+    return x.to(compute_dtype), wide, x.dtype
+
+
+def _check(x: torch.Tensor, weight: Weight) -> None:
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        lora_linear(x, weight)  # says what is wrong
+
+
+def _factors(modules: dict[str, Any], adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
+
+
+def _dropout_p(modules: dict[str, Any], adapter: str) -> float:
+    dropout = modules["lora_dropout"]._modules[adapter]
+    return dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
+
+
+def _stack(layer: Any, adapters: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One adapter (R, K), (N, R) of scale 1 that adds up ``adapters``; the gradients reach each of them."""
+    pairs = [_factors(layer._modules, name) for name in adapters]
+    lora_b = [b * layer.scaling[name] for name, (_, b) in zip(adapters, pairs, strict=True)]
+    return torch.cat([a for a, _ in pairs]), torch.cat(lora_b, dim=1)
+
+
+def _bias(layer: Any, adapters: list[str]) -> torch.Tensor | None:
+    """The biases of the base layer and of each lora_B, added up as the output needs them."""
+    bias = layer._modules["base_layer"].bias
+    for name in adapters:
+        if layer.lora_bias[name]:
+            term = layer._modules["lora_B"]._modules[name].bias * layer.scaling[name]
+            bias = term if bias is None else bias + term
+    return bias
+
+
+def adapters_forward(layer: Any, x: torch.Tensor, adapters: list[str], weight: Weight, backend: str) -> torch.Tensor:
+    """``adapters`` of a PEFT layer, added up, with the bias that any lora_B may have.
+
+    Those without dropout join the base product as one adapter of the summed rank. Where there are none, the first
+    joins it, with its dropout: masks are independent, so each of the others is a small product of its own.
+    """
+    _check(x, weight)
+    modules = layer._modules
+    x, wide, dtype = _compute_type(modules["base_layer"], weight, x)
+    probabilities = {name: _dropout_p(modules, name) for name in adapters}
+    joined = [name for name in adapters if not probabilities[name]] or adapters[:1]
+    bias = _bias(layer, adapters)
+    if len(joined) == 1:
+        name = joined[0]
+        lora_a, lora_b = _factors(modules, name)
+        y = _run(x, weight, lora_a, lora_b, bias, layer.scaling[name], probabilities[name], wide, backend)
+    else:
+        y = _run(x, weight, *_stack(layer, joined), bias, 1.0, 0.0, wide, backend)
+    for name in adapters:
+        if name not in joined:
+            lora_a, lora_b = _factors(modules, name)
+            u = F.linear(F.dropout(x, probabilities[name]), lora_a.to(x.dtype))
+            y = y + F.linear(u, (lora_b * layer.scaling[name]).to(x.dtype)).to(y.dtype)
+    return y.to(dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _membership(
+    names: tuple[str, ...], groups: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """(rows, sum(sizes)): 1 in the columns of each row's own group, which has ``sizes`` of them."""
+    number = {group: i for i, group in enumerate(groups)}
+    mine = torch.tensor([number.get(name, -1) for name in names])
+    with torch.inference_mode(False):
+        columns = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes))
+        return (mine[:, None] == columns[None, :]).to(device, dtype)
+
+
+def mixed_forward(
+    layer: Any, x: torch.Tensor, names: list[str], groups: list[str], weight: Weight, backend: str
+) -> torch.Tensor:
+    """Row i of a batch x (B, ..., K) with the adapter ``names[i]``; ``groups`` are those that the layer has.
+
+    All adapters are one of the summed rank, of which each row keeps the columns of its own: the same few products
+    for any number of rows and adapters.
+    """
+    _check(x, weight)
+    modules = layer._modules
+    x, wide, dtype = _compute_type(modules["base_layer"], weight, x)
+    y = _run(x, weight, None, None, modules["base_layer"].bias, 1.0, 0.0, wide, backend)
+    if groups:
+        lora_a, lora_b = _stack(layer, groups)
+        ranks = tuple(_factors(modules, name)[0].shape[0] for name in groups)
+        between = (1,) * (x.dim() - 2)
+        own = _membership(tuple(names), tuple(groups), ranks, x.dtype, x.device).view(len(names), *between, -1)
+        u = F.linear(x, lora_a.to(x.dtype)) * own
+        y = y + F.linear(u, lora_b.to(x.dtype)).to(y.dtype)
+        biased = tuple(name for name in groups if layer.lora_bias[name])
+        if biased:
+            own = _membership(tuple(names), biased, (1,) * len(biased), y.dtype, x.device)
+            rows = [modules["lora_B"]._modules[name].bias * layer.scaling[name] for name in biased]
+            y = y + (own @ torch.stack(rows).to(y.dtype)).view(len(names), *between, -1)
+    return y.to(dtype)
+
+
+def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
+    """One DoRA adapter of a PEFT layer."""
+    _check(x, weight)
+    modules = layer._modules
+    base = modules["base_layer"]
+    x, wide, dtype = _compute_type(base, weight, x)
+    magnitude = modules["lora_magnitude_vector"]._modules[adapter].weight
+    y = dora.dora_linear(
+        x,
+        weight,
+        *_factors(modules, adapter),
+        magnitude,
+        base.bias,
+        layer.scaling[adapter],
+        _dropout_p(modules, adapter),
+        wide,
+        backend,
+        _row_squares(layer, base.weight, weight),
+    )
+    return y.to(dtype)
+
+
+def _row_squares(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor | None:
+    """`dora.row_squares` of a packed weight, kept on the layer for as long as the weight stays what it is."""
+    known = layer.__dict__.get("fastlora_weight")
+    if known is None or known[1] is not weight:  # a dense weight, or one that a compiler traces
+        return None
+    key = (weight, packed._version, known[3]._version)
+    squares = layer.__dict__.get("fastlora_squares")
+    if squares is None or squares[0] != key:
+        squares = layer.__dict__["fastlora_squares"] = (key, dora.row_squares(weight))
+    return squares[1]

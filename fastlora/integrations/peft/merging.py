@@ -1,0 +1,177 @@
+"""Merging the adapters of a model into its base, so that a 4-bit base keeps what they learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from torch import nn
+
+from fastlora import dora, requantize
+from fastlora.backends import dense
+from fastlora.linear import base_weight
+from fastlora.nf4 import NF4Weight
+
+MODES = ("requantize", "dense", "error-aware")
+
+
+def merge(
+    model: Any,
+    mode: str = "error-aware",
+    *,
+    dtype: torch.dtype | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> Any:
+    """Merge the active adapters of a PEFT model into its base; returns the base model, which changes in place.
+
+    mode: what becomes of 4-bit base layers. "requantize": 4-bit again, with the largest element of each block as its
+    scale, as PEFT does. "error-aware": 4-bit again, with the scales and codes of `fastlora.requantize.quantize`.
+    "dense": every 4-bit layer of the model becomes an ``nn.Linear`` of ``dtype`` (default: the type that the layer
+    computes in). Adapters on dense layers are merged by PEFT in every mode.
+
+    calibration: batches for "error-aware", mappings of the model's arguments or single positional arguments. The mean
+    squares of each layer's inputs then weigh the errors, which are those of the layer's outputs.
+
+    Raises ValueError for an unknown mode, for a model without adapters or merged already, for weights that are not
+    finite, and for variants of LoRA other than DoRA on a 4-bit base; the model is then unchanged.
+    """
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+    if calibration is not None and mode != "error-aware":
+        raise ValueError(f"calibration is for mode 'error-aware', not for {mode!r}")
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    if not layers or not hasattr(model, "unload"):
+        raise ValueError("the model is not a PEFT model with LoRA layers")
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(f"{name}: adapters are merged already; call unmerge_adapter first")
+    packed = {name: layer for name, layer in layers.items() if _is_packed(layer.base_layer)}
+    for name, layer in packed.items():
+        _check_variants(name, layer)
+        if not all(p.isfinite().all() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()):
+            raise ValueError(f"{name}: an adapter is not finite: it seems to be broken")
+    moments = _second_moments(model, packed, calibration) if calibration is not None else {}
+    for name, layer in layers.items():
+        if name in packed:
+            _merge_packed(layer, mode, dtype, moments.get(name))
+        else:
+            layer.merge(safe_merge=True)
+    base = model.unload()
+    if mode == "dense":
+        _make_dense(base, dtype)
+    return base
+
+
+def _is_packed(base: Any) -> bool:
+    return getattr(base.weight, "quant_state", None) is not None or getattr(base, "quant_state", None) is not None
+
+
+def _active(layer: Any) -> list[str]:
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _check_variants(name: str, layer: Any) -> None:
+    active = _active(layer)
+    kinds = [type(layer.lora_variant[adapter]) for adapter in active if adapter in layer.lora_variant]
+    if any(kind is not DoraLinearVariant for kind in kinds):
+        raise ValueError(f"{name}: {kinds[0].__name__} cannot be merged into a 4-bit base")
+    if kinds and len(active) > 1:
+        raise ValueError(f"{name}: DoRA is active together with other adapters")
+
+
+@torch.no_grad()
+def _second_moments(model: nn.Module, layers: Mapping[str, Any], calibration: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """(K,) for each layer: the mean square of every input feature over the tokens of ``calibration``."""
+    sums: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            sums[name] = sums.get(name, 0) + x.square().sum(0)
+
+        return hook
+
+    training = model.training
+    model.eval()
+    try:
+        for name, layer in layers.items():
+            handles.append(layer.register_forward_pre_hook(watch(name)))
+        for batch in calibration:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.train(training)
+    # Features that never showed still count a little: without any, a block of them would have no scale at all.
+    return {name: total / total.mean().clamp(min=1e-38) + 1e-4 for name, total in sums.items()}
+
+
+@torch.no_grad()
+def _merged(layer: Any, w: NF4Weight) -> torch.Tensor:
+    """W with the active adapters, float32."""
+    merged = dense(w, torch.float32)
+    for name in _active(layer):
+        lora_a, lora_b = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
+        magnitude = None
+        if name in layer.lora_variant:
+            magnitude = layer.lora_magnitude_vector[name].weight
+            norm = dora.weight_norm(w, lora_a, lora_b, layer.scaling[name], torch.float32)
+        merged = merged.addmm_(lora_b * layer.scaling[name], lora_a)
+        if magnitude is not None:
+            merged = merged.mul_((magnitude / norm)[:, None])
+    return merged
+
+
+@torch.no_grad()
+def _merge_packed(layer: Any, mode: str, dtype: torch.dtype | None, importance: torch.Tensor | None) -> None:
+    base = layer.base_layer
+    w = base_weight(base)
+    assert isinstance(w, NF4Weight)
+    merged = _merged(layer, w)
+    for name in _active(layer):
+        if layer.lora_bias[name]:
+            extra = layer.lora_B[name].bias * layer.scaling[name]
+            base.bias = nn.Parameter(extra if base.bias is None else (base.bias + extra).to(base.bias.dtype), False)
+    if mode == "dense":
+        layer.base_layer = _linear(base, merged, dtype)
+        return
+    options: dict[str, Any] = {"blocksize": w.blocksize, "quant_type": w.quant_type, "nested": w.nested}
+    if mode == "requantize":
+        # As PEFT: rounded to the type that the weight dequantizes to, then quantized.
+        new = NF4Weight.quantize(merged.to(w.dtype), **options)
+    else:
+        new = requantize.quantize(merged, importance, dtype=w.dtype, **options)
+    weight = new.to_bitsandbytes(base.weight.dtype)
+    weight.module = base
+    base.weight, base.quant_state = weight, weight.quant_state
+
+
+def _linear(base: Any, w: torch.Tensor, dtype: torch.dtype | None) -> nn.Linear:
+    dtype = dtype or getattr(base, "compute_dtype", None) or torch.get_default_dtype()
+    linear = nn.Linear(w.shape[1], w.shape[0], base.bias is not None, device="meta")
+    linear.weight = nn.Parameter(w.to(dtype), requires_grad=False)
+    if base.bias is not None:
+        linear.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
+    return linear.train(base.training)
+
+
+@torch.no_grad()
+def _make_dense(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Dequantize the 4-bit layers that had no adapter, and let nothing say any more that the model is quantized."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "weight") and isinstance(module, nn.Linear) and _is_packed(module):
+            w = base_weight(module)
+            model.set_submodule(name, _linear(module, dense(w, torch.float32), dtype))
+    for attribute in ("is_loaded_in_4bit", "is_quantized", "hf_quantizer", "quantization_method"):
+        if attribute in model.__dict__:
+            delattr(model, attribute)
+    configuration: Any = getattr(model, "config", None)
+    if hasattr(configuration, "quantization_config"):
+        del configuration.quantization_config

@@ -1,0 +1,82 @@
+"""What became of each LoRA layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+from fastlora import backends
+from fastlora.backends import Problem
+from fastlora.integrations.peft.situation import layer_weight
+from fastlora.nf4 import NF4Weight
+
+_REPORTED_TOKENS = 2048
+"""The report names the backend for this many tokens: a usual training step of one sequence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What became of one PEFT layer."""
+
+    name: str
+    kind: str
+    shape: tuple[int, int]
+    """(out_features, in_features)"""
+    rank: int
+    """The sum over the active adapters."""
+    backend: str | None
+    reason: str | None
+    """Why PEFT's forward runs; None when the fused operator does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `accelerate` did. ``str(report)`` is a table; layers that differ only by their number share a row."""
+
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def replaced(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.reason is None]
+
+    @property
+    def skipped(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.reason is not None]
+
+    def __str__(self) -> str:
+        groups: dict[tuple[Any, ...], list[LayerReport]] = {}
+        for layer in self.layers:
+            pattern = re.sub(r"\.\d+(?=\.)", ".*", layer.name)
+            key = (pattern, layer.kind, layer.shape, layer.rank, layer.backend, layer.reason)
+            groups.setdefault(key, []).append(layer)
+        rows = [("layer", "count", "base", "out x in", "rank", "runs on")]
+        for (pattern, kind, (n, k), rank, backend, reason), layers in groups.items():
+            name = layers[0].name if len(layers) == 1 else pattern
+            rows.append((name, str(len(layers)), kind, f"{n} x {k}", str(rank), backend or f"PEFT: {reason}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "-" * max(map(len, lines)))
+        total = f"{len(self.replaced)} of {len(self.layers)} LoRA layers fused"
+        return "\n".join([*lines, total])
+
+
+def report_layer(name: str, layer: Any, backend: str, reason: str | None) -> LayerReport:
+    """The report of one layer, which runs on ``backend`` unless there is a ``reason`` why PEFT's forward runs."""
+    rank = sum(layer.r[adapter] for adapter in layer.active_adapters if adapter in layer.r)
+    shape = (layer.out_features, layer.in_features)
+    kind, chosen = type(layer.base_layer).__name__, None
+    if reason is None:
+        weight = layer_weight(layer)
+        problem = Problem(_REPORTED_TOKENS, *shape, rank, device_type=weight.device.type, dtype=weight.dtype)
+        if isinstance(weight, NF4Weight):
+            kind = f"{weight.quant_type}/{weight.blocksize}{' nested' if weight.nested else ''}"
+            dtype = getattr(layer.base_layer, "compute_dtype", None) or weight.dtype
+            problem = dataclasses.replace(
+                problem, dtype=dtype, quant_type=weight.quant_type, blocksize=weight.blocksize, nested=weight.nested
+            )
+        else:
+            kind = f"dense {str(weight.dtype).removeprefix('torch.')}"
+            problem = dataclasses.replace(problem, quant_type=None)
+        chosen = backends.select(problem, backend).name
+    return LayerReport(name, kind, shape, rank, chosen, reason)

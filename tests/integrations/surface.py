@@ -1,0 +1,384 @@
+"""PEFT's LoRA surface as a list of features. ``python tests/integrations/surface.py`` writes the table of
+docs/drop-in.md from it; ``test_surface.py`` runs every one of them against PEFT itself, and checks the table."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft_models import quantize_linears
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import fastlora
+
+BASES = {"dense": "`nn.Linear`", "4bit": "`bnb.nn.Linear4bit`", "conv1d": "transformers' `Conv1D`"}
+Results = dict[str, torch.Tensor]
+
+
+class Tiny(nn.Module):
+    """Two residual blocks of two projections, and a head."""
+
+    def __init__(self, base: str, dtype: torch.dtype = torch.float32, base_bias: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            block = nn.ModuleDict()
+            for name, k, n in (("up", 64, 128), ("down", 128, 64)):
+                block[name] = Conv1D(n, k) if base == "conv1d" else nn.Linear(k, n, bias=base_bias)
+                block[name].weight.data.normal_(std=k**-0.5)
+                if base_bias:
+                    block[name].bias.data.normal_()
+            self.layers.append(block)
+        self.head = nn.Linear(64, 16)
+        self.to(dtype)
+        if base == "4bit":
+            quantize_linears(self, dtype, skip=("head",))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.layers:
+            x = x + block["down"](torch.tanh(block["up"](x)))
+        return self.head(x)
+
+
+def config(base: str, **fields: Any) -> Any:
+    given = {"r": 8, "lora_alpha": 12, "target_modules": ["up", "down"], "init_lora_weights": False, **fields}
+    return peft.LoraConfig(fan_in_fan_out=base == "conv1d", **given)
+
+
+def make(
+    base: str,
+    dtype: torch.dtype = torch.float32,
+    base_bias: bool = True,
+    autocast_adapter_dtype: bool = True,
+    **fields: Any,
+) -> Any:
+    """One and the same adapted `Tiny` at every call."""
+    torch.manual_seed(0)
+    model = Tiny(base, dtype, base_bias)
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, config(base, **fields), autocast_adapter_dtype=autocast_adapter_dtype)
+
+
+def inputs(model: nn.Module) -> torch.Tensor:
+    dtype = next(p.dtype for name, p in model.named_parameters() if "head" in name)
+    return torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+def output(model: nn.Module, **kwargs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(inputs(model), **kwargs)
+
+
+def train(model: nn.Module) -> Results:
+    """The output and every gradient of one step, that of x included."""
+    model.zero_grad()
+    x = inputs(model).requires_grad_()
+    y = model(x)
+    y.float().square().sum().backward()
+    grads = {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, **grads}
+
+
+def add(model: Any, base: str, name: str = "other", **fields: Any) -> None:
+    torch.manual_seed(5)
+    model.add_adapter(name, config(base, **{"r": 4, **fields}))
+
+
+def both(model: Any, base: str, **fields: Any) -> Results:
+    add(model, base, **fields)
+    model.base_model.set_adapter(["default", "other"])
+    return train(model)
+
+
+def mixed(model: Any, base: str, **fields: Any) -> Results:
+    add(model, base, **fields)
+    names = ["other", "__base__", "default", "other"]
+    return {"y": output(model.eval(), adapter_names=names)}
+
+
+def weights(model: nn.Module) -> Results:
+    return {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+
+
+def merged(model: Any, base: str, safe: bool = False) -> Results:
+    model.eval()
+    before = output(model)
+    model.merge_adapter(safe_merge=safe)
+    results = {"y": before, "merged": output(model), **weights(model)}
+    model.unmerge_adapter()
+    return results | {"unmerged": output(model)}
+
+
+def unloaded(model: Any, base: str, merge: bool) -> Results:
+    y = output(model.eval())
+    model = model.merge_and_unload() if merge else model.unload()
+    return {"y": y, "unloaded": output(model), **weights(model)}
+
+
+def first(model: nn.Module) -> Any:
+    return next(m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer))
+
+
+def rescaled(model: Any, base: str) -> Results:
+    results = {}
+    for i, change in enumerate(
+        (
+            lambda m: m.scale_layer(2.0),
+            lambda m: m.unscale_layer(),
+            lambda m: m.set_scale("default", 0.3),
+            lambda m: m.scaling.update(default=torch.tensor(0.7)),
+        )
+    ):
+        for layer in lora_layers(model):
+            change(layer)
+        results |= {f"{i} {name}": t for name, t in train(model).items()}
+    return results
+
+
+def lora_layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+
+
+def disabled(model: Any, base: str) -> Results:
+    y = output(model)
+    with model.disable_adapter():
+        return {"y": y, "disabled": output(model)}
+
+
+def deleted(model: Any, base: str) -> Results:
+    add(model, base)
+    model.set_adapter("other")
+    y = output(model)
+    model.set_adapter("default")
+    model.delete_adapter("other")
+    return {"other": y, **train(model)}
+
+
+def weighted(model: Any, base: str) -> Results:
+    add(model, base)
+    model.add_weighted_adapter(["default", "other"], [0.3, 0.6], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    return {"y": output(model)}
+
+
+def hotswapped(model: Any, base: str) -> Results:
+    from peft.utils.hotswap import hotswap_adapter
+
+    y = output(model)
+    other = make(base, r=8)
+    with torch.no_grad():
+        for layer in lora_layers(other):
+            layer.lora_B["default"].weight.mul_(-2)
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        hotswap_adapter(model, folder, adapter_name="default")
+    return {"y": y, "swapped": output(model)}
+
+
+def reloaded(model: Any, base: str) -> Results:
+    y = output(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        files = {p.name: torch.frombuffer(bytearray(p.read_bytes()), dtype=torch.uint8).float()
+                 for p in Path(folder).rglob("*.safetensors")}  # fmt: skip
+        model.load_adapter(folder, "again", low_cpu_mem_usage=True)
+        model.set_adapter("again")
+    return {"y": y, "again": output(model), **files}
+
+
+def eva(model: Any, base: str) -> Results:
+    data = list(torch.randn(8, 1, 32, 64, generator=torch.Generator().manual_seed(3)))
+    peft.initialize_lora_eva_weights(
+        model,
+        data,
+        forward_fn=lambda m, x: m(x),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=lambda x, *rest: x[0].reshape(-1, x[0].shape[-1]),
+        show_progress_bar=False,
+    )
+    with torch.no_grad():
+        for layer in lora_layers(model):
+            layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(2))
+    return train(model)
+
+
+def preprocessed(base: str, init: str, **fields: Any) -> tuple[Any, Any]:
+    """The base model and the configuration after what CorDA or LoRA-GA do before adapters are made."""
+    torch.manual_seed(0)
+    model = Tiny(base)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(3))
+    if init == "corda":
+        from peft.tuners.lora.corda import preprocess_corda
+
+        given = config(
+            base, init_lora_weights="corda", corda_config=peft.tuners.lora.config.CordaConfig(corda_method="kpm")
+        )
+        preprocess_corda(model, given, run_model=lambda: model(x))
+    else:
+        from peft.tuners.lora.loraga import preprocess_loraga
+
+        given = config(base, init_lora_weights="lora_ga", lora_ga_config=peft.tuners.lora.config.LoraGAConfig())
+        preprocess_loraga(model, given, lambda: model(x).square().mean().backward())
+    return model, given
+
+
+def after_preprocessing(model: Any, base: str, init: str) -> Results:
+    """On models of its own; as fused as ``model`` is."""
+    fused = "fastlora_backend" in first(model).__dict__
+    own, given = preprocessed(base, init)
+    torch.manual_seed(1)
+    own = peft.get_peft_model(own, fastlora.register(given) if fused else given)
+    return train(own)
+
+
+def step(model: Any, base: str) -> Results:
+    return train(model)
+
+
+def evaluation(model: Any, base: str) -> Results:
+    return train(model.eval())
+
+
+def autocast(model: Any, base: str) -> Results:
+    with torch.autocast("cpu", torch.bfloat16):
+        return {"y": output(model)}
+
+
+def trained_bias(model: Any, base: str) -> Results:
+    assert any("bias" in name and p.requires_grad for name, p in model.named_parameters())
+    return train(model)
+
+
+def no_adapter(model: Any, base: str) -> Results:
+    for layer in lora_layers(model):
+        layer.set_adapter([])
+    return {"y": output(model)}
+
+
+def hooked(model: Any, base: str) -> Results:
+    seen: list[int] = []
+    for layer in lora_layers(model):
+        layer.base_layer.register_forward_hook(lambda *args: seen.append(1))
+    y = output(model)
+    return {"y": y, "calls": torch.tensor(len(seen))}
+
+
+def trained_base(model: Any, base: str) -> Results:
+    for layer in lora_layers(model):
+        layer.base_layer.weight.requires_grad_()
+    return train(model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One row of the table."""
+
+    name: str
+    run: Callable[..., Results] = step
+    """Drives a model and returns what must be PEFT's."""
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of LoraConfig."""
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of ``run``."""
+    cells: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What happens on the bases where it is not "fused"; "refused" where PEFT itself raises."""
+
+    needs: str | None = None
+    """A package that PEFT needs for it and does not install."""
+
+    def cell(self, base: str) -> str:
+        return self.cells.get(base, self.cells.get("", "fused"))
+
+
+PEFT = "PEFT: "
+REFUSED = "refused by PEFT: "
+FEATURES = [
+    Feature("one adapter"),
+    Feature("base without bias"),
+    Feature("autocast", autocast),
+    Feature("`use_rslora`", fields={"use_rslora": True}),
+    Feature("`rank_pattern`, `alpha_pattern`", fields={"rank_pattern": {"up": 2}, "alpha_pattern": {"down": 3}}),
+    Feature("`layers_to_transform`", fields={"layers_to_transform": [1], "layers_pattern": "layers"}),
+    Feature("`modules_to_save`", fields={"modules_to_save": ["head"]}),
+    Feature('`bias="all"`, `"lora_only"`', trained_bias, fields={"bias": "all"}),
+    Feature("`lora_bias`", fields={"lora_bias": True}),
+    Feature("dropout, evaluation", evaluation, fields={"lora_dropout": 0.3}),
+    Feature("`use_dora`", fields={"use_dora": True}),
+    Feature("several adapters active", both),
+    Feature("several active, with `lora_bias`", both, fields={"lora_bias": True}, arguments={"lora_bias": True}),
+    Feature("several active, DoRA among them", both, arguments={"use_dora": True},
+            cells={"": PEFT + "DoRA is active together with other adapters"}),
+    Feature("`adapter_names`, mixed batch", mixed),
+    Feature("`adapter_names`, with `lora_bias`", mixed, arguments={"lora_bias": True}),
+    Feature("`set_adapter`, `delete_adapter`", deleted),
+    Feature("`add_weighted_adapter`", weighted),
+    Feature("`scale_layer`, `unscale_layer`, `set_scale`, scaling as a tensor", rescaled),
+    Feature("`disable_adapter`", disabled),
+    Feature("`merge_adapter`, `unmerge_adapter`", merged),
+    Feature("`merge_adapter(safe_merge=True)`", merged, arguments={"safe": True}),
+    Feature("`merge_adapter` of DoRA", merged, fields={"use_dora": True}),
+    Feature("`merge_and_unload`", unloaded, arguments={"merge": True}),
+    Feature("`unload`", unloaded, arguments={"merge": False}),
+    Feature("`hotswap_adapter`", hotswapped),
+    Feature("`save_pretrained`, `load_adapter(low_cpu_mem_usage=True)`", reloaded),
+    Feature("no active adapter", no_adapter, cells={"": PEFT + "no adapter is active"}),
+    Feature("hooks on inner modules", hooked, cells={"": PEFT + "base layer: it has hooks"}),
+    Feature("trained base weight", trained_base,
+            cells={"": PEFT + "the base weight is trained", "4bit": REFUSED + "only Tensors of floating point"}),
+    *(Feature(f"`init_lora_weights={value!r}`", fields={"init_lora_weights": value}) for value in (True, "gaussian")),
+    Feature("`init_lora_weights='olora'`", fields={"init_lora_weights": "olora"},
+            cells={"conv1d": REFUSED + "mat1 and mat2 shapes cannot be multiplied"}),
+    *(
+        Feature(f"`init_lora_weights={value!r}`", fields={"init_lora_weights": value},
+                cells={"4bit": REFUSED + "Please initialize PiSSA under float32"})
+        for value in ("pissa", "pissa_niter_4")
+    ),
+    Feature("`init_lora_weights='orthogonal'`", fields={"init_lora_weights": "orthogonal"},
+            cells={"4bit": REFUSED + "Only Tensors of floating point"}),
+    Feature("`init_lora_weights='eva'`", eva,
+            fields={"init_lora_weights": "eva", "eva_config": peft.EvaConfig(rho=1.0, tau=0.5)}),
+    *(
+        Feature(f"`init_lora_weights={value!r}`", after_preprocessing, arguments={"init": value}, cells=cells,
+                needs=needs)
+        for value, needs, cells in (
+            ("corda", "attr", {"4bit": REFUSED + "mat1 and mat2 shapes cannot be multiplied"}),
+            ("lora_ga", None, {"4bit": REFUSED + "LoRA-GA does not support quantized models"}),
+        )
+    ),
+    Feature("`init_lora_weights='mica'`", fields={"init_lora_weights": "mica"},
+            cells={"4bit": REFUSED + "Please initialize MiCA under float32"}),
+    Feature("`use_bdlora`", fields={"use_bdlora": peft.tuners.lora.config.BdLoraConfig(
+                nblocks=2, target_modules_bd_a=["up"], match_strict=False)},
+            cells={"": PEFT + "adapter 'default' uses BdLoraLinearVariant",
+                   "4bit": "fused, as the plain LoRA that PEFT makes",
+                   "conv1d": REFUSED + "'Conv1D' object has no attribute 'in_features'"}),
+    Feature("`alora_invocation_tokens`", fields={"alora_invocation_tokens": [1], "task_type": None},
+            cells={"": PEFT + "adapter 'default' uses ALoraLinearVariant"}),
+]  # fmt: skip
+
+
+def table() -> str:
+    """The rows of docs/drop-in.md."""
+    rows = [("feature", *BASES.values()), ("---",) * 4]
+    rows += [(feature.name, *(feature.cell(base) for base in BASES)) for feature in FEATURES]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "drop-in.md"
+BEGIN, END = "<!-- surface: begin -->", "<!-- surface: end -->"
+
+
+def documented() -> str:
+    """docs/drop-in.md with the table as it must be."""
+    head, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    return head + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(documented())

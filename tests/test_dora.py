@@ -1,0 +1,170 @@
+"""DoRA against its definition in float64 on the same packed bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerance import DTYPES, Problem, assert_close, make_problem
+
+from fastlora import dora, reference
+from fastlora.nf4 import NF4Weight, Weight
+
+
+def definition(problem: Problem, magnitude: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The output and every gradient, by plain autograd in the type of x; mask: of the dropout, gain included."""
+    p = problem
+    leaves = [
+        t.detach().clone().requires_grad_() for t in (p.x, p.lora_a, p.lora_b, magnitude, p.bias) if t is not None
+    ]
+    x, a, b, m, *rest = leaves
+    w = reference.dense(p.w, x.dtype)
+    delta = p.scale * (b.to(x.dtype) @ a.to(x.dtype))
+    gain = (m / (w + delta).norm(dim=1).detach()).to(x.dtype)
+    inner = x if mask is None else x * mask.to(x.dtype)
+    y = gain * (inner @ w.T + p.scale * (inner @ a.to(x.dtype).T @ b.to(x.dtype).T))
+    if mask is not None:
+        y = y + (x @ w.T - inner @ w.T)
+    for bias in rest:
+        y = y + bias.to(x.dtype)
+    y.backward(p.dy)
+    return {"y": y.detach(), **{name: t.grad for name, t in zip(("dx", "da", "db", "dm", "dbias"), leaves)}}  # noqa: B905
+
+
+def fused(problem: Problem, magnitude: torch.Tensor, p: float = 0.0) -> dict[str, torch.Tensor]:
+    parts = (problem.x, problem.lora_a, problem.lora_b, magnitude, problem.bias)
+    leaves: list[Any] = [None if t is None else t.detach().clone().requires_grad_() for t in parts]
+    x, a, b, m, bias = leaves
+    y = dora.dora_linear(x, problem.w, a, b, m, bias, problem.scale, p)
+    y.backward(problem.dy)
+    names = ("dx", "da", "db", "dm", "dbias")
+    return {"y": y.detach(), **{name: t.grad for name, t in zip(names, leaves, strict=True) if t is not None}}
+
+
+def lengths(problem: Problem) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand(problem.w.shape[0], generator=generator) + 0.5
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("base", ["nf4", "nf4 flat", "fp4", "dense", "straddling"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradients(dtype: torch.dtype, base: str, bias: bool, dropout_p: float) -> None:
+    kind = {"dense": None, "fp4": "fp4"}.get(base, "nf4")
+    k = 40 if base == "straddling" else 128
+    problem = make_problem(6, 24, k, 5, dtype, quant_type=kind, nested=base != "nf4 flat", bias=bias, scale=0.75)
+    magnitude, mask = lengths(problem), None
+    if dropout_p:
+        torch.manual_seed(11)
+        mask = F.dropout(torch.ones_like(problem.x), dropout_p)
+        torch.manual_seed(11)
+    actual = fused(problem, magnitude, dropout_p)
+    plain = definition(problem, magnitude, mask)
+    truth = definition(problem.to(torch.float64), magnitude.double(), mask)
+    assert actual.keys() == truth.keys()
+    for name, want in truth.items():
+        assert_close(actual[name], plain[name], want, name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocksize", "quant_type", "nested"),
+    [
+        ((24, 128), 64, "nf4", True),
+        ((24, 128), 32, "fp4", False),
+        ((5, 33), 64, "nf4", False),
+        ((300, 256), 256, "nf4", True),
+    ],
+)
+def test_row_squares(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], blocksize: int, quant_type: str, nested: bool
+) -> None:
+    w = NF4Weight.quantize(torch.randn(shape), blocksize=blocksize, quant_type=quant_type, nested=nested)
+    expected = w.dequantize(torch.float64).square().sum(1)
+    torch.testing.assert_close(dora.row_squares(w).double(), expected, rtol=1e-6, atol=0)
+    monkeypatch.setattr(dora, "_CHUNK", 200)  # many chunks
+    torch.testing.assert_close(dora.row_squares(w).double(), expected, rtol=1e-6, atol=0)
+    torch.library.opcheck(torch.ops.fastlora.row_squares.default, dora.ops.weight_args(w))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
+@pytest.mark.parametrize("scale", [0.5, torch.tensor(0.5)], ids=["number", "tensor"])
+def test_weight_norm(packed: bool, scale: Any) -> None:
+    problem = make_problem(1, 64, 128, 8, quant_type="nf4" if packed else None)
+    w: Weight = problem.w
+    assert problem.lora_a is not None
+    assert problem.lora_b is not None
+    dense = reference.dense(w, torch.float64)
+    expected = (dense + 0.5 * problem.lora_b.double() @ problem.lora_a.double()).norm(dim=1)
+    norm = dora.weight_norm(w, problem.lora_a, problem.lora_b, scale, torch.float32)
+    torch.testing.assert_close(norm.double(), expected, rtol=1e-6, atol=0)
+    assert not norm.requires_grad
+
+
+def test_rows_that_the_adapter_cancels() -> None:
+    """The square of their norm may come out below zero by rounding; the norm must not be NaN."""
+    a = torch.randn(2, 64)
+    b = torch.randn(16, 2)
+    norm = dora.weight_norm(-(b @ a), a, b, 1.0, torch.float32)
+    assert norm.isfinite().all()
+    assert (norm < 1e-2).all()
+
+
+def test_neither_w_nor_the_update_is_made_for_the_norm() -> None:
+    problem = make_problem(1, 512, 4096, 2)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    squares = dora.row_squares(problem.w)
+    with Watch():
+        dora.weight_norm(problem.w, problem.lora_a, problem.lora_b, 1.0, torch.float32, squares=squares)
+    assert largest <= 2 * 4096
+
+
+def test_only_the_magnitude_learns() -> None:
+    problem = make_problem(3, 8, 64, 2)
+    magnitude = lengths(problem).requires_grad_()
+    dora.dora_linear(problem.x, problem.w, problem.lora_a, problem.lora_b, magnitude).sum().backward()
+    assert magnitude.grad is not None
+    frozen = magnitude.detach()
+    x = problem.x.clone().requires_grad_()
+    dora.dora_linear(x, problem.w, problem.lora_a, problem.lora_b, frozen).sum().backward()
+    assert x.grad is not None
+
+
+def test_the_output_may_be_changed_in_place() -> None:
+    problem = make_problem(3, 8, 64, 2)
+    magnitude = lengths(problem).requires_grad_()
+    grads = []
+    for change in (False, True):
+        y = dora.dora_linear(problem.x, problem.w, problem.lora_a, problem.lora_b, magnitude)
+        loss = y.mul_(2).sum() if change else (y * 2).sum()
+        grads += torch.autograd.grad(loss, magnitude)
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_compiles_without_graph_breaks(dropout_p: float) -> None:
+    problem = make_problem(3, 16, 64, 2, bias=True)
+    magnitude = lengths(problem).requires_grad_()
+    lora_b = problem.lora_b.requires_grad_()
+    arguments = (problem.x, problem.w, problem.lora_a, lora_b, magnitude, problem.bias, 0.5, dropout_p)
+    torch._dynamo.reset()
+    compiled = torch.compile(dora.dora_linear, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (dora.dora_linear, compiled):
+        torch.manual_seed(0)
+        y = run(*arguments)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (magnitude, lora_b))))
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
