@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -24,6 +25,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "cpu/linear.h"
 #include "params.h"
 
 namespace fastlora {
@@ -152,6 +154,12 @@ DequantizeParams make_params(const PackedWeight& w, const Tensor& out) {
   return p;
 }
 
+CpuCapability checked_capability(int64_t capability) {
+  const auto best = static_cast<int64_t>(cpu_capability());
+  if (capability < 0 || capability > best) fail("capability must be from 0 to ", best, " here, got ", capability);
+  return static_cast<CpuCapability>(capability);
+}
+
 void dequantize_cpu_op(
     Tensor w_packed,
     std::optional<Tensor> absmax,
@@ -168,12 +176,11 @@ void dequantize_cpu_op(
   const DequantizeParams p = make_params(
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out),
       out);
-  const auto best = static_cast<int64_t>(cpu_capability());
-  if (capability < 0 || capability > best) fail("capability must be from 0 to ", best, " here, got ", capability);
+  const CpuCapability path = checked_capability(capability);
   const int64_t numel = n * k;
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
   torch::stable::parallel_for(0, blocks, kGrainElements / blocksize, [&](int64_t begin, int64_t end) {
-    dequantize_cpu(p, static_cast<CpuCapability>(capability), begin * blocksize, std::min(end * blocksize, numel));
+    dequantize_cpu(p, path, begin * blocksize, std::min(end * blocksize, numel));
   });
 }
 
@@ -219,6 +226,8 @@ void dequantize_cuda_op(
   Launch::check("dequantize", dequantize_cuda(p, launch.stream()));
 }
 
+#endif
+
 // What the kernels for few rows ask of a pointer.
 constexpr uintptr_t kAlignment = 16;
 
@@ -258,7 +267,9 @@ void check_operands(
   operand(name, rows, rows, rows.sizes()[0], columns);
   p.m = static_cast<decltype(p.m)>(rows.sizes()[0]);
   p.dtype = dtype_of(name, rows);
-  if (p.dtype == DType::kFloat32) fail(name, " must be bfloat16 or float16");
+  if (rows.is_cpu() ? p.dtype == DType::kFloat16 : p.dtype == DType::kFloat32) {
+    fail(name, " must be ", rows.is_cpu() ? "bfloat16 or float32" : "bfloat16 or float16");
+  }
   p.adapter_dtype = p.dtype;
   if (lora_a.has_value() != lora_b.has_value()) fail("lora_a and lora_b must be given together");
   if (!lora_a.has_value()) return;
@@ -304,6 +315,113 @@ void check_bias(Params& p, const std::optional<Tensor>& bias, const Tensor& x) {
   }
   p.bias = bias->const_data_ptr();
 }
+
+Threads pool() {
+  return {torch::stable::get_num_threads(), [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+            torch::stable::parallel_for(0, count, 1, body);
+          }};
+}
+
+std::tuple<Tensor, Tensor> linear_forward_cpu_op(
+    Tensor x,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    std::optional<Tensor> bias,
+    double scale,
+    bool float_out,
+    int64_t capability) {
+  CpuForward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
+  check_operands(p, "x", x, k, n, k, lora_a, lora_b);
+  check_bias(p, bias, x);
+  if (n < 1 || k < 1) fail("the weight must have elements, got shape (", n, ", ", k, ")");
+  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
+  p.scale = static_cast<float>(scale);
+  Tensor y = torch::stable::new_empty(x, {p.m, n}, float_out ? ScalarType::Float : x.scalar_type());
+  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
+  p.x = x.const_data_ptr();
+  if (p.r > 0) {
+    p.lora_a = lora_a->const_data_ptr();
+    p.lora_b = lora_b->const_data_ptr();
+  }
+  p.y = y.mutable_data_ptr();
+  p.u = u.mutable_data_ptr();
+  linear_forward_cpu(p, checked_capability(capability), pool());
+  return {y, u};
+}
+
+// A gradient that is not needed has no elements.
+std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu_op(
+    Tensor dy,
+    std::optional<Tensor> x,
+    std::optional<Tensor> u,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    double scale,
+    bool need_dx,
+    bool need_da,
+    bool need_db,
+    int64_t capability) {
+  CpuBackward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
+  check_operands(p, "dy", dy, n, n, k, lora_a, lora_b);
+  if (n < 1 || k < 1) fail("the weight must have elements, got shape (", n, ", ", k, ")");
+  const int64_t m = p.m, r = p.r;
+  const auto beside_dy = [&](const char* name, std::optional<Tensor>& t, int64_t columns) {
+    if (!t.has_value()) fail(name, " is missing");
+    if (t->scalar_type() != dy.scalar_type()) fail(name, " must have the type of dy");
+    return operand(name, *t, dy, m, columns);
+  };
+  const auto empty = [&](bool needed, int64_t rows, int64_t columns, const Tensor& like) {
+    return needed ? torch::stable::new_empty(like, {rows, columns}) : torch::stable::new_empty(like, {0});
+  };
+  need_da = need_da && r > 0;
+  need_db = need_db && r > 0;
+  Tensor dx = empty(need_dx, m, k, dy);
+  Tensor da = empty(need_da, r, k, need_da ? *lora_a : dy);
+  Tensor db = empty(need_db, n, r, need_db ? *lora_b : dy);
+  Tensor du = empty(r > 0 && (need_dx || need_da), m, r, dy);
+  p.scale = static_cast<float>(scale);
+  p.dy = dy.const_data_ptr();
+  if (r > 0) {
+    p.lora_a = lora_a->const_data_ptr();
+    p.lora_b = lora_b->const_data_ptr();
+    p.du = du.mutable_data_ptr();
+  }
+  if (need_dx) p.dx = dx.mutable_data_ptr();
+  if (need_da) {
+    p.x = beside_dy("x", x, k);
+    p.da = da.mutable_data_ptr();
+  }
+  if (need_db) {
+    p.u = beside_dy("u", u, r);
+    p.db = db.mutable_data_ptr();
+  }
+  linear_backward_cpu(p, checked_capability(capability), pool());
+  return {dx, da, db};
+}
+
+#if defined(FASTLORA_WITH_CUDA)
 
 std::tuple<Tensor, Tensor> few_rows_forward_op(
     Tensor x,
@@ -542,6 +660,15 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
       "dequantize(Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
       "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, int capability, Tensor(a!) out) -> ()");
   m.def("cpu_capability() -> int");
+  m.def(
+      "linear_forward(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
+      "Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, Tensor? lora_a, "
+      "Tensor? lora_b, Tensor? bias, float scale, bool float_out, int capability) -> (Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor dy, Tensor? x, Tensor? u, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, "
+      "Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, "
+      "Tensor? lora_a, Tensor? lora_b, float scale, bool need_dx, bool need_da, bool need_db, int capability) "
+      "-> (Tensor, Tensor, Tensor)");
   for (const char* name : {"few_rows_forward", "library_forward"}) {
     m.def((std::string(name) +
            "(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
@@ -559,7 +686,11 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
   }
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) { m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op)); }
+STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) {
+  m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op));
+  m.impl("linear_forward", TORCH_BOX(&fastlora::linear_forward_cpu_op));
+  m.impl("linear_backward", TORCH_BOX(&fastlora::linear_backward_cpu_op));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&fastlora::cpu_capability_op));

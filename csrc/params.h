@@ -89,7 +89,7 @@ struct FinishParams {
   DType out_dtype;
 };
 
-enum class CpuCapability : int32_t { kPlain = 0, kAVX2 = 1, kAVX512 = 2 };
+enum class CpuCapability : int32_t { kPlain = 0, kAVX2 = 1, kAVX512 = 2, kAVX512BF16 = 3 };
 
 // The most capable path that this processor runs.
 CpuCapability cpu_capability();

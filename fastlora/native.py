@@ -15,8 +15,8 @@ import torch
 
 from fastlora.nf4 import NF4Weight
 
-CAPABILITIES = ("plain", "avx2", "avx512")
-"""CPU code paths, from the least to the most capable; all give the same bits."""
+CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16")
+"""CPU code paths, from the least to the most capable; all dequantize to the same bits."""
 
 CAPABILITY_VARIABLE = "FASTLORA_CPU_CAPABILITY"
 """Environment variable that names a path at most as capable as the processor, read at every call."""
@@ -67,8 +67,17 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.fastlora_native, name).default
 
 
+@functools.cache
+def _cpu_operator(name: str) -> Any:
+    """An operator for CPU tensors. Raises RuntimeError without the extension."""
+    reason = available("cpu")
+    if reason is not None:
+        raise RuntimeError(reason)
+    return getattr(torch.ops.fastlora_native, name).default
+
+
 def capability() -> str:
-    """The CPU path that ``dequantize`` takes: "avx512", "avx2" or "plain".
+    """The CPU path that is taken, one of `CAPABILITIES`.
 
     Raises RuntimeError without the extension, ValueError when ``FASTLORA_CPU_CAPABILITY`` is no path of this processor.
     """
@@ -166,6 +175,9 @@ def forward(
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:
         bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
+    if x.device.type == "cpu":
+        wide = out_dtype == torch.float32
+        return _cpu_operator("linear_forward")(x, *_arguments(w), lora_a, lora_b, bias, scale, wide, _capability())
     operator = _operator(f"{form or _form(x, w)}_forward")
     return operator(x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
 
@@ -185,8 +197,11 @@ def backward(
     """dx, dA and dB as ``fastlora.reference.backward``; form as `forward` (few rows: N a multiple of 8)."""
     need_dx, need_da, need_db = needs
     a, b = _adapters(dy, lora_a, lora_b)
-    operator = _operator(f"{form or _form(dy, w)}_backward")
-    dx, da, db = operator(dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
+    arguments = (dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
+    if dy.device.type == "cpu":
+        dx, da, db = _cpu_operator("linear_backward")(*arguments, _capability())
+    else:
+        dx, da, db = _operator(f"{form or _form(dy, w)}_backward")(*arguments)
     grads: list[torch.Tensor | None] = [dx if need_dx else None]
     for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):
         if not need or adapter is None:

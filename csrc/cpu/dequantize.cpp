@@ -5,10 +5,9 @@
 // rounding the element, so the result is exact.
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
-#include "../params.h"
+#include "products.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define FASTLORA_X86 1
@@ -67,37 +66,6 @@ class Spans {
 template <DType kType>
 using Element = std::conditional_t<kType == DType::kFloat32, float, uint16_t>;
 
-inline uint32_t bits_of(float x) {
-  uint32_t u;
-  std::memcpy(&u, &x, sizeof u);
-  return u;
-}
-
-inline float float_of(uint32_t u) {
-  float x;
-  std::memcpy(&x, &u, sizeof x);
-  return x;
-}
-
-inline uint16_t to_bfloat16(float x) {
-  const uint32_t u = bits_of(x);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
-inline uint16_t to_float16(float x) {
-  const uint32_t sign = (bits_of(x) >> 16) & 0x8000;
-  uint32_t u = bits_of(x) & 0x7fffffff;
-  if (u > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
-  if (u >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // 65520 and above round to infinity
-  if (u < 0x38800000) {
-    // One unit of 0.5f in the last place is float16's smallest subnormal, so this sum rounds where float16 does.
-    return static_cast<uint16_t>(sign | (bits_of(float_of(u) + 0.5f) - 0x3f000000));
-  }
-  u += 0xfff + ((u >> 13) & 1);
-  return static_cast<uint16_t>(sign | ((u - 0x38000000) >> 13));
-}
-
 template <DType kType>
 inline Element<kType> convert(float x) {
   if constexpr (kType == DType::kBFloat16) return to_bfloat16(x);
@@ -110,9 +78,6 @@ template <typename T>
 inline void lookup(const T* table, const uint8_t* packed, const Span& span, int64_t from, int64_t to, T* out) {
   for (int64_t i = from; i < to; ++i) out[i] = table[nibble_at(packed, span.first + i)];
 }
-
-// Fills the elements [first, stop), which lie next to each other from `out` on.
-using RunFunction = void (*)(const DequantizeParams& p, int64_t first, int64_t stop, void* out, bool stream);
 
 template <DType kType>
 void run_plain(const DequantizeParams& p, int64_t first, int64_t stop, void* out, bool) {
@@ -285,9 +250,9 @@ FASTLORA_AVX2 void run_avx2(const DequantizeParams& p, int64_t first, int64_t st
 #endif  // FASTLORA_X86
 
 template <DType kType>
-RunFunction run_function(CpuCapability capability) {
+Decode decoder_of(CpuCapability capability) {
 #if defined(FASTLORA_X86)
-  if (capability == CpuCapability::kAVX512) return run_avx512<kType>;
+  if (capability >= CpuCapability::kAVX512) return run_avx512<kType>;
   if (capability == CpuCapability::kAVX2) return run_avx2<kType>;
 #endif
   (void)capability;
@@ -298,28 +263,31 @@ RunFunction run_function(CpuCapability capability) {
 
 CpuCapability cpu_capability() {
 #if defined(FASTLORA_X86)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")) {
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    return avx512 ? CpuCapability::kAVX512 : CpuCapability::kAVX2;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c") || !__builtin_cpu_supports("fma")) {
+    return CpuCapability::kPlain;
   }
-#endif
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!avx512) return CpuCapability::kAVX2;
+  return __builtin_cpu_supports("avx512bf16") ? CpuCapability::kAVX512BF16 : CpuCapability::kAVX512;
+#else
   return CpuCapability::kPlain;
+#endif
+}
+
+Decode decoder(DType dtype, CpuCapability capability) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return decoder_of<DType::kBFloat16>(capability);
+    case DType::kFloat16:
+      return decoder_of<DType::kFloat16>(capability);
+    default:
+      return decoder_of<DType::kFloat32>(capability);
+  }
 }
 
 void dequantize_cpu(const DequantizeParams& p, CpuCapability capability, int64_t start, int64_t stop) {
-  RunFunction run = nullptr;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      run = run_function<DType::kFloat32>(capability);
-      break;
-    case DType::kBFloat16:
-      run = run_function<DType::kBFloat16>(capability);
-      break;
-    case DType::kFloat16:
-      run = run_function<DType::kFloat16>(capability);
-      break;
-  }
+  const Decode run = decoder(p.dtype, capability);
   const int64_t itemsize = p.dtype == DType::kFloat32 ? 4 : 2;
   const bool stream = p.n * p.k * itemsize >= kStreamBytes;
   auto* out = static_cast<char*>(p.out);
