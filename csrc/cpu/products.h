@@ -60,7 +60,7 @@ struct Product {
   DType dtype;  // computed in
 };
 
-constexpr int64_t kDepthWords = 1024;  // of the reduction that a panel covers at once
+constexpr int64_t kDepthWords = 512;   // of the reduction that a panel covers at once
 constexpr int64_t kPanelColumns = 64;  // at most
 
 struct Kernels {

@@ -96,6 +96,7 @@ void pack_panel(const Source& s, int64_t c0, int64_t columns, int64_t begin, int
     }
     return;
   }
+  if (A::pack_along(s, c0, columns, begin, words, panel)) return;
   alignas(64) uint32_t tile[kFetchRows * kFetchWords];
   for (int64_t c = 0; c < columns; c += kFetchRows) {
     const int rows = static_cast<int>(smaller(kFetchRows, matrix.rows - c0 - c));
@@ -152,6 +153,8 @@ void pack(const Matrix& source, bool columns_as_rows, const Left& left, int64_t 
 
 // -- the product ---------------------------------------------------------------------------------------------------
 
+constexpr int kAhead = 16;  // words of the reduction
+
 // sums (kRows, kColumns) of the product of one tile and one panel, added to what is there.
 template <int kRows>
 void tile_product(int64_t words, const uint32_t* left, const uint32_t* panel, float* sums, bool add) {
@@ -162,6 +165,9 @@ void tile_product(int64_t words, const uint32_t* left, const uint32_t* panel, fl
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Arch::zero();
   }
   for (int64_t w = 0; w < words; ++w, left += kRows, panel += kColumns) {
+    // The panel is larger than the first cache, and read once a tile.
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(panel + kAhead * kColumns + v * kLanes);
     V right[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) right[v] = Arch::load(panel + v * kLanes);

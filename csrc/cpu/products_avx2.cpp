@@ -30,6 +30,7 @@ struct Arch {
   static V multiply_add(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static constexpr auto transpose = transpose_floats;
   static bool pack_down(const Source&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return false; }
+  static bool pack_along(const Source&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return false; }
 };
 
 }  // namespace

@@ -39,6 +39,7 @@ struct Arch {
     transpose_words<1>(source, row_bytes, rows, elements, out, out_stride, static_cast<int>(out_rows));
   }
   static bool pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
+  static bool pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
 };
 
 }  // namespace
@@ -49,26 +50,39 @@ struct Arch {
 namespace fastlora {
 namespace {
 
+template <>
+template <>
+inline __m512i Rows<1>::encode<1>(__m512 values) {
+  return _mm512_castps_si512(values);
+}
+
+// Rows lie pages apart, which no prefetcher of the processor foresees.
+constexpr int kRowsAhead = 16;
+
 bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
-  if (weight == nullptr || narrow(s.dtype) || !in_whole_blocks(*weight, c0, columns)) return false;
-  const Statistics statistics(*weight);
-  const __m512 code = code_vector(weight->quant_type);
+  if (weight == nullptr || narrow(s.dtype) || !in_whole_blocks(*weight) || c0 + columns > weight->k) return false;
+  const Rows<1> rows(*weight);
+  __m512i table{};
   for (int64_t w = 0; w < words; ++w) {
     const int64_t element = (begin + w) * weight->k + c0;
-    for (int64_t c = 0; c < columns; c += 32) {
-      const __m512 table = _mm512_mul_ps(code, _mm512_set1_ps(statistics.at(element + c)));
-      float* out = reinterpret_cast<float*>(panel + (c / kColumns * words + w) * kColumns);
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const __m128i bytes =
-            _mm_loadl_epi64(reinterpret_cast<const __m128i*>(weight->w_packed + (element + c) / 2 + 8 * i));
-        const __m512i byte = _mm512_cvtepu8_epi64(bytes);
-        const __m512i index = _mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32));
-        _mm512_store_ps(out + 16 * i, _mm512_permutexvar_ps(index, table));
-      }
+    rows.prefetch(element + kRowsAhead * weight->k);
+    for (int64_t c = 0; c < columns; c += kRun) {
+      if (c == 0 || rows.begins_block(element + c)) table = rows.table(element + c);
+      __m512i values[2];
+      rows.decode(element + c, table, values);
+      uint32_t* out = panel + (c / kColumns * words + w) * kColumns;
+      _mm512_store_si512(out, values[0]);
+      _mm512_store_si512(out + 16, values[1]);
     }
   }
+  return true;
+}
+
+bool Arch::pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
+  const PackedWeight* weight = s.right->weight;
+  if (weight == nullptr || narrow(s.dtype) || !in_whole_blocks(*weight)) return false;
+  pack_rows_along<1>(*weight, c0, columns, begin, words, kColumns, panel);
   return true;
 }
 

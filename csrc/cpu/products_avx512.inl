@@ -43,7 +43,14 @@ void transpose_words(
     int64_t out_stride,
     int out_rows) {
   const char* src = static_cast<const char*>(source);
-  const __mmask16 stored = static_cast<__mmask16>((1u << out_rows) - 1);
+  // A store under a mask takes longer.
+  const auto store = [stored = static_cast<__mmask16>((1u << out_rows) - 1)](uint32_t* at, __m512i words) {
+    if (stored == 0xffff) {
+      _mm512_storeu_si512(at, words);
+    } else {
+      _mm512_mask_storeu_epi32(at, stored, words);
+    }
+  };
   for (int64_t e = 0; e < elements; e += 16 * kElements, src += 64) {
     const int64_t left = elements - e;
     __m512i x[16];
@@ -66,47 +73,120 @@ void transpose_words(
     const int64_t words = left >= 16 * kElements ? 16 : (left + kElements - 1) / kElements;
     if (words == 16) {
 #pragma GCC unroll 16
-      for (int w = 0; w < 16; ++w) _mm512_mask_storeu_epi32(out + w * out_stride, stored, x[w]);
+      for (int w = 0; w < 16; ++w) store(out + w * out_stride, x[w]);
     } else {
       alignas(64) uint32_t rest[16][16];
 #pragma GCC unroll 16
       for (int w = 0; w < 16; ++w) _mm512_store_si512(rest[w], x[w]);
       for (int w = 0; w < words; ++w) {
-        _mm512_mask_storeu_epi32(out + w * out_stride, stored, _mm512_load_si512(rest[w]));
+        store(out + w * out_stride, _mm512_load_si512(rest[w]));
       }
     }
     out += 16 * out_stride;
   }
 }
 
-// The statistics of blocks, asked for in any order.
-class Statistics {
- public:
-  explicit Statistics(const PackedWeight& w)
-      : w_(w), shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))), offset_(w.nested ? *w.absmax_offset : 0.0f) {}
+// Whether every run of 32 elements of a row that begins at a multiple of 32 lies in bytes and a block of its own.
+inline bool in_whole_blocks(const PackedWeight& w) { return w.k % 32 == 0; }
 
-  float at(int64_t element) const {
-    const int64_t block = element >> shift_;
-    if (!w_.nested) return w_.absmax[block];
-    const float product = w_.absmax_code[w_.absmax_q[block]] * w_.absmax_scale[block >> 8];
-    return product + offset_;
+constexpr int kRun = 32;
+
+// Rows of a weight that are decoded in steps of kRun elements. kElements is that of a word: 1, then as float32, or 2.
+template <int kElements>
+class Rows {
+ public:
+  explicit Rows(const PackedWeight& w)
+      : w_(w), shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))), offset_(w.nested ? *w.absmax_offset : 0.0f) {
+    alignas(64) float code[kCodes];
+    for (int i = 0; i < kCodes; ++i) code[i] = code_value(w.quant_type, i);
+    code_ = _mm512_load_ps(code);
   }
 
+  // The values of the nibbles in the block of `element`.
+  __m512i table(int64_t element) const {
+    const int64_t block = element >> shift_;
+    float absmax;
+    if (w_.nested) {
+      const float product = w_.absmax_code[w_.absmax_q[block]] * w_.absmax_scale[block >> 8];
+      absmax = product + offset_;
+    } else {
+      absmax = w_.absmax[block];
+    }
+    return encode<kElements>(_mm512_mul_ps(code_, _mm512_set1_ps(absmax)));
+  }
+
+  // Whether the run at `element` begins a block, if a block has more than one.
+  bool begins_block(int64_t element) const { return (element & (w_.blocksize - 1)) == 0; }
+
+  // kRun elements in kRun / 16 / kElements vectors.
+  void decode(int64_t element, __m512i table, __m512i* out) const {
+    const uint8_t* src = w_.w_packed + element / 2;
+    if constexpr (kElements == 2) {
+      // The permutation reads 5 bits of an index; the table is there twice, so the fifth does not matter.
+      const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
+      out[0] =
+          _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16)), table);
+    } else {
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        const __m512i byte = _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(src + 8 * i)));
+        out[i] =
+            _mm512_permutexvar_epi32(_mm512_or_si512(_mm512_srli_epi64(byte, 4), _mm512_slli_epi64(byte, 32)), table);
+      }
+    }
+  }
+
+  void prefetch(int64_t element) const { __builtin_prefetch(w_.w_packed + element / 2); }
+
  private:
+  template <int kKind>
+  static __m512i encode(__m512 values);
+
   const PackedWeight& w_;
   int shift_;
   float offset_;
+  __m512 code_;
 };
 
-inline __m512 code_vector(QuantType type) {
-  alignas(64) float code[kCodes];
-  for (int i = 0; i < kCodes; ++i) code[i] = code_value(type, i);
-  return _mm512_load_ps(code);
-}
-
-// Whether each row of the columns [c0, c0 + columns) begins at a byte and needs one statistic for 32 columns.
-inline bool in_whole_blocks(const PackedWeight& w, int64_t c0, int64_t columns) {
-  return c0 + columns <= w.k && w.k % 32 == 0 && c0 % 32 == 0 && columns % 32 == 0;
+// The panel of x W^T: rows of the weight become columns.
+template <int kElements>
+void pack_rows_along(
+    const PackedWeight& w,
+    int64_t c0,
+    int64_t columns,
+    int64_t begin,
+    int64_t words,
+    int part_columns,
+    uint32_t* panel) {
+  constexpr int kVectorsOfRun = kRun / 16 / kElements;
+  const Rows<kElements> rows(w);
+  for (int64_t c = 0; c < columns; c += 16) {
+    const int present = static_cast<int>(w.n - c0 - c < 16 ? w.n - c0 - c : 16);
+    uint32_t* out = panel + c / part_columns * words * part_columns + c % part_columns;
+    __m512i table[16];
+    for (int64_t word = 0; word < words; word += kRun / kElements) {
+      const int64_t first = (begin + word) * kElements;
+      __m512i x[kVectorsOfRun][16];
+      for (int r = 0; r < 16; ++r) {
+        __m512i part[kVectorsOfRun];
+        if (r < present) {
+          const int64_t element = (c0 + c + r) * w.k + first;
+          if (word == 0 || rows.begins_block(element)) table[r] = rows.table(element);
+          rows.decode(element, table[r], part);
+        } else {
+          for (int i = 0; i < kVectorsOfRun; ++i) part[i] = _mm512_setzero_si512();
+        }
+        for (int i = 0; i < kVectorsOfRun; ++i) x[i][r] = part[i];
+      }
+#pragma GCC unroll 2
+      for (int i = 0; i < kVectorsOfRun; ++i) {
+        transpose16(x[i]);
+        uint32_t* at = out + (word + 16 * i) * part_columns;
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) _mm512_store_si512(at + r * part_columns, x[i][r]);
+      }
+    }
+  }
 }
 
 }  // namespace

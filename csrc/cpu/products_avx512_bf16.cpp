@@ -57,6 +57,7 @@ struct Arch {
     }
   }
   static bool pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
+  static bool pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
 };
 
 }  // namespace
@@ -67,33 +68,41 @@ struct Arch {
 namespace fastlora {
 namespace {
 
-inline __m256i round_bfloat16(__m512 x) {
-  const __m512i u = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7fc0)));
+template <>
+template <>
+inline __m512i Rows<2>::encode<2>(__m512 values) {
+  // Subnormal values become zero, as the products take them.
+  return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
 }
+
+// Rows lie pages apart, which no prefetcher of the processor foresees.
+constexpr int kRowsAhead = 16;
 
 bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
-  if (weight == nullptr || weight->n % 2 != 0 || !in_whole_blocks(*weight, c0, columns)) return false;
-  const Statistics statistics(*weight);
-  const __m512 code = code_vector(weight->quant_type);
-  const auto decode = [&](int64_t element) {
-    const __m256i rounded = round_bfloat16(_mm512_mul_ps(code, _mm512_set1_ps(statistics.at(element))));
-    // The permutation reads 5 bits of an index; with the table twice, the fifth does not matter.
-    const __m512i table = _mm512_broadcast_i64x4(rounded);
-    const __m512i byte =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(weight->w_packed + element / 2)));
-    return _mm512_permutexvar_epi16(_mm512_or_si512(_mm512_srli_epi32(byte, 4), _mm512_slli_epi32(byte, 16)), table);
-  };
+  if (weight == nullptr || !in_whole_blocks(*weight) || c0 + columns > weight->k || weight->n % 2 != 0) return false;
+  const Rows<2> rows(*weight);
+  __m512i table[2]{};
   for (int64_t w = 0; w < words; ++w) {
     const int64_t element = 2 * (begin + w) * weight->k + c0;
-    for (int64_t c = 0; c < columns; c += 32) {
-      interleave(decode(element + c), decode(element + weight->k + c), panel + (c / kColumns * words + w) * kColumns);
+    for (int i = 0; i < 2; ++i) rows.prefetch(element + (kRowsAhead + i) * weight->k);
+    for (int64_t c = 0; c < columns; c += kRun) {
+      __m512i values[2];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = element + i * weight->k + c;
+        if (c == 0 || rows.begins_block(at)) table[i] = rows.table(at);
+        rows.decode(at, table[i], values + i);
+      }
+      interleave(values[0], values[1], panel + (c / kColumns * words + w) * kColumns);
     }
   }
+  return true;
+}
+
+bool Arch::pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
+  const PackedWeight* weight = s.right->weight;
+  if (weight == nullptr || !in_whole_blocks(*weight)) return false;
+  pack_rows_along<2>(*weight, c0, columns, begin, words, kColumns, panel);
   return true;
 }
 

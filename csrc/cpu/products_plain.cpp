@@ -44,6 +44,7 @@ struct Arch {
   static V add(V a, V b) { return a + b; }
   static constexpr auto transpose = transpose_floats;
   static bool pack_down(const Source&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return false; }
+  static bool pack_along(const Source&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return false; }
 };
 
 }  // namespace
