@@ -67,6 +67,8 @@ class Machine:
     """Compute capability of the GPU, None without one."""
     triton_interpreted: bool = False
     """Triton kernels run on CPU tensors (TRITON_INTERPRET=1), slowly: for tests."""
+    amx: bool = False
+    """The CPU has Intel's matrix extension."""
     gpu: tables.Device | None = None
     """The GPU as the tables know it. Without one, no table is asked about it; so with the CPU."""
     cpu: tables.Device | None = None
@@ -174,6 +176,26 @@ def _cuda_unsupported(problem: Problem, machine: Machine) -> list[str]:
     return reasons
 
 
+def _cpu_unsupported(problem: Problem, machine: Machine) -> list[str]:
+    if problem.device_type != "cpu":
+        return [f"these kernels run on cpu, not on {problem.device_type}"]
+    reasons = [] if machine.native_cpu is None else [machine.native_cpu]
+    if problem.dtype not in (torch.bfloat16, torch.float32):
+        reasons.append(f"{problem.dtype} is not a type of these kernels")
+    if problem.quant_type is None:
+        reasons.append("the base weight is dense")
+    if problem.dropout:
+        reasons.append("there is dropout")
+    if problem.n * problem.k == 0:
+        reasons.append("the base weight has no elements")
+    return reasons
+
+
+def _cpu_preferred(problem: Problem, machine: Machine) -> bool:
+    # oneDNN multiplies bfloat16 by AMX where there is AMX; these kernels were not measured there.
+    return not machine.amx or problem.dtype != torch.bfloat16
+
+
 def _triton_unsupported(problem: Problem, machine: Machine) -> list[str]:
     reasons = [] if machine.triton is None else [machine.triton]
     if problem.device_type != "cuda" and not machine.triton_interpreted:
@@ -238,6 +260,14 @@ BACKENDS = {
             _triton_preferred,
             lambda *args: _kernels().forward(*args),
             lambda *args: _kernels().backward(*args),
+        ),
+        Backend(
+            "cpu",
+            "C++: panels of the packed weight are decoded into the cache of a core, inside the product",
+            _cpu_unsupported,
+            _cpu_preferred,
+            native.forward,
+            native.backward,
         ),
         Backend(
             "torch",
