@@ -67,11 +67,11 @@ class Machine:
     """Compute capability of the GPU, None without one."""
     triton_interpreted: bool = False
     """Triton kernels run on CPU tensors (TRITON_INTERPRET=1), slowly: for tests."""
-    amx: bool = False
-    """The CPU has Intel's matrix extension."""
     gpu: tables.Device | None = None
     """The GPU as the tables know it. Without one, no table is asked about it; so with the CPU."""
     cpu: tables.Device | None = None
+    amx: bool = False
+    """The CPU has Intel's matrix extension."""
 
 
 @functools.cache
@@ -86,7 +86,9 @@ def this_machine() -> Machine:
         gpu = tables.Device("cuda", p.name, f"{p.major}.{p.minor}", p.multi_processor_count)
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = tables.Device("cpu", vectors, vectors, torch.get_num_threads())
-    return Machine(triton, native.available("cpu"), native.available("cuda"), capability, interpreted, gpu, cpu)
+    amx = bool(torch.cpu._is_amx_tile_supported())
+    extension = (native.available("cpu"), native.available("cuda"))
+    return Machine(triton, *extension, capability, interpreted, gpu, cpu, amx)
 
 
 def measured_machine(machine: Machine, capability: tuple[int, int]) -> Machine:

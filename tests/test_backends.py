@@ -85,20 +85,40 @@ class TestSelect:
         assert select(dataclasses.replace(few, captured=True, m=1), machine=H100).name == "cuda"
         assert select(dataclasses.replace(few, captured=True, direction="backward"), machine=H100).name == "cuda"
 
-    @pytest.mark.parametrize("machine", [LAPTOP, INTERPRETER, H100], ids=str)
-    def test_auto_on_cpu_tensors(self, machine: Machine) -> None:
-        assert select(ON_CPU, machine=machine).name == "torch"
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    @pytest.mark.parametrize("machine", [INTERPRETER, H100], ids=str)
+    def test_auto_on_cpu_tensors(self, machine: Machine, dtype: torch.dtype, direction: str) -> None:
+        problem = dataclasses.replace(ON_CPU, dtype=dtype, direction=direction)
+        assert select(problem, machine=machine).name == "cpu"
+        with_amx = select(problem, machine=dataclasses.replace(machine, amx=True))
+        assert with_amx.name == ("torch" if dtype == torch.bfloat16 else "cpu")
+        others: list[dict[str, Any]] = [
+            {"dropout": True},
+            {"quant_type": None},
+            {"dtype": torch.float16},
+            {"dtype": torch.float64},
+            {"n": 0},
+        ]
+        for change in others:
+            assert select(dataclasses.replace(problem, **change), machine=machine).name == "torch", change
+
+    def test_auto_on_cpu_tensors_without_the_extension(self) -> None:
+        assert select(ON_CPU, machine=LAPTOP).name == "torch"
+        with pytest.raises(RuntimeError, match=r"fastlora\._C is not built"):
+            select(ON_CPU, "cpu", LAPTOP)
 
     @pytest.mark.parametrize("name", BACKENDS)
     def test_a_named_backend_is_the_one_that_runs(self, name: str) -> None:
-        assert select(dataclasses.replace(STEP, m=4), name, H100) is BACKENDS[name]
+        problem = dataclasses.replace(STEP, m=4, device_type="cpu" if name == "cpu" else "cuda")
+        assert select(problem, name, H100) is BACKENDS[name]
 
     def test_interpreted_triton_runs_when_named(self) -> None:
         assert select(dataclasses.replace(ON_CPU, dtype=torch.float32), "triton", INTERPRETER).name == "triton"
 
     def test_unknown_name_lists_the_known(self) -> None:
         with pytest.raises(
-            ValueError, match=r"unknown backend 'cublas'; choose from auto, cuda, triton, torch, reference"
+            ValueError, match=r"unknown backend 'cublas'; choose from auto, cuda, triton, cpu, torch, reference"
         ):
             select(STEP, "cublas", H100)
 
@@ -214,7 +234,8 @@ class TestExplain:
     def test_where_nothing_can_run(self) -> None:
         text = explain(STEP, LAPTOP)
         assert "->" not in text
-        assert text.count("no CUDA device") == 2 * len(BACKENDS)
+        assert text.count("no CUDA device") == 2 * (len(BACKENDS) - 1)
+        assert text.count("these kernels run on cpu, not on cuda") == 2
 
     @pytest.mark.parametrize(
         ("changes", "words"),

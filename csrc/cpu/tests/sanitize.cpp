@@ -1,0 +1,261 @@
+// The CPU kernels against plain loops in double precision, over many odd sizes, on every path of this processor. Built
+// with -fsanitize=address,undefined: every buffer has exactly the elements that it must have, on the heap.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../convert.h"
+#include "../linear.h"
+
+namespace {
+
+using namespace fastlora;
+using Values = std::vector<double>;
+
+std::mt19937 generator(1);
+
+int64_t random_integer(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+// A matrix in the type of the kernels, and its values.
+struct Tensor {
+  std::vector<float> wide;
+  std::vector<uint16_t> narrow;
+  DType dtype;
+
+  Tensor(int64_t count, DType type) : dtype(type) {
+    if (type == DType::kFloat32) {
+      wide.resize(count);
+    } else {
+      narrow.resize(count);
+    }
+  }
+
+  static Tensor random(int64_t count, DType type, float size) {
+    Tensor t(count, type);
+    std::normal_distribution<float> normal(0.0f, size);
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = normal(generator);
+      if (type == DType::kFloat32) {
+        t.wide[i] = x;
+      } else {
+        t.narrow[i] = to_bfloat16(x);
+      }
+    }
+    return t;
+  }
+
+  void* data() { return dtype == DType::kFloat32 ? static_cast<void*>(wide.data()) : narrow.data(); }
+  int64_t size() const { return static_cast<int64_t>(dtype == DType::kFloat32 ? wide.size() : narrow.size()); }
+  double at(int64_t i) const { return dtype == DType::kFloat32 ? wide[i] : from_bfloat16(narrow[i]); }
+
+  // The values as the kernels multiply them.
+  Values values(DType compute) const {
+    Values out(size());
+    for (int64_t i = 0; i < size(); ++i) {
+      out[i] = compute == DType::kFloat32 ? at(i) : from_bfloat16(to_bfloat16(static_cast<float>(at(i))));
+    }
+    return out;
+  }
+};
+
+struct Weight {
+  std::vector<uint8_t> packed, absmax_q;
+  std::vector<float> absmax, absmax_scale, absmax_code;
+  float absmax_offset = 0.4f;
+  PackedWeight params{};
+
+  Weight(int64_t n, int64_t k, int32_t blocksize, QuantType type, bool nested) {
+    const int64_t blocks = (n * k + blocksize - 1) / blocksize;
+    packed.resize((n * k + 1) / 2);
+    for (auto& byte : packed) byte = static_cast<uint8_t>(random_integer(0, 255));
+    std::uniform_real_distribution<float> real(0.05f, 0.5f);
+    params.w_packed = packed.data();
+    if (nested) {
+      absmax_q.resize(blocks);
+      absmax_scale.resize((blocks + kNestedBlocksize - 1) / kNestedBlocksize);
+      absmax_code.resize(256);
+      for (auto& q : absmax_q) q = static_cast<uint8_t>(random_integer(0, 255));
+      for (auto& scale : absmax_scale) scale = real(generator);
+      for (auto& code : absmax_code) code = real(generator);
+      params.absmax_q = absmax_q.data();
+      params.absmax_scale = absmax_scale.data();
+      params.absmax_code = absmax_code.data();
+      params.absmax_offset = &absmax_offset;
+    } else {
+      absmax.resize(blocks);
+      for (auto& value : absmax) value = real(generator);
+      params.absmax = absmax.data();
+    }
+    params.n = n;
+    params.k = k;
+    params.blocksize = blocksize;
+    params.quant_type = type;
+    params.nested = nested;
+  }
+
+  Values values(DType compute) const {
+    Values out(params.n * params.k);
+    for (int64_t i = 0; i < params.n * params.k; ++i) {
+      const int64_t block = i / params.blocksize;
+      const float a =
+          params.nested
+              ? nested_absmax(absmax_code[absmax_q[block]], absmax_scale[block / kNestedBlocksize], absmax_offset)
+              : absmax[block];
+      const float x = code_value(params.quant_type, nibble_at(packed.data(), i)) * a;
+      out[i] = compute == DType::kFloat32 ? x : from_bfloat16(to_bfloat16(x));
+    }
+    return out;
+  }
+};
+
+// a (m, k) times b, which is (n, k), or (k, n) if `down`.
+Values product(const Values& a, const Values& b, int64_t m, int64_t n, int64_t k, bool down) {
+  Values out(m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (int64_t l = 0; l < k; ++l) sum += a[i * k + l] * (down ? b[l * n + j] : b[j * k + l]);
+      out[i * n + j] = sum;
+    }
+  }
+  return out;
+}
+
+Values transposed(const Values& a, int64_t rows, int64_t columns) {
+  Values out(a.size());
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) out[j * rows + i] = a[i * columns + j];
+  }
+  return out;
+}
+
+void compare(const char* name, const Tensor& got, const Values& want, const std::string& where) {
+  double largest = 0, worst = 0;
+  for (const double x : want) largest = std::max(largest, std::abs(x));
+  for (int64_t i = 0; i < got.size(); ++i) {
+    const double error = std::abs(got.at(i) - want[i]);
+    if (!(error <= worst)) worst = error;
+  }
+  const double allowed = (got.dtype == DType::kFloat32 ? 4e-6 : 4e-3) * largest;
+  if (worst <= allowed) return;
+  std::printf("%s: %s errs by %g, allowed %g\n", where.c_str(), name, worst, allowed);
+  std::exit(1);
+}
+
+void check(
+    int64_t m,
+    int64_t n,
+    int64_t k,
+    int64_t r,
+    int32_t blocksize,
+    QuantType type,
+    bool nested,
+    DType dtype,
+    DType adapter_dtype,
+    CpuCapability capability) {
+  const std::string where = "m " + std::to_string(m) + " n " + std::to_string(n) + " k " + std::to_string(k) + " r " +
+                            std::to_string(r) + " blocksize " + std::to_string(blocksize) + " type " +
+                            std::to_string(static_cast<int>(dtype)) + " path " +
+                            std::to_string(static_cast<int>(capability));
+  // In three parts, the last one first.
+  const Threads threads{3, [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+                          for (int64_t i = 2; i >= 0; --i) {
+                            const int64_t begin = count * i / 3, end = count * (i + 1) / 3;
+                            if (begin < end) body(begin, end);
+                          }
+                        }};
+  const float scale = 0.5f;
+  Weight weight(n, k, blocksize, type, nested);
+  Tensor x = Tensor::random(m * k, dtype, 1), dy = Tensor::random(m * n, dtype, 1);
+  Tensor a = Tensor::random(r * k, adapter_dtype, 0.1f), b = Tensor::random(n * r, adapter_dtype, 0.5f);
+  Tensor bias = Tensor::random(n, adapter_dtype, 1);
+  Tensor u(m * r, dtype), y(m * n, dtype), du(m * r, dtype), dx(m * k, dtype);
+  Tensor da(r * k, adapter_dtype), db(n * r, adapter_dtype);
+
+  CpuForward f{weight.params};
+  f.x = x.data();
+  f.lora_a = r > 0 ? a.data() : nullptr;
+  f.lora_b = r > 0 ? b.data() : nullptr;
+  f.bias = bias.data();
+  f.y = y.data();
+  f.u = u.data();
+  f.scale = scale;
+  f.m = m;
+  f.r = r;
+  f.dtype = f.out_dtype = dtype;
+  f.adapter_dtype = f.bias_dtype = adapter_dtype;
+  linear_forward_cpu(f, capability, threads);
+
+  CpuBackward g{weight.params};
+  g.dy = dy.data();
+  g.dx = dx.data();
+  g.scale = scale;
+  g.m = m;
+  g.r = r;
+  g.dtype = dtype;
+  g.adapter_dtype = adapter_dtype;
+  if (r > 0) {
+    g.x = x.data();
+    g.u = u.data();
+    g.lora_a = a.data();
+    g.lora_b = b.data();
+    g.du = du.data();
+    g.da = da.data();
+    g.db = db.data();
+  }
+  linear_backward_cpu(g, capability, threads);
+
+  // Each step from the rounded results of the one before, so that only its own error is seen.
+  const Values w = weight.values(dtype), xs = x.values(dtype), dys = dy.values(dtype);
+  const Values as = a.values(dtype), bs = b.values(dtype), us = u.values(dtype), dus = du.values(dtype);
+  Values want = product(xs, w, m, n, k, false);
+  const Values lora = product(us, bs, m, n, r, false);
+  for (int64_t i = 0; i < m * n; ++i) want[i] += scale * lora[i] + bias.at(i % n);
+  compare("y", y, want, where);
+  want = product(dys, w, m, k, n, true);
+  const Values dx_lora = product(dus, as, m, k, r, true);
+  for (int64_t i = 0; i < m * k; ++i) want[i] += dx_lora[i];
+  compare("dx", dx, want, where);
+  if (r == 0) return;
+  compare("u", u, product(xs, as, m, r, k, false), where);
+  want = product(dys, bs, m, r, n, true);
+  for (double& value : want) value *= scale;
+  compare("du", du, want, where);
+  compare("da", da, product(transposed(dus, m, r), xs, r, k, m, true), where);
+  want = transposed(product(transposed(us, m, r), dys, r, n, m, true), r, n);
+  for (double& value : want) value *= scale;
+  compare("db", db, want, where);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 40;
+  int64_t checks = 0;
+  for (int path = 0; path <= static_cast<int>(cpu_capability()); ++path) {
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      for (int i = 0; i < count; ++i, ++checks) {
+        // One size in three is a multiple of 32, as the vector paths like it.
+        const int64_t unit = i % 3 == 0 ? 32 : 1;
+        const int64_t n = unit * random_integer(1, 96 / unit), k = unit * random_integer(1, 160 / unit);
+        check(
+            random_integer(1, 45), n, k, random_integer(0, 19), 32 << random_integer(0, 3),
+            i % 2 == 0 ? QuantType::kNF4 : QuantType::kFP4, random_integer(0, 1) == 0, dtype,
+            random_integer(0, 1) == 0 ? dtype : DType::kFloat32, static_cast<CpuCapability>(path));
+      }
+      // More than one block of the reduction, and of rows.
+      check(3, 5, 2083, 3, 64, QuantType::kNF4, true, dtype, dtype, static_cast<CpuCapability>(path));
+      check(2, 1091, 7, 3, 64, QuantType::kNF4, false, dtype, dtype, static_cast<CpuCapability>(path));
+      check(1027, 3, 5, 2, 32, QuantType::kFP4, true, dtype, dtype, static_cast<CpuCapability>(path));
+      checks += 3;
+    }
+  }
+  std::printf("%lld layers, forward and backward: clean\n", static_cast<long long>(checks));
+}
