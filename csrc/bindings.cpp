@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <functional>
 #include <optional>
 #include <stdexcept>
@@ -316,9 +317,14 @@ void check_bias(Params& p, const std::optional<Tensor>& bias, const Tensor& x) {
   p.bias = bias->const_data_ptr();
 }
 
+// Threads take the next piece when they have done one: a core that others use, too, would hold up an even share.
 Threads pool() {
-  return {torch::stable::get_num_threads(), [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-            torch::stable::parallel_for(0, count, 1, body);
+  const int64_t threads = torch::stable::get_num_threads();
+  return {threads, [threads](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+            std::atomic<int64_t> next{0};
+            torch::stable::parallel_for(0, std::min(threads, count), 1, [&](int64_t, int64_t) {
+              for (int64_t i = next++; i < count; i = next++) body(i, i + 1);
+            });
           }};
 }
 

@@ -185,14 +185,14 @@ def test_what_a_gradient_needs_must_be_there() -> None:
     adapters = (problem.lora_a, problem.lora_b, 1.0, None)
     with pytest.raises(ValueError, match="x is missing"):
         native.backward(problem.dy, None, None, problem.w, *adapters, (False, True, False))
+    u = torch.zeros(4, 8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="u must have the type of dy"):
-        u = torch.zeros(4, 8, dtype=torch.bfloat16)
         native.backward(problem.dy, None, u, problem.w, *adapters, (False, False, True))
 
 
 def test_too_capable_a_path() -> None:
+    problem = make_problem(4, 40, 64, 0)
+    assert isinstance(problem.w, NF4Weight)
+    arguments = (problem.x, *native._arguments(problem.w), None, None, None, 1.0, False, len(native.CAPABILITIES))
     with pytest.raises(ValueError, match="capability must be from 0 to"):
-        problem = make_problem(4, 40, 64, 0)
-        assert isinstance(problem.w, NF4Weight)
-        arguments = native._arguments(problem.w)
-        torch.ops.fastlora_native.linear_forward(problem.x, *arguments, None, None, None, 1.0, False, 9)
+        torch.ops.fastlora_native.linear_forward(*arguments)

@@ -35,7 +35,8 @@ struct Right {
   bool down;  // the reduction runs down the columns (dy W), not along the rows (x W^T)
 };
 
-// A left operand as `Kernels::pack` leaves it: (tiles, words, tile_rows), absent rows and elements zero.
+// A left operand as `Kernels::pack` leaves it: tiles of (words, rows), the last one with as many rows as are left; a
+// word that has no second element is zero there.
 struct Left {
   const uint32_t* words;
   int64_t rows;

@@ -125,18 +125,18 @@ void pack(const Matrix& source, bool columns_as_rows, const Left& left, int64_t 
   for (int64_t tile = first; tile < last; ++tile) {
     const int64_t row0 = tile * tile_rows;
     const int64_t rows = smaller(tile_rows, left.rows - row0);
-    uint32_t* out = const_cast<uint32_t*>(left.words) + tile * words * tile_rows;
+    uint32_t* out = const_cast<uint32_t*>(left.words) + row0 * words;
     if (!columns_as_rows && (Arch::kPairs || !narrow(source.dtype))) {
       const char* src = static_cast<const char*>(source.data) + row0 * source.columns * itemsize;
-      Arch::transpose(src, source.columns * itemsize, rows, left.depth, out, tile_rows, tile_rows);
+      Arch::transpose(src, source.columns * itemsize, rows, left.depth, out, rows, rows);
       continue;
     }
     for (int64_t w = 0; w < words; ++w) {
-      for (int64_t r = 0; r < tile_rows; ++r) {
+      for (int64_t r = 0; r < rows; ++r) {
         uint32_t word = 0;
         for (int i = 0; i < kElements; ++i) {
           const int64_t depth = kElements * w + i;
-          if (r >= rows || depth >= left.depth) continue;
+          if (depth >= left.depth) continue;
           const int64_t at = columns_as_rows ? depth * source.columns + row0 + r : (row0 + r) * source.columns + depth;
           if (narrow(source.dtype)) {
             const uint32_t bits = static_cast<const uint16_t*>(source.data)[at];
@@ -145,7 +145,7 @@ void pack(const Matrix& source, bool columns_as_rows, const Left& left, int64_t 
             word = bits_of(static_cast<const float*>(source.data)[at]);
           }
         }
-        out[w * tile_rows + r] = word;
+        out[w * rows + r] = word;
       }
     }
   }
@@ -165,7 +165,8 @@ void tile_product(int64_t words, const uint32_t* left, const uint32_t* panel, fl
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Arch::zero();
   }
   for (int64_t w = 0; w < words; ++w, left += kRows, panel += kColumns) {
-    // The panel is larger than the first cache, and read once a tile.
+    // Both operands are larger than the first cache.
+    __builtin_prefetch(left + kAhead * kRows);
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) __builtin_prefetch(panel + kAhead * kColumns + v * kLanes);
     V right[kVectors];
@@ -241,7 +242,7 @@ void multiply(
   const int64_t tile_rows = p.left.tile_rows, tile_sums = tile_rows * kColumns;
   uint32_t* words = scratch;
   float* sums = reinterpret_cast<float*>(scratch + panel_columns * kDepthWords);
-  const TileProduct product = tile_product_of(tile_rows);
+  const TileProduct whole = tile_product_of(tile_rows);
 
   const auto accumulate = [&](const Left& left, const Right& right, bool add, bool finish) {
     const Source source = make_source(right, p.dtype, capability);
@@ -250,14 +251,15 @@ void multiply(
       const int64_t n = smaller(kDepthWords, depth - begin);
       pack_panel<Arch>(source, c0, parts * kColumns, begin, n, words);
       for (int64_t tile = first; tile < last; ++tile) {
-        const uint32_t* rows = left.words + (tile * depth + begin) * tile_rows;
+        const int64_t row0 = tile * tile_rows, rows = smaller(tile_rows, left.rows - row0);
+        const TileProduct product = rows == tile_rows ? whole : tile_product_of(rows);
+        const uint32_t* words_of_tile = left.words + row0 * depth + begin * rows;
         for (int64_t part = 0; part < parts; ++part) {
           float* at = sums + ((tile - first) * parts + part) * tile_sums;
-          product(n, rows, words + part * n * kColumns, at, add);
+          product(n, words_of_tile, words + part * n * kColumns, at, add);
           if (finish && begin + n == depth) {
-            const int64_t row0 = tile * tile_rows, column0 = part * kColumns;
-            store_tile(
-                p, at, row0, smaller(tile_rows, left.rows - row0), c0 + column0, smaller(kColumns, valid - column0));
+            const int64_t column0 = part * kColumns;
+            store_tile(p, at, row0, rows, c0 + column0, smaller(kColumns, valid - column0));
           }
         }
       }
