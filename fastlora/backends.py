@@ -194,8 +194,11 @@ def _cpu_unsupported(problem: Problem, machine: Machine) -> list[str]:
 
 
 def _cpu_preferred(problem: Problem, machine: Machine) -> bool:
-    # oneDNN multiplies bfloat16 by AMX where there is AMX; these kernels were not measured there.
-    return not machine.amx or problem.dtype != torch.bfloat16
+    if problem.dtype == torch.bfloat16:
+        # oneDNN multiplies bfloat16 by AMX where there is AMX; these kernels were not measured there.
+        return not machine.amx
+    # A weight this small was measured to be decoded and multiplied by many rows as fast by the library.
+    return problem.n * problem.k > 2**14 or problem.m < 256
 
 
 def _triton_unsupported(problem: Problem, machine: Machine) -> list[str]:

@@ -89,8 +89,8 @@ void pack_panel(const Source& s, int64_t c0, int64_t columns, int64_t begin, int
       } else {
         alignas(64) float row[kPanelColumns] = {};
         fetch_floats(s, begin + w, c0, valid, row);
-        for (int64_t c = 0; c < columns; ++c) {
-          std::memcpy(panel + (c / kColumns * words + w) * kColumns + c % kColumns, row + c, sizeof(float));
+        for (int64_t c = 0; c < columns; c += kColumns) {
+          std::memcpy(panel + (c / kColumns * words + w) * kColumns, row + c, sizeof(float) * kColumns);
         }
       }
     }

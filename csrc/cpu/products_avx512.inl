@@ -32,7 +32,7 @@ inline void transpose16(__m512i (&x)[16]) {
 }
 
 // The words of `rows` (at most 16) rows of `elements` elements, as (words, out_stride): out_rows words each, those of
-// absent rows and elements zero.
+// absent rows and elements zero. out_stride is out_rows, or out_rows 16.
 template <int kElements>
 void transpose_words(
     const void* source,
@@ -43,9 +43,10 @@ void transpose_words(
     int64_t out_stride,
     int out_rows) {
   const char* src = static_cast<const char*>(source);
-  // A store under a mask takes longer.
-  const auto store = [stored = static_cast<__mmask16>((1u << out_rows) - 1)](uint32_t* at, __m512i words) {
-    if (stored == 0xffff) {
+  // A store under a mask takes longer. What a whole one writes too far the next one writes over.
+  const uint32_t* end = out + ((elements + kElements - 1) / kElements - 1) * out_stride + out_rows;
+  const auto store = [end, stored = static_cast<__mmask16>((1u << out_rows) - 1)](uint32_t* at, __m512i words) {
+    if (end - at >= 16) {
       _mm512_storeu_si512(at, words);
     } else {
       _mm512_mask_storeu_epi32(at, stored, words);
