@@ -162,7 +162,7 @@ def merge(
 
 
 def bench(
-    suite: Annotated[str | None, typer.Option(help="layer, goals or drop-in")] = None,
+    suite: Annotated[str | None, typer.Option(help="layer, goals, cpu or drop-in")] = None,
     report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
     shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
     tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
@@ -176,7 +176,7 @@ def bench(
 ) -> None:
     """Measure layers, goals or the PEFT drop-in beside their peers, or turn records into tables and plots."""
     if report == (suite is not None):
-        raise UserError("give either --suite layer, goals or drop-in, or --report")
+        raise UserError("give either --suite layer, goals, cpu or drop-in, or --report")
     if report:
         require("matplotlib", "bench")
         from fastlora.bench import report as writer
@@ -189,7 +189,7 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, ("layer", "goals", "drop-in"))
+    _one_of("suite", suite, ("layer", "goals", "cpu", "drop-in"))
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite != "drop-in") + ["--quick"] * (quick and suite != "goals")
@@ -211,6 +211,8 @@ def _run_suite(
         if not quick and run.device().type != "cuda":
             raise UserError("the goals are those of a GPU, and there is none: --quick tries the suite on small layers")
         return run.goals(quick=quick, out=out)
+    if suite == "cpu":
+        return run.cpu(out=out)
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in

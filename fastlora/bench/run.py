@@ -86,3 +86,16 @@ def drop_in(parts: Iterable[str], *, out: Path | None = None) -> tuple[str, Path
             extra[suite.KEPT_AS[part]] = kept
         path = record.write("drop_in", rows, extra, out)
     return record.table(rows), path
+
+
+def cpu(*, out: Path | None = None) -> tuple[str, Path]:
+    """Measure the goals on a CPU; the table and the record's path. The record grows with every part."""
+    from fastlora.bench import cpu as suite
+
+    rows: list[record.Row] = []
+    times: list[dict[str, Any]] = []
+    for found, kept in suite.parts():
+        rows += found
+        times += kept
+        path = record.write("cpu", rows, {"times": times}, out)
+    return record.table(rows), path
