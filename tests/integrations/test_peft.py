@@ -20,7 +20,7 @@ from torch.distributed import tensor as distributed
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-from fastlora import NF4Weight, native, reference  # noqa: E402
+from fastlora import NF4Weight, reference  # noqa: E402
 from fastlora.integrations.peft import FUSED, Report, accelerate, restore  # noqa: E402
 from fastlora.integrations.peft import layers as layers_module  # noqa: E402
 from fastlora.linear import base_weight  # noqa: E402
@@ -266,12 +266,11 @@ def test_report(make_llama: Maker) -> None:
     assert not report.skipped
     by_name = {layer.name: layer for layer in report.layers}
     up = by_name["base_model.model.model.layers.0.mlp.up_proj"]
-    runs = "cpu" if native.available("cpu") is None else "torch"
-    assert (up.kind, up.shape, up.rank, up.backend, up.reason) == ("nf4/64 nested", (128, 64), 8, runs, None)
+    assert (up.kind, up.shape, up.rank, up.backend, up.reason) == ("nf4/64 nested", (128, 64), 8, "torch", None)
     lines = str(report).splitlines()
     assert lines[0].split() == ["layer", "count", "base", "out", "x", "in", "rank", "runs", "on"]
     row = next(line for line in lines if "up_proj" in line)
-    assert " ".join(row.split()) == f"base_model.model.model.layers.*.mlp.up_proj 2 nf4/64 nested 128 x 64 8 {runs}"
+    assert " ".join(row.split()) == "base_model.model.model.layers.*.mlp.up_proj 2 nf4/64 nested 128 x 64 8 torch"
     assert lines[-1] == "14 of 14 LoRA layers fused"
 
 
