@@ -167,10 +167,12 @@ def forward(
     out_dtype: torch.dtype | None = None,
     form: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a 16-bit x on a GPU, a packed weight and no dropout.
+    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a packed weight and no dropout; x is bfloat16 or
+    float16 on a GPU, bfloat16 or float32 on a CPU.
 
-    form: "few_rows" (up to `few_rows` rows; in_features a multiple of 32) or "library"; by default the faster one.
-    Raises RuntimeError where the extension does not serve GPUs, ValueError for tensors that do not fit.
+    form, on a GPU: "few_rows" (up to `few_rows` rows; in_features a multiple of 32) or "library"; by default the
+    faster one. Raises RuntimeError where the extension does not serve the device, ValueError for tensors that do not
+    fit.
     """
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:

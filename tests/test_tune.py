@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("typer", reason="typer is missing (extra: train)")
 pytest.importorskip("rich", reason="rich is missing (extra: train)")
 
-from fastlora import backends, tables
+from fastlora import backends, native, tables
 from fastlora.backends import BACKENDS, Problem
 from fastlora.bench import timing, tune
 from fastlora.bench.timing import Times
@@ -128,7 +128,10 @@ class TestAsking:
 
     def test_all_that_can_run_as_what_they_are(self) -> None:
         plan = dataclasses.replace(TINY, candidates=None)
-        assert tune.candidates(plan, next(plan.problems()), backends.this_machine()) == ["torch"]
+        machine = dataclasses.replace(backends.this_machine(), native_cpu=None)
+        assert tune.candidates(plan, next(plan.problems()), machine) == ["cpu", "torch"]
+        machine = dataclasses.replace(machine, native_cpu="not built")
+        assert tune.candidates(plan, next(plan.problems()), machine) == ["torch"]
 
     def test_forms_are_candidates(self) -> None:
         pytest.importorskip("triton")
@@ -147,7 +150,8 @@ class TestMeasuring:
         shown = capsys.readouterr().out
         path = cache / "cpu.json"
         assert shown.splitlines()[-1] == str(path)
-        assert sum("reference  2" in line and line.rstrip().endswith("torch") for line in shown.splitlines()) == 4
+        before = "cpu" if native.available("cpu") is None else "torch"
+        assert sum("reference  2" in line and line.rstrip().endswith(before) for line in shown.splitlines()) == 4
         (only,) = tables.current().tables
         assert only.user
         assert only.device == backends.this_machine().cpu
