@@ -59,8 +59,7 @@ def test_the_same_as_accelerate(base: str, fields: dict[str, Any], way: str) -> 
 @pytest.mark.parametrize("base", ["dense", "4bit"])
 def test_the_same_as_the_standalone_layer(base: str) -> None:
     layer = surface.lora_layers(adapted(base, "register"))[0]
-    standalone = FastLoRALinear.from_peft(layer)
-    standalone.backend = layer.fastlora_backend
+    standalone = FastLoRALinear.from_peft(layer, backend=layer.fastlora_backend)
     x = torch.randn(3, 64)
     assert torch.equal(standalone(x), layer(x))
 
