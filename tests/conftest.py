@@ -44,7 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    skipped = [report for report in terminalreporter.getreports("skipped") if "gpu" in report.keywords]
+    # A module that was skipped as a whole has no keywords.
+    reports = terminalreporter.getreports("skipped")
+    skipped = [report for report in reports if "gpu" in getattr(report, "keywords", ())]
     if skipped and not HAS_CUDA:
         terminalreporter.write_line(f"{len(skipped)} gpu tests skipped: {_WHY_NO_GPU}", yellow=True)
 
