@@ -189,7 +189,6 @@ int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
 
 #if defined(FASTLORA_WITH_CUDA)
 
-// `capability` speaks of the CPU; this twin ignores it so that both share one schema.
 // A device guard (the launch goes to the current device, which need not be the tensors' own) and its current stream.
 class Launch {
  public:
@@ -207,6 +206,7 @@ class Launch {
   void* stream_ = nullptr;
 };
 
+// `capability` speaks of the CPU; this twin ignores it so that both share one schema.
 void dequantize_cuda_op(
     Tensor w_packed,
     std::optional<Tensor> absmax,
@@ -541,12 +541,12 @@ Tensor wide_product(const Tensor& a, const Tensor& b) {
 
 // scale * (a b) as a gradient of the type of `like`, rounded once.
 Tensor gradient(const Tensor& a, const Tensor& b, double scale, const Tensor& like) {
-  Tensor out = torch::stable::new_empty(like, {a.sizes()[0], b.sizes()[1]});
   if (like.scalar_type() == a.scalar_type()) {
+    Tensor out = torch::stable::new_empty(like, {a.sizes()[0], b.sizes()[1]});
     add_product(out, a, b, scale, 0.0);
     return out;
   }
-  out = wide_product(a, b);
+  Tensor out = wide_product(a, b);
   if (scale != 1.0) {
     AtenTensorHandle scaled = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mul_Scalar(out.get(), scale, &scaled));
