@@ -253,15 +253,13 @@ DType narrow_or_wide(const char* name, const Tensor& t, DType dtype) {
   return type;
 }
 
-// Checks what every forward and backward share: x or dy (m, columns), the adapters.
+// Checks and takes what every forward and backward share: the size and type of x or dy (m, columns), the adapters.
 template <typename Params>
-void check_operands(
+void take_operands(
     Params& p,
     const char* name,
     Tensor& rows,
     int64_t columns,
-    int64_t n,
-    int64_t k,
     std::optional<Tensor>& lora_a,
     std::optional<Tensor>& lora_b) {
   if (rows.dim() != 2 || rows.sizes()[0] < 1) fail(name, " must have rows, got shape ", shape_of(rows));
@@ -275,39 +273,28 @@ void check_operands(
   if (lora_a.has_value() != lora_b.has_value()) fail("lora_a and lora_b must be given together");
   if (!lora_a.has_value()) return;
   const int64_t r = lora_a->dim() == 2 ? lora_a->sizes()[0] : 0;
-  if (r < 1 || r > INT32_MAX) fail("lora_a must be (R, ", k, "), got ", shape_of(*lora_a));
-  p.r = static_cast<int32_t>(r);
-  operand("lora_a", *lora_a, rows, r, k);
-  operand("lora_b", *lora_b, rows, n, r);
+  if (r < 1 || r > INT32_MAX) fail("lora_a must be (R, ", p.k, "), got ", shape_of(*lora_a));
+  p.r = static_cast<decltype(p.r)>(r);
+  p.lora_a = operand("lora_a", *lora_a, rows, r, p.k);
+  p.lora_b = operand("lora_b", *lora_b, rows, p.n, r);
   p.adapter_dtype = narrow_or_wide("lora_a", *lora_a, p.dtype);
   if (dtype_of("lora_b", *lora_b) != p.adapter_dtype) fail("lora_a and lora_b must have one type");
 }
 
-// And what the kernels for few rows ask for besides.
+// All that a forward pass reads.
 template <typename Params>
-void check_few_rows(
+void prepare_forward(
     Params& p,
-    const char* name,
-    Tensor& rows,
-    int64_t columns,
-    Tensor& w_packed,
+    Tensor& x,
     std::optional<Tensor>& lora_a,
-    std::optional<Tensor>& lora_b) {
-  check_operands(p, name, rows, columns, p.n, p.k, lora_a, lora_b);
-  if (rows.sizes()[0] > kMaxFewRows) {
-    fail(name, " must have at most ", int64_t{kMaxFewRows}, " rows, got shape ", shape_of(rows));
-  }
-  if (p.k % 32 != 0) fail("in_features must be a multiple of 32, got ", p.k);
-  align(w_packed);
-  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
-  if (!lora_a.has_value()) return;
-  p.lora_a = lora_a->const_data_ptr();
-  p.lora_b = lora_b->const_data_ptr();
-}
-
-// The bias of a forward pass.
-template <typename Params>
-void check_bias(Params& p, const std::optional<Tensor>& bias, const Tensor& x) {
+    std::optional<Tensor>& lora_b,
+    const std::optional<Tensor>& bias,
+    double scale,
+    bool float_out) {
+  take_operands(p, "x", x, p.k, lora_a, lora_b);
+  p.x = x.const_data_ptr();
+  p.scale = static_cast<float>(scale);
+  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
   p.bias_dtype = p.dtype;
   if (!bias.has_value()) return;
   p.bias_dtype = narrow_or_wide("bias", *bias, p.dtype);
@@ -315,6 +302,74 @@ void check_bias(Params& p, const std::optional<Tensor>& bias, const Tensor& x) {
     fail("bias must be contiguous, of shape (", p.n, "), on the device of x; got ", shape_of(*bias));
   }
   p.bias = bias->const_data_ptr();
+}
+
+// y and u, to be filled.
+template <typename Params>
+std::tuple<Tensor, Tensor> new_outputs(Params& p, const Tensor& x) {
+  Tensor y =
+      torch::stable::new_empty(x, {p.m, p.n}, p.out_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type());
+  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
+  p.y = y.mutable_data_ptr();
+  p.u = u.mutable_data_ptr();
+  return {y, u};
+}
+
+// Which gradients a backward pass makes; those of absent adapters never.
+struct Needs {
+  bool dx, da, db;
+};
+
+// All that a backward pass reads: x only for dA, u only for dB.
+template <typename Params>
+void prepare_backward(
+    Params& p,
+    Needs& needs,
+    Tensor& dy,
+    std::optional<Tensor>& x,
+    std::optional<Tensor>& u,
+    std::optional<Tensor>& lora_a,
+    std::optional<Tensor>& lora_b,
+    double scale) {
+  take_operands(p, "dy", dy, p.n, lora_a, lora_b);
+  p.dy = dy.const_data_ptr();
+  p.scale = static_cast<float>(scale);
+  needs.da = needs.da && p.r > 0;
+  needs.db = needs.db && p.r > 0;
+  const auto beside_dy = [&](const char* name, std::optional<Tensor>& t, int64_t columns) {
+    if (!t.has_value()) fail(name, " is missing");
+    if (t->scalar_type() != dy.scalar_type()) {
+      fail(name, " must have the type of dy, ", name_of(dy.scalar_type()), ", got ", name_of(t->scalar_type()));
+    }
+    return operand(name, *t, dy, p.m, columns);
+  };
+  if (needs.da) p.x = beside_dy("x", x, p.k);
+  if (needs.db) p.u = beside_dy("u", u, p.r);
+}
+
+// A gradient that is not needed has no elements.
+struct Gradients {
+  Tensor dx, da, db, du;
+};
+
+// The gradients to be filled, and du where one of them is made from it.
+template <typename Params>
+Gradients new_gradients(
+    Params& p,
+    const Needs& needs,
+    const Tensor& dy,
+    const std::optional<Tensor>& lora_a,
+    const std::optional<Tensor>& lora_b) {
+  const auto make = [](bool needed, int64_t rows, int64_t columns, const Tensor& like, void*& data) {
+    if (!needed) return torch::stable::new_empty(like, {0});
+    Tensor t = torch::stable::new_empty(like, {rows, columns});
+    data = t.mutable_data_ptr();
+    return t;
+  };
+  return {
+      make(needs.dx, p.m, p.k, dy, p.dx), make(needs.da, p.r, p.k, needs.da ? *lora_a : dy, p.da),
+      make(needs.db, p.n, p.r, needs.db ? *lora_b : dy, p.db),
+      make(p.r > 0 && (needs.dx || needs.da), p.m, p.r, dy, p.du)};
 }
 
 // Threads take the next piece when they have done one: a core that others use, too, would hold up an even share.
@@ -326,6 +381,10 @@ Threads pool() {
               for (int64_t i = next++; i < count; i = next++) body(i, i + 1);
             });
           }};
+}
+
+void check_elements(int64_t n, int64_t k) {
+  if (n < 1 || k < 1) fail("the weight must have elements, got shape (", n, ", ", k, ")");
 }
 
 std::tuple<Tensor, Tensor> linear_forward_cpu_op(
@@ -346,27 +405,16 @@ std::tuple<Tensor, Tensor> linear_forward_cpu_op(
     double scale,
     bool float_out,
     int64_t capability) {
+  check_elements(n, k);
   CpuForward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  check_operands(p, "x", x, k, n, k, lora_a, lora_b);
-  check_bias(p, bias, x);
-  if (n < 1 || k < 1) fail("the weight must have elements, got shape (", n, ", ", k, ")");
-  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
-  p.scale = static_cast<float>(scale);
-  Tensor y = torch::stable::new_empty(x, {p.m, n}, float_out ? ScalarType::Float : x.scalar_type());
-  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
-  p.x = x.const_data_ptr();
-  if (p.r > 0) {
-    p.lora_a = lora_a->const_data_ptr();
-    p.lora_b = lora_b->const_data_ptr();
-  }
-  p.y = y.mutable_data_ptr();
-  p.u = u.mutable_data_ptr();
-  linear_forward_cpu(p, checked_capability(capability), pool());
-  return {y, u};
+  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
+  const CpuCapability path = checked_capability(capability);
+  const auto outputs = new_outputs(p, x);
+  linear_forward_cpu(p, path, pool());
+  return outputs;
 }
 
-// A gradient that is not needed has no elements.
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu_op(
     Tensor dy,
     std::optional<Tensor> x,
@@ -388,46 +436,29 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu_op(
     bool need_da,
     bool need_db,
     int64_t capability) {
+  check_elements(n, k);
   CpuBackward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
-  check_operands(p, "dy", dy, n, n, k, lora_a, lora_b);
-  if (n < 1 || k < 1) fail("the weight must have elements, got shape (", n, ", ", k, ")");
-  const int64_t m = p.m, r = p.r;
-  const auto beside_dy = [&](const char* name, std::optional<Tensor>& t, int64_t columns) {
-    if (!t.has_value()) fail(name, " is missing");
-    if (t->scalar_type() != dy.scalar_type()) fail(name, " must have the type of dy");
-    return operand(name, *t, dy, m, columns);
-  };
-  const auto empty = [&](bool needed, int64_t rows, int64_t columns, const Tensor& like) {
-    return needed ? torch::stable::new_empty(like, {rows, columns}) : torch::stable::new_empty(like, {0});
-  };
-  need_da = need_da && r > 0;
-  need_db = need_db && r > 0;
-  Tensor dx = empty(need_dx, m, k, dy);
-  Tensor da = empty(need_da, r, k, need_da ? *lora_a : dy);
-  Tensor db = empty(need_db, n, r, need_db ? *lora_b : dy);
-  Tensor du = empty(r > 0 && (need_dx || need_da), m, r, dy);
-  p.scale = static_cast<float>(scale);
-  p.dy = dy.const_data_ptr();
-  if (r > 0) {
-    p.lora_a = lora_a->const_data_ptr();
-    p.lora_b = lora_b->const_data_ptr();
-    p.du = du.mutable_data_ptr();
-  }
-  if (need_dx) p.dx = dx.mutable_data_ptr();
-  if (need_da) {
-    p.x = beside_dy("x", x, k);
-    p.da = da.mutable_data_ptr();
-  }
-  if (need_db) {
-    p.u = beside_dy("u", u, r);
-    p.db = db.mutable_data_ptr();
-  }
-  linear_backward_cpu(p, checked_capability(capability), pool());
-  return {dx, da, db};
+  Needs needs{need_dx, need_da, need_db};
+  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
+  const CpuCapability path = checked_capability(capability);
+  const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
+  linear_backward_cpu(p, path, pool());
+  return {g.dx, g.da, g.db};
 }
 
 #if defined(FASTLORA_WITH_CUDA)
+
+// What the kernels for few rows ask for besides; `name` is x or dy.
+template <typename Params>
+void check_few_rows(Params& p, const char* name, const Tensor& rows, Tensor& w_packed) {
+  if (rows.sizes()[0] > kMaxFewRows) {
+    fail(name, " must have at most ", int64_t{kMaxFewRows}, " rows, got shape ", shape_of(rows));
+  }
+  if (p.k % 32 != 0) fail("in_features must be a multiple of 32, got ", p.k);
+  align(w_packed);
+  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
+}
 
 std::tuple<Tensor, Tensor> few_rows_forward_op(
     Tensor x,
@@ -448,21 +479,14 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
     bool float_out) {
   FewRowsForward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  check_few_rows(p, "x", x, k, w_packed, lora_a, lora_b);
-  p.x = x.const_data_ptr();
-  p.scale = static_cast<float>(scale);
-  check_bias(p, bias, x);
-  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
-  Tensor y = torch::stable::new_empty(x, {p.m, n}, float_out ? ScalarType::Float : x.scalar_type());
-  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
-  p.y = y.mutable_data_ptr();
-  p.u = u.mutable_data_ptr();
+  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
+  check_few_rows(p, "x", x, w_packed);
+  const auto outputs = new_outputs(p, x);
   const Launch launch(x);
   Launch::check("few_rows_forward", few_rows_forward_cuda(p, launch.stream()));
-  return {y, u};
+  return outputs;
 }
 
-// A gradient that is not needed has no elements.
 std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
     Tensor dy,
     std::optional<Tensor> x,
@@ -485,39 +509,14 @@ std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
     bool need_db) {
   FewRowsBackward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
-  check_few_rows(p, "dy", dy, n, w_packed, lora_a, lora_b);
+  Needs needs{need_dx, need_da, need_db};
+  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
+  check_few_rows(p, "dy", dy, w_packed);
   if (n % 8 != 0) fail("out_features must be a multiple of 8, got ", n);
-  p.dy = dy.const_data_ptr();
-  p.scale = static_cast<float>(scale);
-  const int64_t m = p.m, r = p.r;
-  need_da = need_da && r > 0;
-  need_db = need_db && r > 0;
-  const auto empty = [&](bool needed, int64_t rows, int64_t columns, const Tensor& like) {
-    return needed ? torch::stable::new_empty(like, {rows, columns}) : torch::stable::new_empty(like, {0});
-  };
-  const auto same_type = [&](const char* name, std::optional<Tensor>& t, int64_t columns) {
-    if (!t.has_value()) fail(name, " is missing");
-    if (t->scalar_type() != dy.scalar_type()) fail(name, " must have the type of dy");
-    return operand(name, *t, dy, m, columns);
-  };
-  Tensor dx = empty(need_dx, m, k, dy);
-  Tensor da = empty(need_da, r, k, need_da ? *lora_a : dy);
-  Tensor db = empty(need_db, n, r, need_db ? *lora_b : dy);
-  const bool need_du = r > 0 && (need_dx || need_da);
-  Tensor du = empty(need_du, m, r, dy);
-  if (need_dx) p.dx = dx.mutable_data_ptr();
-  if (need_du) p.du = du.mutable_data_ptr();
-  if (need_da) {
-    p.x = same_type("x", x, k);
-    p.da = da.mutable_data_ptr();
-  }
-  if (need_db) {
-    p.u = same_type("u", u, r);
-    p.db = db.mutable_data_ptr();
-  }
+  const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
   const Launch launch(dy);
   Launch::check("few_rows_backward", few_rows_backward_cuda(p, launch.stream()));
-  return {dx, da, db};
+  return {g.dx, g.da, g.db};
 }
 
 // Library products, called without Python in between.
@@ -579,14 +578,11 @@ std::tuple<Tensor, Tensor> library_forward_op(
     std::optional<Tensor> bias,
     double scale,
     bool float_out) {
-  const PackedWeight w =
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x);
-  FinishParams p{};
-  p.n = n;
-  check_operands(p, "x", x, k, n, k, lora_a, lora_b);
-  check_bias(p, bias, x);
+  CpuForward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
+  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   const Launch launch(x);
-  const Tensor dense = dense_weight(w, x, launch);
+  const Tensor dense = dense_weight(p, x, launch);
   Tensor u = torch::stable::new_empty(x, {p.m, p.r});
   if (p.r == 0 && !bias.has_value() && !float_out) {
     Tensor y = torch::stable::new_empty(x, {p.m, n});
@@ -596,17 +592,24 @@ std::tuple<Tensor, Tensor> library_forward_op(
   if (p.r > 0) add_product(u, x, transposed(of_type(*lora_a, x.scalar_type())), 1.0, 0.0);
   Tensor sums = wide_product(x, transposed(dense));
   Tensor y = float_out ? sums : torch::stable::new_empty(x, {p.m, n});
-  p.sums = static_cast<const float*>(sums.const_data_ptr());
-  p.u = u.const_data_ptr();
-  p.lora_b = p.r > 0 ? lora_b->const_data_ptr() : nullptr;
-  p.y = y.mutable_data_ptr();
-  p.scale = static_cast<float>(scale);
-  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
-  Launch::check("finish", finish_cuda(p, launch.stream()));
+  FinishParams finish{};
+  finish.sums = static_cast<const float*>(sums.const_data_ptr());
+  finish.u = u.const_data_ptr();
+  finish.lora_b = p.lora_b;
+  finish.bias = p.bias;
+  finish.y = y.mutable_data_ptr();
+  finish.m = p.m;
+  finish.n = n;
+  finish.r = static_cast<int32_t>(p.r);
+  finish.scale = p.scale;
+  finish.dtype = p.dtype;
+  finish.adapter_dtype = p.adapter_dtype;
+  finish.bias_dtype = p.bias_dtype;
+  finish.out_dtype = p.out_dtype;
+  Launch::check("finish", finish_cuda(finish, launch.stream()));
   return {y, u};
 }
 
-// A gradient that is not needed has no elements.
 std::tuple<Tensor, Tensor, Tensor> library_backward_op(
     Tensor dy,
     std::optional<Tensor> x,
@@ -627,31 +630,21 @@ std::tuple<Tensor, Tensor, Tensor> library_backward_op(
     bool need_dx,
     bool need_da,
     bool need_db) {
-  const PackedWeight w =
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy);
-  FinishParams p{};
-  check_operands(p, "dy", dy, n, n, k, lora_a, lora_b);
+  CpuBackward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
+  Needs needs{need_dx, need_da, need_db};
+  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
   const auto type = dy.scalar_type();
   const Launch launch(dy);
   Tensor nothing = torch::stable::new_empty(dy, {0});
   Tensor dx = nothing, da = nothing, db = nothing, du = nothing;
-  need_da = need_da && p.r > 0;
-  need_db = need_db && p.r > 0;
-  if (p.r > 0 && (need_dx || need_da)) du = gradient(dy, of_type(*lora_b, type), scale, dy);
-  if (need_db) {
-    if (!u.has_value()) fail("u is missing");
-    operand("u", *u, dy, p.m, p.r);
-    db = gradient(transposed(dy), *u, scale, *lora_b);
-  }
-  if (need_da) {
-    if (!x.has_value()) fail("x is missing");
-    operand("x", *x, dy, p.m, k);
-    da = gradient(transposed(du), *x, 1.0, *lora_a);
-  }
-  if (need_dx) {
+  if (p.r > 0 && (needs.dx || needs.da)) du = gradient(dy, of_type(*lora_b, type), scale, dy);
+  if (needs.db) db = gradient(transposed(dy), *u, scale, *lora_b);
+  if (needs.da) da = gradient(transposed(du), *x, 1.0, *lora_a);
+  if (needs.dx) {
     dx = torch::stable::new_empty(dy, {p.m, k});
     if (p.r > 0) add_product(dx, du, of_type(*lora_a, type), 1.0, 0.0);
-    add_product(dx, dy, dense_weight(w, dy, launch), 1.0, p.r > 0 ? 1.0 : 0.0);
+    add_product(dx, dy, dense_weight(p, dy, launch), 1.0, p.r > 0 ? 1.0 : 0.0);
   }
   return {dx, da, db};
 }
@@ -662,33 +655,21 @@ std::tuple<Tensor, Tensor, Tensor> library_backward_op(
 }  // namespace fastlora
 
 STABLE_TORCH_LIBRARY(fastlora_native, m) {
-  m.def(
-      "dequantize(Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
-      "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, int capability, Tensor(a!) out) -> ()");
-  m.def("cpu_capability() -> int");
-  m.def(
-      "linear_forward(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, "
-      "Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, Tensor? lora_a, "
-      "Tensor? lora_b, Tensor? bias, float scale, bool float_out, int capability) -> (Tensor, Tensor)");
-  m.def(
-      "linear_backward(Tensor dy, Tensor? x, Tensor? u, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, "
-      "Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, "
-      "Tensor? lora_a, Tensor? lora_b, float scale, bool need_dx, bool need_da, bool need_db, int capability) "
-      "-> (Tensor, Tensor, Tensor)");
-  for (const char* name : {"few_rows_forward", "library_forward"}) {
-    m.def((std::string(name) +
-           "(Tensor x, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
-           "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, Tensor? lora_a, Tensor? lora_b, "
-           "Tensor? bias, float scale, bool float_out) -> (Tensor, Tensor)")
-              .c_str());
-  }
-  for (const char* name : {"few_rows_backward", "library_backward"}) {
-    m.def((std::string(name) +
-           "(Tensor dy, Tensor? x, Tensor? u, Tensor w_packed, Tensor? absmax, Tensor? absmax_q, "
-           "Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, int n, int k, int blocksize, bool fp4, "
-           "Tensor? lora_a, Tensor? lora_b, float scale, bool need_dx, bool need_da, bool need_db) "
-           "-> (Tensor, Tensor, Tensor)")
-              .c_str());
+  const std::string weight =
+      "Tensor w_packed, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, "
+      "Tensor? absmax_offset, int n, int k, int blocksize, bool fp4";
+  const std::string adapters = ", Tensor? lora_a, Tensor? lora_b";
+  const std::string forward = "_forward(Tensor x, " + weight + adapters + ", Tensor? bias, float scale, bool float_out";
+  const std::string backward = "_backward(Tensor dy, Tensor? x, Tensor? u, " + weight + adapters +
+                               ", float scale, bool need_dx, bool need_da, bool need_db";
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  define("cpu_capability() -> int");
+  define("dequantize(" + weight + ", int capability, Tensor(a!) out) -> ()");
+  define("linear" + forward + ", int capability) -> (Tensor, Tensor)");
+  define("linear" + backward + ", int capability) -> (Tensor, Tensor, Tensor)");
+  for (const std::string& name : {std::string("few_rows"), std::string("library")}) {
+    define(name + forward + ") -> (Tensor, Tensor)");
+    define(name + backward + ") -> (Tensor, Tensor, Tensor)");
   }
 }
 
