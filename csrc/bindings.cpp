@@ -578,7 +578,7 @@ std::tuple<Tensor, Tensor> library_forward_op(
     std::optional<Tensor> bias,
     double scale,
     bool float_out) {
-  CpuForward p{
+  LinearForward<int64_t> p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   const Launch launch(x);
@@ -630,7 +630,7 @@ std::tuple<Tensor, Tensor, Tensor> library_backward_op(
     bool need_dx,
     bool need_da,
     bool need_db) {
-  CpuBackward p{
+  LinearBackward<int64_t> p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
   Needs needs{need_dx, need_da, need_db};
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);

@@ -35,9 +35,10 @@ struct DequantizeParams : PackedWeight {
 // The most rows of x or dy that the kernels for few rows take.
 constexpr int32_t kMaxFewRows = 64;
 
-// y = x W^T + scale * (u B^T) + bias, u = x A^T. Matrices are contiguous, k is a multiple of 32, m at most kMaxFewRows;
-// pointers are 16-byte aligned. r may be 0, and lora_a, lora_b, u null.
-struct FewRowsForward : PackedWeight {
+// y = x W^T + scale * (u B^T) + bias, u = x A^T. Matrices are contiguous; m is at least 1. r may be 0, and lora_a,
+// lora_b and u null. `Count` holds m and r: 32 bits where kernels compute with them on a GPU.
+template <typename Count>
+struct LinearForward : PackedWeight {
   const void* x;       // (m, k) of dtype
   const void* lora_a;  // (r, k) of adapter_dtype
   const void* lora_b;  // (n, r) of adapter_dtype
@@ -45,17 +46,18 @@ struct FewRowsForward : PackedWeight {
   void* y;             // (m, n) of out_dtype
   void* u;             // (m, r) of dtype
   float scale;
-  int32_t m;
-  int32_t r;
-  DType dtype;          // bfloat16 or float16
+  Count m;
+  Count r;
+  DType dtype;
   DType adapter_dtype;  // dtype or float32, as bias_dtype and out_dtype
   DType bias_dtype;
   DType out_dtype;
 };
 
 // du = scale * (dy B), dx = dy W + du A, dA = du^T x, dB = scale * (dy^T u). The same conditions; dx, da and db may be
-// null where they are not needed, x and da together, u and db together.
-struct FewRowsBackward : PackedWeight {
+// null where they are not needed, x and da together, u and db together. du is needed for dx and for da.
+template <typename Count>
+struct LinearBackward : PackedWeight {
   const void* dy;      // (m, n) of dtype
   const void* x;       // (m, k) of dtype
   const void* u;       // (m, r) of dtype
@@ -66,11 +68,20 @@ struct FewRowsBackward : PackedWeight {
   void* da;            // (r, k) of adapter_dtype
   void* db;            // (n, r) of adapter_dtype
   float scale;
-  int32_t m;
-  int32_t r;
+  Count m;
+  Count r;
   DType dtype;
   DType adapter_dtype;
 };
+
+// On a GPU, in bfloat16 or float16: m is at most kMaxFewRows, k a multiple of 32, backward n a multiple of 8; pointers
+// are 16-byte aligned.
+using FewRowsForward = LinearForward<int32_t>;
+using FewRowsBackward = LinearBackward<int32_t>;
+
+// On a CPU, in bfloat16 or float32: n and k are at least 1.
+using CpuForward = LinearForward<int64_t>;
+using CpuBackward = LinearBackward<int64_t>;
 
 // y = sums + scale * (u B^T) + bias, from float32 sums of a product. Contiguous; y may be sums. r may be 0.
 struct FinishParams {
