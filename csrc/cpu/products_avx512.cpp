@@ -16,28 +16,8 @@ namespace {
 
 struct Source;
 
-struct Arch {
-  using V = __m512;
-  static constexpr int kLanes = 16;
-  static constexpr int kMaxRows = 14;
-  static constexpr bool kPairs = false;
-  static V zero() { return _mm512_setzero_ps(); }
-  static V load(const uint32_t* p) { return _mm512_load_ps(p); }
-  static V load_floats(const float* p) { return _mm512_load_ps(p); }
-  static void store(float* p, V x) { _mm512_store_ps(p, x); }
-  static V broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p))); }
-  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+struct Arch : Avx512<1> {
   static V multiply_add(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static void transpose(
-      const void* source,
-      int64_t row_bytes,
-      int64_t rows,
-      int64_t elements,
-      uint32_t* out,
-      int64_t out_stride,
-      int64_t out_rows) {
-    transpose_words<1>(source, row_bytes, rows, elements, out, out_stride, static_cast<int>(out_rows));
-  }
   static bool pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
   static bool pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
 };
@@ -55,9 +35,6 @@ template <>
 inline __m512i Rows<1>::encode<1>(__m512 values) {
   return _mm512_castps_si512(values);
 }
-
-// Rows lie pages apart, which no prefetcher of the processor foresees.
-constexpr int kRowsAhead = 16;
 
 bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;

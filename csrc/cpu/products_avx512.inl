@@ -1,4 +1,4 @@
-// What both kinds of AVX-512 share: moves of 32-bit words, and a decoder that writes panels.
+// What both kinds of AVX-512 share: moves of 32-bit words, a decoder that writes panels, most of an `Arch`.
 
 namespace fastlora {
 namespace {
@@ -91,6 +91,9 @@ void transpose_words(
 inline bool in_whole_blocks(const PackedWeight& w) { return w.k % 32 == 0; }
 
 constexpr int kRun = 32;
+
+// Rows lie pages apart, which no prefetcher of the processor foresees.
+constexpr int kRowsAhead = 16;
 
 // Rows of a weight that are decoded in steps of kRun elements. kElements is that of a word: 1, then as float32, or 2.
 template <int kElements>
@@ -189,6 +192,31 @@ void pack_rows_along(
     }
   }
 }
+
+// What an `Arch` is but for its products and what it packs itself.
+template <int kElements>
+struct Avx512 {
+  using V = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kMaxRows = 14;
+  static constexpr bool kPairs = kElements == 2;
+  static V zero() { return _mm512_setzero_ps(); }
+  static V load(const uint32_t* p) { return _mm512_load_ps(p); }
+  static V load_floats(const float* p) { return _mm512_load_ps(p); }
+  static void store(float* p, V x) { _mm512_store_ps(p, x); }
+  static V broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p))); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static void transpose(
+      const void* source,
+      int64_t row_bytes,
+      int64_t rows,
+      int64_t elements,
+      uint32_t* out,
+      int64_t out_stride,
+      int64_t out_rows) {
+    transpose_words<kElements>(source, row_bytes, rows, elements, out, out_stride, static_cast<int>(out_rows));
+  }
+};
 
 }  // namespace
 }  // namespace fastlora

@@ -17,29 +17,9 @@ namespace {
 
 struct Source;
 
-struct Arch {
-  using V = __m512;
-  static constexpr int kLanes = 16;
-  static constexpr int kMaxRows = 14;
-  static constexpr bool kPairs = true;
-  static V zero() { return _mm512_setzero_ps(); }
-  static V load(const uint32_t* p) { return _mm512_load_ps(p); }
-  static V load_floats(const float* p) { return _mm512_load_ps(p); }
-  static void store(float* p, V x) { _mm512_store_ps(p, x); }
-  static V broadcast(const uint32_t* p) { return _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p))); }
-  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+struct Arch : Avx512<2> {
   static V multiply_add(V a, V b, V c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-  }
-  static void transpose(
-      const void* source,
-      int64_t row_bytes,
-      int64_t rows,
-      int64_t elements,
-      uint32_t* out,
-      int64_t out_stride,
-      int64_t out_rows) {
-    transpose_words<2>(source, row_bytes, rows, elements, out, out_stride, static_cast<int>(out_rows));
   }
   // Two rows of 32 elements become 32 words.
   static void interleave(__m512i even, __m512i odd, uint32_t* out) {
@@ -74,9 +54,6 @@ inline __m512i Rows<2>::encode<2>(__m512 values) {
   // Subnormal values become zero, as the products take them.
   return _mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values)));
 }
-
-// Rows lie pages apart, which no prefetcher of the processor foresees.
-constexpr int kRowsAhead = 16;
 
 bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
