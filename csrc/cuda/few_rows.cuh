@@ -275,6 +275,7 @@ __device__ __forceinline__ void store_as(void* base, int64_t index, float value,
 // ---------------------------------------------------------------------------------------------------------------- host
 
 struct DeviceLimits {
+  int device;
   int multiprocessors;
   int shared_memory;  // bytes of a block
   bool clusters;
@@ -288,6 +289,7 @@ inline cudaError_t current_limits(DeviceLimits& limits) {
   if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
   if (device >= kDevices || known[device].multiprocessors == 0) {
     DeviceLimits found{};
+    found.device = device;
     int major = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -342,10 +344,8 @@ class Slots {
  public:
   template <typename... Parameters>
   cudaError_t find(void (*kernel)(Parameters...), int shared, const DeviceLimits& limits, const int*& slots) {
-    int device = 0;
-    if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-    if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-    Known& known = known_[device];
+    if (limits.device < 0 || limits.device >= kDevices) return cudaErrorInvalidDevice;
+    Known& known = known_[limits.device];
     slots = known.blocks;
     if (known.ready) return cudaSuccess;
     const void* function = reinterpret_cast<const void*>(kernel);
@@ -409,6 +409,30 @@ cudaError_t launch_few_rows(
     Arguments... arguments) {
   const LaunchConfig launch(grid, threads, shared, ranks, overlap, stream);
   return cudaLaunchKernelEx(&launch.config, kernel, arguments...);
+}
+
+// A product of `tiles` tiles of the output, each of `chunks` steps that the blocks of a cluster share; `shared`: bytes
+// of a block. Where there is an adapter it may start beside the kernel before it, which makes u or du.
+// `slots_of_kernel` is that kernel's own.
+template <typename Params>
+cudaError_t launch_split(
+    Slots& slots_of_kernel,
+    void (*kernel)(Params, int, int, int),
+    int shared,
+    int64_t tiles,
+    int64_t chunks,
+    const Params& p,
+    const DeviceLimits& limits,
+    cudaStream_t stream) {
+  if (shared > limits.shared_memory) return cudaErrorInvalidConfiguration;
+  const int* slots = nullptr;
+  if (const cudaError_t status = slots_of_kernel.find(kernel, shared, limits, slots); status != cudaSuccess) {
+    return status;
+  }
+  const int ranks = split_of(tiles, chunks, slots, 2);
+  return launch_few_rows(
+      kernel, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, shared, ranks, p.r > 0 && limits.clusters, stream,
+      p, ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
 }
 
 }  // namespace fastlora

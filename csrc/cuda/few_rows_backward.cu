@@ -314,19 +314,10 @@ __global__ void __launch_bounds__(kAdapterThreads) adapter_gradient_kernel(const
 template <typename T, int kTiles>
 cudaError_t launch_input_gradient(const FewRowsBackward& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = Shape<kTiles>;
-  if (Layout::kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
+  static Slots slots;
   const int64_t tiles = (p.k + kColumns - 1) / kColumns;
   const int64_t chunks = (p.n + kChunk - 1) / kChunk;
-  static Slots slots_of_kernel;
-  const int* slots = nullptr;
-  const auto kernel = input_gradient_kernel<T, kTiles>;
-  if (const cudaError_t status = slots_of_kernel.find(kernel, Layout::kShared, limits, slots); status != cudaSuccess) {
-    return status;
-  }
-  const int ranks = split_of(tiles, chunks, slots, 2);
-  return launch_few_rows(
-      kernel, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters,
-      stream, p, ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+  return launch_split(slots, input_gradient_kernel<T, kTiles>, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 
 template <typename T>

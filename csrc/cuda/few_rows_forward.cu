@@ -391,45 +391,29 @@ __global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsF
 template <typename T, int kTiles>
 cudaError_t launch_linear(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = Shape<kTiles>;
-  if (Layout::kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
+  static Slots slots;
   const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
   const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
-  static Slots slots_of_kernel;
-  const int* slots = nullptr;
-  const auto kernel = linear_kernel<T, kTiles>;
-  if (const cudaError_t status = slots_of_kernel.find(kernel, Layout::kShared, limits, slots); status != cudaSuccess) {
-    return status;
-  }
-  const int ranks = split_of(tiles, chunks, slots, 2);
-  const auto grid = static_cast<unsigned>(tiles * ranks);
-  return launch_few_rows(
-      kernel, dim3(grid), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters, stream, p, ranks,
-      static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+  return launch_split(slots, linear_kernel<T, kTiles>, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 
 template <typename T, int kTiles, int kTileGroups>
 cudaError_t launch_decode_groups(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = DecodeShape<kTiles, kTileGroups>;
-  static Slots slots_of_kernel;
-  const int* slots = nullptr;
-  const auto kernel = decode_kernel<T, kTiles, kTileGroups>;
-  if (const cudaError_t status = slots_of_kernel.find(kernel, Layout::kShared, limits, slots); status != cudaSuccess) {
-    return status;
-  }
+  static Slots slots;
   const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
   const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
-  const int ranks = split_of(tiles, chunks, slots, 2);
-  return launch_few_rows(
-      kernel, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, Layout::kShared, ranks, p.r > 0 && limits.clusters,
-      stream, p, ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+  return launch_split(slots, decode_kernel<T, kTiles, kTileGroups>, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 
 // Larger tiles read x less often and fill the table less often; smaller ones keep more multiprocessors busy.
 template <typename T, int kTiles>
 cudaError_t launch_decode(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
-  const bool large = p.n > static_cast<int64_t>(limits.multiprocessors) * 2 * kFragment;
-  if (kTiles > 1 || large) return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
-  return launch_decode_groups<T, kTiles, 1>(p, limits, stream);
+  if constexpr (kTiles == 1) {
+    const bool large = p.n > static_cast<int64_t>(limits.multiprocessors) * 2 * kFragment;
+    if (!large) return launch_decode_groups<T, kTiles, 1>(p, limits, stream);
+  }
+  return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
 }
 
 template <typename T>
