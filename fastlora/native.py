@@ -59,18 +59,9 @@ def available(device_type: str) -> str | None:
 
 
 @functools.cache
-def _operator(name: str) -> Any:
-    """An operator for CUDA tensors. Raises RuntimeError when the extension does not serve them."""
-    reason = available("cuda")
-    if reason is not None:
-        raise RuntimeError(reason)
-    return getattr(torch.ops.fastlora_native, name).default
-
-
-@functools.cache
-def _cpu_operator(name: str) -> Any:
-    """An operator for CPU tensors. Raises RuntimeError without the extension."""
-    reason = available("cpu")
+def _operator(name: str, device_type: str) -> Any:
+    """An operator for tensors on ``device_type``. Raises RuntimeError when the extension does not serve them."""
+    reason = available(device_type)
     if reason is not None:
         raise RuntimeError(reason)
     return getattr(torch.ops.fastlora_native, name).default
@@ -108,21 +99,23 @@ def dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor
     ``out``: (N, K) of that dtype on the weight's device, its last dimension contiguous; it is filled and returned.
     Raises RuntimeError when the extension does not serve the device, ValueError for a wrong tensor.
     """
-    reason = available(w.device.type)
-    if reason is not None:
-        raise RuntimeError(reason)
+    operator = _operator("dequantize", w.device.type)
     dtype = dtype or w.dtype
     if out is None:
         out = torch.empty(w.shape, dtype=dtype, device=w.device)
     elif out.dtype != dtype:
         raise ValueError(f"out must be {dtype}, got {out.dtype}")
     capability = _capability() if w.device.type == "cpu" else 0
-    torch.ops.fastlora_native.dequantize.default(*_arguments(w), capability, out)
+    operator(*_arguments(w), capability, out)
     return out
 
 
 def few_rows(capability: tuple[int, int]) -> int:
-    """The most rows of x or dy that the kernels for few rows take on a GPU of this compute capability."""
+    """The most rows of x or dy that the kernels for few rows take on a GPU of this compute capability.
+
+    On an H200 they were measured to be faster for all of these, launches included, than making the weight dense for a
+    library product.
+    """
     if capability[0] in (9, 10):
         return 64
     return 32 if capability in ((8, 0), (8, 7)) else 16  # the others have less shared memory
@@ -130,12 +123,7 @@ def few_rows(capability: tuple[int, int]) -> int:
 
 @functools.cache
 def _few_rows(index: int | None) -> int:
-    return min(few_rows(torch.cuda.get_device_capability(index)), FEW_ROWS)
-
-
-FEW_ROWS = 64
-"""Up to so many rows the product that decodes the weight was measured to be faster, launches included, than making the
-weight dense for a library product."""
+    return few_rows(torch.cuda.get_device_capability(index))
 
 
 def _form(x: torch.Tensor, w: NF4Weight) -> str:
@@ -177,11 +165,10 @@ def forward(
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:
         bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
+    arguments = (x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
     if x.device.type == "cpu":
-        wide = out_dtype == torch.float32
-        return _cpu_operator("linear_forward")(x, *_arguments(w), lora_a, lora_b, bias, scale, wide, _capability())
-    operator = _operator(f"{form or _form(x, w)}_forward")
-    return operator(x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
+        return _operator("linear_forward", "cpu")(*arguments, _capability())
+    return _operator(f"{form or _form(x, w)}_forward", "cuda")(*arguments)
 
 
 def backward(
@@ -201,9 +188,9 @@ def backward(
     a, b = _adapters(dy, lora_a, lora_b)
     arguments = (dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
     if dy.device.type == "cpu":
-        dx, da, db = _cpu_operator("linear_backward")(*arguments, _capability())
+        dx, da, db = _operator("linear_backward", "cpu")(*arguments, _capability())
     else:
-        dx, da, db = _operator(f"{form or _form(dy, w)}_backward")(*arguments)
+        dx, da, db = _operator(f"{form or _form(dy, w)}_backward", "cuda")(*arguments)
     grads: list[torch.Tensor | None] = [dx if need_dx else None]
     for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):
         if not need or adapter is None:
