@@ -222,12 +222,8 @@ def _long(problem: Problem, machine: Machine) -> bool:
     return fits and problem.dtype.itemsize == 2 and problem.m * problem.n * problem.k >= least
 
 
-_SPLIT = range(9, 129)
-"""Rows for which Triton's split product takes the GPU less time than C++, though its launches cost the host more."""
-
-
 def _split(problem: Problem) -> bool:
-    few = problem.m in _SPLIT and problem.k % 32 == 0 and problem.quant_type is not None
+    few = problem.m in tables.SPLIT_ROWS and problem.k % 32 == 0 and problem.quant_type is not None
     return problem.captured and problem.direction == "forward" and few
 
 

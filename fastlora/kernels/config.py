@@ -173,9 +173,6 @@ def gemm(
     return fit(64, 64, 64, 4, 4)
 
 
-SPLIT_ROWS = 128
-"""Rows up to which a product with a packed weight reads it once and splits the reduced side; measured."""
-
 PROJECTED_ROWS = 4096
 """Rows of x from which on enough programs share the first column of tiles for a product to project x as well: at 8192
 rows it was measured to be faster on an H200, at 2048 slower."""
@@ -190,7 +187,7 @@ def forms(m: int, dtype: torch.dtype, device: torch.device, packed: bool = True)
     """
     if dtype == torch.float32 or device.type != "cuda":
         return ("decode",)
-    few = ("split",) if packed and m <= SPLIT_ROWS else ()
+    few = ("split",) if packed and m < tables.SPLIT_ROWS.stop else ()
     # Its tiles fit in the shared memory of 9.x and 10.x only.
     fits = (9, 0) <= Device.of(device).capability < (11, 0)
     return (*few, "persistent", "library", "decode") if fits else (*few, "library", "decode")
