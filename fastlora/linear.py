@@ -207,27 +207,38 @@ def base_weight(base: nn.Module) -> Weight:
     return weight if state is None else NF4Weight.from_bitsandbytes(weight, state)
 
 
-def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
-    """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling), on the
-    `base_weight` of its base layer.
+def compute_type(
+    base: nn.Module, weight: Weight, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.dtype | None, torch.dtype]:
+    """x in the type that a layer on ``base`` computes in, the wider type to write or None, and the type to return.
 
     bitsandbytes computes in the layer's ``compute_dtype`` and returns the type of x, in or out of autocast; every
-    other base computes as ``nn.Linear`` does.
+    other base computes as ``nn.Linear`` does. ``weight``: `base_weight` of ``base``.
+    """
+    if isinstance(weight, torch.Tensor) or isinstance(base, NF4Linear):
+        x = _autocast(x)
+        return x, None, x.dtype
+    dtype = x.dtype
+    compute_dtype = getattr(base, "compute_dtype", None) or dtype
+    if compute_dtype == dtype:
+        return x, None, dtype
+    return x.to(compute_dtype), dtype if dtype.itemsize > compute_dtype.itemsize else None, dtype
+
+
+def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
+    """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling), on the
+    `base_weight` of its base layer, in the type that `compute_type` says.
     """
     modules = layer._modules  # as every attribute of a module, but without its search
     base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
     lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-    bias, scale, dtype = base.bias, layer.scaling[adapter], x.dtype
+    bias, scale = base.bias, layer.scaling[adapter]
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return lora_linear(x, weight, lora_a, lora_b, bias)  # says what is wrong
-    if isinstance(weight, torch.Tensor) or isinstance(base, NF4Linear):
-        return _run(_autocast(x), weight, lora_a, lora_b, bias, scale, p, None, backend)
-    compute_dtype = getattr(base, "compute_dtype", None) or dtype
-    if compute_dtype == dtype:
-        return _run(x, weight, lora_a, lora_b, bias, scale, p, None, backend)
-    wide = dtype if dtype.itemsize > compute_dtype.itemsize else None
-    return _run(x.to(compute_dtype), weight, lora_a, lora_b, bias, scale, p, wide, backend).to(dtype)
+    x, wide, dtype = compute_type(base, weight, x)
+    y = _run(x, weight, lora_a, lora_b, bias, scale, p, wide, backend)
+    return y if y.dtype == dtype else y.to(dtype)
 
 
 class FastLoRALinear(nn.Module):

@@ -10,24 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora import dora
-from fastlora.linear import _autocast, _run, lora_linear
+from fastlora.linear import _run, compute_type, lora_linear
 from fastlora.nf4 import Weight
-
-
-def _compute_type(
-    base: nn.Module, weight: Weight, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.dtype | None, torch.dtype]:
-    """x in the type to compute in, the wider type to write or None, and the type to return.
-
-    As `fastlora.linear.adapter_forward` decides: bitsandbytes computes in the layer's ``compute_dtype`` and returns
-    the type of x, every other base as ``nn.Linear`` does.
-    """
-    if isinstance(weight, torch.Tensor):
-        x = _autocast(x)
-        return x, None, x.dtype
-    compute_dtype: torch.dtype = getattr(base, "compute_dtype", None) or x.dtype
-    wide = x.dtype if x.dtype.itemsize > compute_dtype.itemsize else None
-    return x.to(compute_dtype), wide, x.dtype
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:
@@ -69,7 +53,7 @@ def adapters_forward(layer: Any, x: torch.Tensor, adapters: list[str], weight: W
     """
     _check(x, weight)
     modules = layer._modules
-    x, wide, dtype = _compute_type(modules["base_layer"], weight, x)
+    x, wide, dtype = compute_type(modules["base_layer"], weight, x)
     probabilities = {name: _dropout_p(modules, name) for name in adapters}
     joined = [name for name in adapters if not probabilities[name]] or adapters[:1]
     bias = _bias(layer, adapters)
@@ -109,7 +93,7 @@ def mixed_forward(
     """
     _check(x, weight)
     modules = layer._modules
-    x, wide, dtype = _compute_type(modules["base_layer"], weight, x)
+    x, wide, dtype = compute_type(modules["base_layer"], weight, x)
     y = _run(x, weight, None, None, modules["base_layer"].bias, 1.0, 0.0, wide, backend)
     if groups:
         lora_a, lora_b = _stack(layer, groups)
@@ -131,7 +115,7 @@ def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, back
     _check(x, weight)
     modules = layer._modules
     base = modules["base_layer"]
-    x, wide, dtype = _compute_type(base, weight, x)
+    x, wide, dtype = compute_type(base, weight, x)
     magnitude = modules["lora_magnitude_vector"]._modules[adapter].weight
     y = dora.dora_linear(
         x,
