@@ -9,6 +9,7 @@ on torch's own CUDA version, never on a GPU being present. torch must be importa
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from glob import glob
 from pathlib import Path
@@ -33,10 +34,21 @@ def record(command: Command, in_place: bool, reason: str) -> None:
         command.announce(f"fastlora: pure-Python package: {reason}", level=4)
 
 
+def missing_compiler() -> str:
+    """The C++ compiler that the build would call, if it is not there."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    return "" if os.name != "posix" or shutil.which(command[0]) else command[0]
+
+
 def plan() -> tuple[list, dict, str]:
     """Extensions, commands, and the reason when there are none."""
     if MODE == "none":
         return [], {}, "the package was built with FASTLORA_BUILD=none"
+    if compiler := missing_compiler():
+        reason = f"there was no C++ compiler at build time ({compiler} is not on PATH; CXX names another)"
+        if MODE != "auto":
+            raise SystemExit(f"FASTLORA_BUILD={MODE} cannot be met: {reason}")
+        return [], {}, reason
     try:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -65,7 +77,8 @@ def plan() -> tuple[list, dict, str]:
             except Exception as error:
                 if MODE != "auto":
                     raise
-                reason = f"the extension did not compile: {' '.join(str(error).split())[:400]}"
+                message = " ".join(str(error).split())[:400]
+                reason = f"the extension did not compile ({message}): pip install -v shows the compiler's own words"
                 for extension in self.extensions:
                     extension.optional = True
             record(self, self.in_place, reason)

@@ -23,9 +23,13 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for a bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        if typer is None and arguments == ["info"]:  # what is missing is its subject
+            info()
+            return 0
         require("typer")
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(arguments)
     except UserError as error:
         print(f"fastlora: {error}", file=sys.stderr)
         return error.exit_code

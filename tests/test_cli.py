@@ -99,5 +99,8 @@ def test_without_the_train_extra() -> None:
 
 def test_without_typer() -> None:
     result = run_without(["typer"], "info")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "backend torch" in result.stdout
+    result = run_without(["typer"], "explain", *LAYER)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "fastlora: typer is not installed: pip install 'fastlora-kernels[train]'\n"

@@ -1,15 +1,17 @@
-"""The package as pip builds it: contents of the wheel, and a pure-Python build that imports and works."""
+"""The package as pip builds it: contents of the wheel, pure-Python builds that work, modes that cannot be met."""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,10 +31,9 @@ def run(*command: str | Path, cwd: Path | None = None, **env: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pure-Python wheel, built from a copy of the sources so that no build output of the checkout gets in."""
-    pytest.importorskip("setuptools", minversion="77")
-    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, so that no build output of the checkout gets in."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             (source / name).write_bytes((ROOT / name).read_bytes())
@@ -44,10 +45,32 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     readme = source / "README.md"
     if not readme.exists():
         readme.write_text("fastlora\n")
+    return source
+
+
+def build_wheel(source: Path, output: Path, **env: str) -> Path:
+    pytest.importorskip("setuptools", minversion="77")
+    shutil.rmtree(source / "build", ignore_errors=True)
     build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", output, source)
-    run(sys.executable, *build, FASTLORA_BUILD="none")
+    run(sys.executable, *build, **env)
     (built,) = output.glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pure-Python wheel."""
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"), FASTLORA_BUILD="none")
+
+
+def run_installed(wheel: Path, folder: Path, code: str) -> list[str]:
+    """The lines that ``code`` prints where the wheel, and not the checkout, is the package."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    # An editable install of the checkout would lend its extension to any package of the same name.
+    alone = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
+    )
+    return run(sys.executable, "-c", alone + code, cwd=folder, PYTHONPATH=str(folder)).splitlines()
 
 
 def test_wheel_contents(wheel: Path) -> None:
@@ -75,11 +98,7 @@ def test_metadata(wheel: Path) -> None:
 
 
 def test_pure_python_install(wheel: Path, tmp_path: Path) -> None:
-    zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        # An editable install of the checkout would lend its extension to any package of the same name.
-        "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')]\n"
         "import fastlora, torch\n"
         "from fastlora import native\n"
         "from fastlora.nf4 import NF4Weight\n"
@@ -87,20 +106,68 @@ def test_pure_python_install(wheel: Path, tmp_path: Path) -> None:
         "print(native.available('cpu'))\n"
         "print(tuple(NF4Weight.quantize(torch.randn(4, 64)).dequantize().shape))\n"
     )
-    lines = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path)).splitlines()
+    lines = run_installed(wheel, tmp_path, code)
     assert Path(lines[0]).is_relative_to(tmp_path)
     assert lines[1] == "fastlora._C is not built: the package was built with FASTLORA_BUILD=none"
     assert lines[2] == "(4, 64)"
 
 
-def test_unknown_build_mode() -> None:
+INFO = "import sys; from fastlora.cli import main; sys.exit(main(['info']))"
+"""What `fastlora info` runs."""
+
+
+def test_without_a_compiler(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    environment = {"FASTLORA_BUILD": "auto", "CXX": "", "PATH": str(tmp_path / "bin")}
+    built = build_wheel(source, tmp_path / "wheel", **environment)
+    assert built.name.endswith("-py3-none-any.whl")
+    lines = run_installed(built, tmp_path / "installed", INFO)
+    reason = "fastlora._C is not built: there was no C++ compiler at build time (c++ is not on PATH; CXX names another)"
+    assert f"extension, cpu   {reason}" in lines
+    assert "backend torch      cpu: available" in lines
+    assert f"backend cpu        cpu: {reason}" in lines
+
+
+def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-dumpversion | --version) echo 12.2.0 ;; *) exit 1 ;; esac\n')
+    compiler.chmod(0o755)
+    command = ("build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path / 'objects'}")
+    assert "rror compiling objects" in failure(source, *command, FASTLORA_BUILD="cpu", CXX=str(compiler))
+    run(sys.executable, "setup.py", *command, cwd=source, FASTLORA_BUILD="auto", CXX=str(compiler))
+    reason = (tmp_path / "fastlora" / "_build_info.txt").read_text()
+    assert reason.startswith("the extension did not compile (Error compiling objects")
+
+
+@pytest.mark.parametrize("mode", ["cpu", "cuda"])
+def test_a_mode_that_cannot_be_met(source: Path, tmp_path: Path, mode: str) -> None:
+    (tmp_path / "bin").mkdir()
+    error = failure(source, "--version", FASTLORA_BUILD=mode, CXX="", PATH=str(tmp_path / "bin"))
+    assert f"FASTLORA_BUILD={mode} cannot be met: there was no C++ compiler" in error
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built with CUDA")
+def test_cuda_needs_a_cuda_torch(source: Path) -> None:
+    error = failure(source, "--version", FASTLORA_BUILD="cuda")
+    assert "FASTLORA_BUILD=cuda needs nvcc (found" in error
+    assert f"and a CUDA torch (found {torch.__version__})" in error
+
+
+def failure(source: Path, *command: str, **env: str) -> str:
+    """What ``setup.py`` says as it fails."""
     done = subprocess.run(
-        [sys.executable, "setup.py", "--version"],
-        cwd=ROOT,
-        env={**os.environ, "FASTLORA_BUILD": "gpu"},
+        [sys.executable, "setup.py", *command],
+        cwd=source,
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode != 0
-    assert "FASTLORA_BUILD must be auto, cpu, cuda or none, got 'gpu'" in done.stderr
+    return done.stderr + done.stdout
+
+
+def test_unknown_build_mode(source: Path) -> None:
+    assert "FASTLORA_BUILD must be auto, cpu, cuda or none, got 'gpu'" in failure(
+        source, "--version", FASTLORA_BUILD="gpu"
+    )
