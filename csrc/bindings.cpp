@@ -71,14 +71,24 @@ std::string shape_of(const Tensor& t) {
   return shape + ")";
 }
 
+std::string device_of(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+std::string layout_of(const Tensor& t) { return shape_of(t) + (t.is_contiguous() ? "" : ", not contiguous"); }
+
+void check_device(const char* name, const Tensor& t, const Tensor& beside) {
+  if (t.device() != beside.device()) fail(name, " must be on ", device_of(beside), ", got ", device_of(t));
+}
+
 template <typename T>
 const T* checked(const char* name, const Tensor& t, const Tensor& out, ScalarType type, int64_t numel) {
   if (t.scalar_type() != type || t.numel() != numel || !t.is_contiguous()) {
     fail(
         name, " must be a contiguous ", name_of(type), " tensor of ", numel, " elements, got ",
-        name_of(t.scalar_type()), " of shape ", shape_of(t), t.is_contiguous() ? "" : ", not contiguous");
+        name_of(t.scalar_type()), " of shape ", layout_of(t));
   }
-  if (t.device() != out.device()) fail(name, " must be on the device of out");
+  check_device(name, t, out);
   return static_cast<const T*>(t.const_data_ptr());
 }
 
@@ -239,18 +249,20 @@ void align(Tensor& t) {
 
 const void* operand(const char* name, Tensor& t, const Tensor& beside, int64_t rows, int64_t columns) {
   if (t.dim() != 2 || t.sizes()[0] != rows || t.sizes()[1] != columns || !t.is_contiguous()) {
-    fail(name, " must be contiguous, of shape (", rows, ", ", columns, "), got ", shape_of(t));
+    fail(name, " must be contiguous, of shape (", rows, ", ", columns, "), got ", layout_of(t));
   }
-  if (t.device() != beside.device()) fail(name, " must be on the device of the other tensors");
+  check_device(name, t, beside);
   align(t);
   return t.const_data_ptr();
 }
 
-// float32, or the type computed in.
-DType narrow_or_wide(const char* name, const Tensor& t, DType dtype) {
-  const DType type = dtype_of(name, t);
-  if (type != dtype && type != DType::kFloat32) fail(name, " must be float32 or of the type of x");
-  return type;
+// float32, or the type computed in, which is that of `rows`.
+DType narrow_or_wide(const char* name, const Tensor& t, const Tensor& rows) {
+  const auto type = t.scalar_type(), compute = rows.scalar_type();
+  if (type != compute && type != ScalarType::Float) {
+    fail(name, " must be float32 or ", name_of(compute), ", the type computed in; got ", name_of(type));
+  }
+  return dtype_of(name, t);
 }
 
 // Checks and takes what every forward and backward share: the size and type of x or dy (m, columns), the adapters.
@@ -267,18 +279,26 @@ void take_operands(
   p.m = static_cast<decltype(p.m)>(rows.sizes()[0]);
   p.dtype = dtype_of(name, rows);
   if (rows.is_cpu() ? p.dtype == DType::kFloat16 : p.dtype == DType::kFloat32) {
-    fail(name, " must be ", rows.is_cpu() ? "bfloat16 or float32" : "bfloat16 or float16");
+    fail(
+        name, " must be ", rows.is_cpu() ? "bfloat16 or float32" : "bfloat16 or float16", ", got ",
+        name_of(rows.scalar_type()));
   }
   p.adapter_dtype = p.dtype;
-  if (lora_a.has_value() != lora_b.has_value()) fail("lora_a and lora_b must be given together");
+  if (lora_a.has_value() != lora_b.has_value()) {
+    fail("lora_a and lora_b must be given together, got only ", lora_a.has_value() ? "lora_a" : "lora_b");
+  }
   if (!lora_a.has_value()) return;
   const int64_t r = lora_a->dim() == 2 ? lora_a->sizes()[0] : 0;
   if (r < 1 || r > INT32_MAX) fail("lora_a must be (R, ", p.k, "), got ", shape_of(*lora_a));
   p.r = static_cast<decltype(p.r)>(r);
   p.lora_a = operand("lora_a", *lora_a, rows, r, p.k);
   p.lora_b = operand("lora_b", *lora_b, rows, p.n, r);
-  p.adapter_dtype = narrow_or_wide("lora_a", *lora_a, p.dtype);
-  if (dtype_of("lora_b", *lora_b) != p.adapter_dtype) fail("lora_a and lora_b must have one type");
+  p.adapter_dtype = narrow_or_wide("lora_a", *lora_a, rows);
+  if (lora_b->scalar_type() != lora_a->scalar_type()) {
+    fail(
+        "lora_b must have the type of lora_a, ", name_of(lora_a->scalar_type()), ", got ",
+        name_of(lora_b->scalar_type()));
+  }
 }
 
 // All that a forward pass reads.
@@ -297,10 +317,11 @@ void prepare_forward(
   p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
   p.bias_dtype = p.dtype;
   if (!bias.has_value()) return;
-  p.bias_dtype = narrow_or_wide("bias", *bias, p.dtype);
-  if (bias->dim() != 1 || bias->sizes()[0] != p.n || !bias->is_contiguous() || bias->device() != x.device()) {
-    fail("bias must be contiguous, of shape (", p.n, "), on the device of x; got ", shape_of(*bias));
+  p.bias_dtype = narrow_or_wide("bias", *bias, x);
+  if (bias->dim() != 1 || bias->sizes()[0] != p.n || !bias->is_contiguous()) {
+    fail("bias must be contiguous, of shape (", p.n, "), got ", layout_of(*bias));
   }
+  check_device("bias", *bias, x);
   p.bias = bias->const_data_ptr();
 }
 

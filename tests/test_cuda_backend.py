@@ -178,3 +178,22 @@ def test_wrong_arguments(change: dict[str, tuple[int, int]], message: str) -> No
         object.__setattr__(problem, name, torch.zeros(shape, dtype=torch.bfloat16, device="cuda"))
     with pytest.raises(ValueError, match=message):
         native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, 1.0, None, form="few_rows")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": None}, "x is missing$"),
+        ({"x": torch.zeros(4, 512)}, "x must have the type of dy, bfloat16, got float32$"),
+        ({"x": torch.zeros(4, 512).bfloat16()}, "x must be on cuda:0, got cpu$"),
+        ({"u": torch.zeros(4, 9).bfloat16()}, r"u must be contiguous, of shape \(4, 8\), got \(4, 9\)$"),
+    ],
+)
+def test_wrong_arguments_of_a_gradient(change: dict[str, Any], message: str, form: str) -> None:
+    problem = make_problem(4, 136, 512, 8, torch.bfloat16, device="cuda")
+    given: dict[str, Any] = {"x": problem.x, "u": problem.x[:, :8].contiguous()} | change
+    with pytest.raises(ValueError, match=message):
+        native.backward(
+            problem.dy, given["x"], given["u"], problem.w, problem.lora_a, problem.lora_b, 1.0, None, form=form
+        )
