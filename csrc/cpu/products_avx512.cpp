@@ -38,8 +38,8 @@ inline __m512i Rows<1>::encode<1>(__m512 values) {
 
 bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
-  if (weight == nullptr || narrow(s.dtype) || !in_whole_blocks(*weight) || c0 + columns > weight->k) return false;
-  const Rows<1> rows(*weight);
+  if (weight == nullptr || !in_whole_blocks(*weight) || c0 + columns > weight->k) return false;
+  const Rows<1> rows(*weight, narrow(s.dtype));
   __m512i table{};
   for (int64_t w = 0; w < words; ++w) {
     const int64_t element = (begin + w) * weight->k + c0;
@@ -58,8 +58,8 @@ bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin
 
 bool Arch::pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
-  if (weight == nullptr || narrow(s.dtype) || !in_whole_blocks(*weight)) return false;
-  pack_rows_along<1>(*weight, c0, columns, begin, words, kColumns, panel);
+  if (weight == nullptr || !in_whole_blocks(*weight)) return false;
+  pack_rows_along<1>(*weight, narrow(s.dtype), c0, columns, begin, words, kColumns, panel);
   return true;
 }
 

@@ -1,5 +1,7 @@
 // What both kinds of AVX-512 share: moves of 32-bit words, a decoder that writes panels, most of an `Arch`.
 
+#include "blocks.inl"
+
 namespace fastlora {
 namespace {
 
@@ -87,44 +89,34 @@ void transpose_words(
   }
 }
 
-// Whether every run of 32 elements of a row that begins at a multiple of 32 lies in bytes and a block of its own.
-inline bool in_whole_blocks(const PackedWeight& w) { return w.k % 32 == 0; }
-
 constexpr int kRun = 32;
 
-// Rows lie pages apart, which no prefetcher of the processor foresees.
-constexpr int kRowsAhead = 16;
+// Rounded to bfloat16, and float32 again.
+inline __m512 rounded_bfloat16(__m512 x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i top = _mm512_and_si512(sum, _mm512_set1_epi32(static_cast<int>(0xffff0000)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_castsi512_ps(_mm512_mask_mov_epi32(top, nan, _mm512_set1_epi32(0x7fc00000)));
+}
 
-// Rows of a weight that are decoded in steps of kRun elements. kElements is that of a word: 1, then as float32, or 2.
+// Rows of a weight that are decoded in steps of kRun elements. kElements is that of a word: 1, then as float32 (rounded
+// to bfloat16 if `narrow`), or 2.
 template <int kElements>
-class Rows {
+class Rows : public Blocks {
  public:
-  explicit Rows(const PackedWeight& w)
-      : w_(w), shift_(__builtin_ctz(static_cast<unsigned>(w.blocksize))), offset_(w.nested ? *w.absmax_offset : 0.0f) {
-    alignas(64) float code[kCodes];
-    for (int i = 0; i < kCodes; ++i) code[i] = code_value(w.quant_type, i);
-    code_ = _mm512_load_ps(code);
-  }
+  Rows(const PackedWeight& w, bool narrow) : Blocks(w), codes_(_mm512_load_ps(code_)), narrow_(narrow) {}
 
   // The values of the nibbles in the block of `element`.
   __m512i table(int64_t element) const {
-    const int64_t block = element >> shift_;
-    float absmax;
-    if (w_.nested) {
-      const float product = w_.absmax_code[w_.absmax_q[block]] * w_.absmax_scale[block >> 8];
-      absmax = product + offset_;
-    } else {
-      absmax = w_.absmax[block];
-    }
-    return encode<kElements>(_mm512_mul_ps(code_, _mm512_set1_ps(absmax)));
+    const __m512 values = _mm512_mul_ps(codes_, _mm512_set1_ps(absmax(element)));
+    return encode<kElements>(kElements == 1 && narrow_ ? rounded_bfloat16(values) : values);
   }
-
-  // Whether the run at `element` begins a block, if a block has more than one.
-  bool begins_block(int64_t element) const { return (element & (w_.blocksize - 1)) == 0; }
 
   // kRun elements in kRun / 16 / kElements vectors.
   void decode(int64_t element, __m512i table, __m512i* out) const {
-    const uint8_t* src = w_.w_packed + element / 2;
+    const uint8_t* src = packed(element);
     if constexpr (kElements == 2) {
       // The permutation reads 5 bits of an index; the table is there twice, so the fifth does not matter.
       const __m512i byte = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src)));
@@ -140,22 +132,19 @@ class Rows {
     }
   }
 
-  void prefetch(int64_t element) const { __builtin_prefetch(w_.w_packed + element / 2); }
-
  private:
   template <int kKind>
   static __m512i encode(__m512 values);
 
-  const PackedWeight& w_;
-  int shift_;
-  float offset_;
-  __m512 code_;
+  __m512 codes_;
+  bool narrow_;
 };
 
 // The panel of x W^T: rows of the weight become columns.
 template <int kElements>
 void pack_rows_along(
     const PackedWeight& w,
+    bool narrow,
     int64_t c0,
     int64_t columns,
     int64_t begin,
@@ -163,7 +152,7 @@ void pack_rows_along(
     int part_columns,
     uint32_t* panel) {
   constexpr int kVectorsOfRun = kRun / 16 / kElements;
-  const Rows<kElements> rows(w);
+  const Rows<kElements> rows(w, narrow);
   for (int64_t c = 0; c < columns; c += 16) {
     const int present = static_cast<int>(w.n - c0 - c < 16 ? w.n - c0 - c : 16);
     uint32_t* out = panel + c / part_columns * words * part_columns + c % part_columns;

@@ -58,7 +58,7 @@ inline __m512i Rows<2>::encode<2>(__m512 values) {
 bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
   if (weight == nullptr || !in_whole_blocks(*weight) || c0 + columns > weight->k || weight->n % 2 != 0) return false;
-  const Rows<2> rows(*weight);
+  const Rows<2> rows(*weight, true);
   __m512i table[2]{};
   for (int64_t w = 0; w < words; ++w) {
     const int64_t element = 2 * (begin + w) * weight->k + c0;
@@ -79,7 +79,7 @@ bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin
 bool Arch::pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
   const PackedWeight* weight = s.right->weight;
   if (weight == nullptr || !in_whole_blocks(*weight)) return false;
-  pack_rows_along<2>(*weight, c0, columns, begin, words, kColumns, panel);
+  pack_rows_along<2>(*weight, true, c0, columns, begin, words, kColumns, panel);
   return true;
 }
 
