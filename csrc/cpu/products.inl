@@ -31,7 +31,7 @@ struct Source {
 };
 
 // Elements [first, first + count) of a row as float32, rounded to the type computed in.
-void fetch_floats(const Source& s, int64_t row, int64_t first, int64_t count, float* out) {
+[[maybe_unused]] void fetch_floats(const Source& s, int64_t row, int64_t first, int64_t count, float* out) {
   const Matrix& matrix = s.right->matrix;
   const int64_t offset = row * matrix.columns + first;
   if (s.right->weight != nullptr) {
