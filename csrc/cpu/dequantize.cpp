@@ -73,10 +73,20 @@ inline Element<kType> convert(float x) {
   if constexpr (kType == DType::kFloat32) return x;
 }
 
-// Elements [from, to) of a span by table lookup, one at a time.
+// Elements [from, to) of a span by table lookup, a byte at a time.
 template <typename T>
 inline void lookup(const T* table, const uint8_t* packed, const Span& span, int64_t from, int64_t to, T* out) {
-  for (int64_t i = from; i < to; ++i) out[i] = table[nibble_at(packed, span.first + i)];
+  int64_t i = from;
+  if (i < to && (span.first + i) % 2 != 0) {
+    out[i] = table[packed[(span.first + i) / 2] & 15];
+    ++i;
+  }
+  const uint8_t* src = packed + (span.first + i) / 2;
+  for (; i + 2 <= to; i += 2, ++src) {
+    out[i] = table[*src >> 4];
+    out[i + 1] = table[*src & 15];
+  }
+  if (i < to) out[i] = table[*src >> 4];
 }
 
 template <DType kType>

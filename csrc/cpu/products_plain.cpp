@@ -6,6 +6,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "blocks.inl"
 #include "transpose.inl"
 
 namespace fastlora {
@@ -43,8 +44,8 @@ struct Arch {
   static void store(float* p, V x) { std::memcpy(p, &x, sizeof x); }
   static V add(V a, V b) { return a + b; }
   static constexpr auto transpose = transpose_floats;
-  static bool pack_down(const Source&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return false; }
-  static bool pack_along(const Source&, int64_t, int64_t, int64_t, int64_t, uint32_t*) { return false; }
+  static bool pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
+  static bool pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);
 };
 
 }  // namespace
@@ -53,5 +54,75 @@ struct Arch {
 #include "products.inl"
 
 namespace fastlora {
+namespace {
+
+constexpr int kRun = 8;
+
+// Rows of a weight that are decoded in steps of kRun elements, rounded to bfloat16 if `narrow`.
+class Rows : public Blocks {
+ public:
+  Rows(const PackedWeight& w, bool narrow) : Blocks(w), narrow_(narrow) {}
+
+  // The values of the nibbles in the block of `element`.
+  void table(int64_t element, float (&values)[kCodes]) const {
+    const float a = absmax(element);
+    for (int i = 0; i < kCodes; ++i) values[i] = code_[i] * a;
+    if (!narrow_) return;
+    for (int i = 0; i < kCodes; ++i) values[i] = from_bfloat16(to_bfloat16(values[i]));
+  }
+
+  // kRun elements, `stride` apart.
+  void decode(int64_t element, const float (&values)[kCodes], float* out, int stride) const {
+    const uint8_t* src = packed(element);
+#pragma GCC unroll 4
+    for (int i = 0; i < kRun / 2; ++i) {
+      out[2 * i * stride] = values[src[i] >> 4];
+      out[(2 * i + 1) * stride] = values[src[i] & 15];
+    }
+  }
+
+ private:
+  bool narrow_;
+};
+
+bool Arch::pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
+  static_assert(kColumns == kRun);
+  const PackedWeight* weight = s.right->weight;
+  if (weight == nullptr || !in_whole_blocks(*weight) || c0 + columns > weight->k) return false;
+  const Rows rows(*weight, narrow(s.dtype));
+  float table[kCodes];
+  for (int64_t w = 0; w < words; ++w) {
+    const int64_t element = (begin + w) * weight->k + c0;
+    rows.prefetch(element + kRowsAhead * weight->k);
+    for (int64_t c = 0; c < columns; c += kRun) {
+      if (c == 0 || rows.begins_block(element + c)) rows.table(element + c, table);
+      rows.decode(element + c, table, reinterpret_cast<float*>(panel + (c / kColumns * words + w) * kColumns), 1);
+    }
+  }
+  return true;
+}
+
+bool Arch::pack_along(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel) {
+  const PackedWeight* weight = s.right->weight;
+  if (weight == nullptr || !in_whole_blocks(*weight)) return false;
+  const Rows rows(*weight, narrow(s.dtype));
+  for (int64_t c = 0; c < columns; ++c) {
+    float* out = reinterpret_cast<float*>(panel + c / kColumns * words * kColumns + c % kColumns);
+    if (c0 + c >= weight->n) {
+      for (int64_t w = 0; w < words; ++w) out[w * kColumns] = 0.0f;
+      continue;
+    }
+    float table[kCodes];
+    for (int64_t w = 0; w < words; w += kRun) {
+      const int64_t element = (c0 + c) * weight->k + begin + w;
+      if (w == 0 || rows.begins_block(element)) rows.table(element, table);
+      rows.decode(element, table, out + w * kColumns, kColumns);
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
 const Kernels& kernels_plain() { return kKernels; }
 }  // namespace fastlora
