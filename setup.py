@@ -9,6 +9,7 @@ on torch's own CUDA version, never on a GPU being present. torch must be importa
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 from glob import glob
@@ -63,7 +64,9 @@ def plan() -> tuple[list, dict, str]:
     if with_cuda and (not nvcc or torch.version.cuda is None):
         raise SystemExit(f"FASTLORA_BUILD=cuda needs nvcc (found {nvcc}) and a CUDA torch (found {torch.__version__})")
     if with_cuda:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0+PTX")
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0+PTX")
+        # The tensor core product of 9.0 needs the instructions of that architecture alone.
+        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"9\.0a?", "9.0a", wanted)
 
     class build_ext(BuildExtension):
         def run(self) -> None:

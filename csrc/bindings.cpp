@@ -481,6 +481,17 @@ void check_few_rows(Params& p, const char* name, const Tensor& rows, Tensor& w_p
   p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
 }
 
+// What the tiles that decode W in the product ask for.
+template <typename Params>
+void check_tiles(Params& p, const char* name, const Tensor& rows, Tensor& w_packed) {
+  if (rows.sizes()[0] > INT32_MAX) fail(name, " must have at most ", int64_t{INT32_MAX}, " rows");
+  if (p.k % 64 != 0) fail("in_features must be a multiple of 64, got ", p.k);
+  if (p.n % 8 != 0) fail("out_features must be a multiple of 8, got ", p.n);
+  if (p.blocksize % 64 != 0) fail("blocksize must be a multiple of 64, got ", int64_t{p.blocksize});
+  align(w_packed);
+  p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
+}
+
 std::tuple<Tensor, Tensor> few_rows_forward_op(
     Tensor x,
     Tensor w_packed,
@@ -505,6 +516,34 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
   const auto outputs = new_outputs(p, x);
   const Launch launch(x);
   Launch::check("few_rows_forward", few_rows_forward_cuda(p, launch.stream()));
+  return outputs;
+}
+
+std::tuple<Tensor, Tensor> tile_forward_op(
+    Tensor x,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    std::optional<Tensor> bias,
+    double scale,
+    bool float_out) {
+  FewRowsForward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
+  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
+  check_tiles(p, "x", x, w_packed);
+  const auto outputs = new_outputs(p, x);
+  Tensor scaled_u = torch::stable::new_empty(x, {p.m, (p.r + 7) / 8 * 8});
+  const Launch launch(x);
+  Launch::check("tile_forward", tile_forward_cuda(p, scaled_u.mutable_data_ptr(), launch.stream()));
   return outputs;
 }
 
@@ -631,6 +670,28 @@ std::tuple<Tensor, Tensor> library_forward_op(
   return {y, u};
 }
 
+// du and the gradients of the adapters, by library products. One that is not needed has no elements.
+struct AdapterGradients {
+  Tensor du, da, db;
+};
+
+AdapterGradients adapter_gradients(
+    const Needs& needs,
+    bool adapted,
+    const Tensor& dy,
+    const std::optional<Tensor>& x,
+    const std::optional<Tensor>& u,
+    const std::optional<Tensor>& lora_a,
+    const std::optional<Tensor>& lora_b,
+    double scale) {
+  const Tensor nothing = torch::stable::new_empty(dy, {0});
+  AdapterGradients g{nothing, nothing, nothing};
+  if (adapted && (needs.dx || needs.da)) g.du = gradient(dy, of_type(*lora_b, dy.scalar_type()), scale, dy);
+  if (needs.db) g.db = gradient(transposed(dy), *u, scale, *lora_b);
+  if (needs.da) g.da = gradient(transposed(g.du), *x, 1.0, *lora_a);
+  return g;
+}
+
 std::tuple<Tensor, Tensor, Tensor> library_backward_op(
     Tensor dy,
     std::optional<Tensor> x,
@@ -655,19 +716,53 @@ std::tuple<Tensor, Tensor, Tensor> library_backward_op(
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
   Needs needs{need_dx, need_da, need_db};
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
-  const auto type = dy.scalar_type();
   const Launch launch(dy);
-  Tensor nothing = torch::stable::new_empty(dy, {0});
-  Tensor dx = nothing, da = nothing, db = nothing, du = nothing;
-  if (p.r > 0 && (needs.dx || needs.da)) du = gradient(dy, of_type(*lora_b, type), scale, dy);
-  if (needs.db) db = gradient(transposed(dy), *u, scale, *lora_b);
-  if (needs.da) da = gradient(transposed(du), *x, 1.0, *lora_a);
+  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale);
+  Tensor dx = torch::stable::new_empty(dy, {0});
   if (needs.dx) {
     dx = torch::stable::new_empty(dy, {p.m, k});
-    if (p.r > 0) add_product(dx, du, of_type(*lora_a, type), 1.0, 0.0);
+    if (p.r > 0) add_product(dx, g.du, of_type(*lora_a, dy.scalar_type()), 1.0, 0.0);
     add_product(dx, dy, dense_weight(p, dy, launch), 1.0, p.r > 0 ? 1.0 : 0.0);
   }
-  return {dx, da, db};
+  return {dx, g.da, g.db};
+}
+
+std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
+    Tensor dy,
+    std::optional<Tensor> x,
+    std::optional<Tensor> u,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    std::optional<Tensor> lora_a,
+    std::optional<Tensor> lora_b,
+    double scale,
+    bool need_dx,
+    bool need_da,
+    bool need_db) {
+  FewRowsBackward p{
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
+  Needs needs{need_dx, need_da, need_db};
+  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
+  check_tiles(p, "dy", dy, w_packed);
+  if (p.r % 8 != 0) fail("the rank must be a multiple of 8, got ", int64_t{p.r});
+  const Launch launch(dy);
+  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale);
+  Tensor dx = torch::stable::new_empty(dy, {0});
+  if (needs.dx) {
+    dx = torch::stable::new_empty(dy, {p.m, k});
+    p.dx = dx.mutable_data_ptr();
+    p.du = g.du.mutable_data_ptr();
+    Launch::check("tile_backward", tile_input_gradient_cuda(p, launch.stream()));
+  }
+  return {dx, g.da, g.db};
 }
 
 #endif
@@ -688,7 +783,7 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
   define("dequantize(" + weight + ", int capability, Tensor(a!) out) -> ()");
   define("linear" + forward + ", int capability) -> (Tensor, Tensor)");
   define("linear" + backward + ", int capability) -> (Tensor, Tensor, Tensor)");
-  for (const std::string& name : {std::string("few_rows"), std::string("library")}) {
+  for (const std::string& name : {std::string("few_rows"), std::string("tile"), std::string("library")}) {
     define(name + forward + ") -> (Tensor, Tensor)");
     define(name + backward + ") -> (Tensor, Tensor, Tensor)");
   }
@@ -708,6 +803,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op));
   m.impl("few_rows_forward", TORCH_BOX(&fastlora::few_rows_forward_op));
+  m.impl("tile_forward", TORCH_BOX(&fastlora::tile_forward_op));
+  m.impl("tile_backward", TORCH_BOX(&fastlora::tile_backward_op));
   m.impl("few_rows_backward", TORCH_BOX(&fastlora::few_rows_backward_op));
   m.impl("library_forward", TORCH_BOX(&fastlora::library_forward_op));
   m.impl("library_backward", TORCH_BOX(&fastlora::library_backward_op));

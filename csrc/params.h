@@ -114,6 +114,10 @@ int dequantize_cuda(const DequantizeParams& params, void* stream);
 // Chained launches on `stream`, on the current device. Return a cudaError_t.
 int few_rows_forward_cuda(const FewRowsForward& params, void* stream);
 int few_rows_backward_cuda(const FewRowsBackward& params, void* stream);
+// Any m, for compute capability 9.0: k a multiple of 64, n of 8, blocksize of 64. `scaled_u`, filled: (m, r rounded up
+// to a multiple of 8) of dtype. The second makes dx alone, from du in such rows.
+int tile_forward_cuda(const FewRowsForward& params, void* scaled_u, void* stream);
+int tile_input_gradient_cuda(const FewRowsBackward& params, void* stream);
 int finish_cuda(const FinishParams& params, void* stream);
 
 const char* cuda_error_string(int status);

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastlora import tables
 from fastlora.nf4 import NF4Weight
 
 CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16")
@@ -121,16 +122,44 @@ def few_rows(capability: tuple[int, int]) -> int:
     return 32 if capability in ((8, 0), (8, 7)) else 16  # the others have less shared memory
 
 
+def forms(
+    m: int, n: int, k: int, r: int, blocksize: int, capability: tuple[int, int], direction: str = "forward"
+) -> tuple[str, ...]:
+    """The ways to compute a product on a GPU that `forward` and `backward` choose from.
+
+    "few_rows": the packed weight is read once, inside a product of a few rows; "tile": it is decoded inside the tiles
+    of a tensor core product, on compute capability 9.0; "library": it is made dense, then multiplied.
+    """
+    few = m <= few_rows(capability) and k % 32 == 0 and n % 8 == 0
+    fits = k % 64 == 0 and n % 8 == 0 and blocksize % 64 == 0
+    tile = capability == (9, 0) and fits and (direction == "forward" or r % 8 == 0)
+    return (*(("few_rows",) if few else ()), *(("tile",) if tile else ()), "library")
+
+
 @functools.cache
-def _few_rows(index: int | None) -> int:
-    return few_rows(torch.cuda.get_device_capability(index))
+def _device(index: int | None) -> tuple[tuple[int, int], tables.Device]:
+    p = torch.cuda.get_device_properties(index)
+    capability = (p.major, p.minor)
+    return capability, tables.Device("cuda", p.name, f"{p.major}.{p.minor}", p.multi_processor_count)
 
 
-def _form(x: torch.Tensor, w: NF4Weight) -> str:
-    """ "few_rows": the packed weight is read once, inside the product. "library": it is made dense, then multiplied."""
-    n, k = w.shape
-    fits = x.shape[0] <= _few_rows(x.device.index) and k % 32 == 0 and n % 8 == 0
-    return "few_rows" if fits else "library"
+def _form(x: torch.Tensor, w: NF4Weight, r: int, direction: str) -> str:
+    """The one of `forms` that the tables call the fastest; without a measurement, that of the built-in rule."""
+    if tables.forced_forms and "cuda" in tables.forced_forms:
+        return tables.forced_forms["cuda"]
+    return _chosen_form(x.shape[0], *w.shape, w.blocksize, x.dtype, x.device.index, r, direction)
+
+
+@tables.cached(maxsize=4096)
+def _chosen_form(
+    m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, index: int | None, r: int, direction: str
+) -> str:
+    capability, device = _device(index)
+    able = forms(m, n, k, r, blocksize, capability, direction)
+    kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), "packed", r)
+    if measured := tables.fastest_form("cuda", able, device, kind, m, n, k):
+        return measured
+    return "library" if able[0] == "tile" and m > tables.TILE_ROWS else able[0]
 
 
 def _adapters(
@@ -158,9 +187,8 @@ def forward(
     """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a packed weight and no dropout; x is bfloat16 or
     float16 on a GPU, bfloat16 or float32 on a CPU.
 
-    form, on a GPU: "few_rows" (up to `few_rows` rows; in_features a multiple of 32) or "library"; by default the
-    faster one. Raises RuntimeError where the extension does not serve the device, ValueError for tensors that do not
-    fit.
+    form, on a GPU: one of `forms`, by default the fastest. Raises RuntimeError where the extension does not serve the
+    device, ValueError for tensors that do not fit.
     """
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:
@@ -168,7 +196,8 @@ def forward(
     arguments = (x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
     if x.device.type == "cpu":
         return _operator("linear_forward", "cpu")(*arguments, _capability())
-    return _operator(f"{form or _form(x, w)}_forward", "cuda")(*arguments)
+    form = form or _form(x, w, 0 if lora_a is None else lora_a.shape[0], "forward")
+    return _operator(f"{form}_forward", "cuda")(*arguments)
 
 
 def backward(
@@ -183,14 +212,15 @@ def backward(
     needs: tuple[bool, bool, bool] = (True, True, True),
     form: str | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dx, dA and dB as ``fastlora.reference.backward``; form as `forward` (few rows: N a multiple of 8)."""
+    """dx, dA and dB as ``fastlora.reference.backward``; form one of `forms`, as there."""
     need_dx, need_da, need_db = needs
     a, b = _adapters(dy, lora_a, lora_b)
     arguments = (dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
     if dy.device.type == "cpu":
         dx, da, db = _operator("linear_backward", "cpu")(*arguments, _capability())
     else:
-        dx, da, db = _operator(f"{form or _form(dy, w)}_backward", "cuda")(*arguments)
+        form = form or _form(dy, w, 0 if a is None else a.shape[0], "backward")
+        dx, da, db = _operator(f"{form}_backward", "cuda")(*arguments)
     grads: list[torch.Tensor | None] = [dx if need_dx else None]
     for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):
         if not need or adapter is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerance import assert_close, check, make_problem, truth_and_plain
+from tolerance import Problem, assert_close, check, make_problem, truth_and_plain
 
 from fastlora import native
 
@@ -197,3 +197,56 @@ def test_wrong_arguments_of_a_gradient(change: dict[str, Any], message: str, for
         native.backward(
             problem.dy, given["x"], given["u"], problem.w, problem.lora_a, problem.lora_b, 1.0, None, form=form
         )
+
+
+HOPPER = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+)
+
+
+def check_tile(problem: Problem) -> None:
+    """Hold both passes to the policy, their products decoding W in their tiles where they can."""
+    r = 0 if problem.lora_a is None else problem.lora_a.shape[0]
+    backward = "tile" if r % 8 == 0 else "library"
+    check(problem, passes("tile")[0], passes(backward)[1])
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 17, 32, 33, 64, 65, 128, 129, 257, 700])
+@pytest.mark.parametrize(("n", "k"), [(8, 64), (72, 192), (136, 1024), (1000, 576), (264, 4096), (4096, 2048)])
+def test_every_size_of_tiles(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check_tile(make_problem(m, n, k, 16, dtype, bias=True, device="cuda"))
+
+
+@HOPPER
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("r", [0, 1, 7, 8, 17, 64, 65, 300])
+@pytest.mark.parametrize("m", [13, 100, 400])
+def test_every_rank_of_tiles(m: int, r: int, adapter_dtype: torch.dtype) -> None:
+    check_tile(make_problem(m, 200, 512, r, torch.bfloat16, adapter_dtype=adapter_dtype, device="cuda"))
+
+
+@HOPPER
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("blocksize", [64, 128, 1024, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_format_of_tiles(quant_type: str, blocksize: int, nested: bool) -> None:
+    for m in (20, 90, 300):
+        check_tile(
+            make_problem(
+                m, 344, 960, 8, torch.bfloat16, quant_type=quant_type, blocksize=blocksize, nested=nested, device="cuda"
+            )
+        )
+
+
+@HOPPER
+@pytest.mark.parametrize("m", [32, 64, 256, 2048])
+def test_two_runs_of_tiles_give_the_same_bits(m: int) -> None:
+    p = make_problem(m, 4096, 4096, 16, torch.bfloat16, device="cuda")
+    first = p.run(*passes("tile"))
+    for _ in range(20):
+        for name, value in p.run(*passes("tile")).items():
+            assert torch.equal(value, first[name]), name
+    wide = native.forward(p.x, p.w, p.lora_a, p.lora_b, p.bias, p.scale, None, torch.float32, "tile")[0]
+    assert torch.equal(wide.bfloat16(), first["y"])

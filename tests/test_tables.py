@@ -417,8 +417,10 @@ class TestTiles:
         for capability, m in itertools.product(((8, 0), (9, 0)), (16, 64, 4096)):
             given: dict[str, Any] = {
                 "m": m,
-                "r": 16,
+                "n": 4096,
                 "k": 4096,
+                "r": 16,
+                "direction": "forward",
                 "blocksize": 64,
                 "device": config.Device(capability, 108),
             }

@@ -279,7 +279,7 @@ class TestTiles:
         pytest.importorskip("triton")
         if torch.cuda.is_available():
             pytest.skip("made for the interpreter")
-        monkeypatch.setattr(tune, "TILE_TOKENS", dict.fromkeys(tune._KERNELS, (16,)))
+        monkeypatch.setattr(tune, "TILE_TOKENS", {**dict.fromkeys(tune._KERNELS, (16,)), "buffer_gemm": (64,)})
 
     PLAN = dataclasses.replace(TINY, dtype=torch.float16, shapes=((48, 64),))
 
@@ -292,12 +292,13 @@ class TestTiles:
     @pytest.mark.parametrize("kernel", tune._KERNELS)
     def test_the_fastest_is_written_and_used(self, kernel: str, clock: dict[str, float]) -> None:
         clock[""] = 1.02
-        entry = tune.measure_tiles(kernel, 16, 4, self.PLAN, absent := {})
+        job = tune._tile_jobs(dataclasses.replace(self.PLAN, kernels=(kernel,)))[0]
+        entry = tune.measure_tiles(job, self.PLAN, absent := {})
         assert absent == {}
         assert entry is not None
         assert (entry.tiles, entry.us) == ({}, {"built-in": 1.02})  # as fast as the best, to what runs differ
         clock[""] = 2.0
-        entry = tune.measure_tiles(kernel, 16, 4, self.PLAN, {})
+        entry = tune.measure_tiles(job, self.PLAN, {})
         assert entry is not None
         assert entry.tiles
         assert entry.us == {"built-in": 2.0, "chosen": 1.0}
@@ -317,11 +318,11 @@ class TestTiles:
             return dx, da, db
 
         broken("triton", monkeypatch, backward=wrong)
-        entry = tune.measure_tiles("gradient", 16, 4, self.PLAN, absent := {})
+        entry = tune.measure_tiles(tune.TileJob("gradient", 16, 48, 64, 4), self.PLAN, absent := {})
         assert entry is not None
         assert entry.tiles["block_m"] != 32
         ((what, why),) = absent.items()
-        assert "gradient M=16 R=4 block_m=32" in what
+        assert "gradient M=16 N=48 K=64 R=4 block_m=32" in what
         assert "wrong by" in why
 
     def test_they_are_measured_before_the_backends(self, clock: dict[str, float], monkeypatch: Any) -> None:
@@ -329,7 +330,7 @@ class TestTiles:
         clock[""] = 2.0
         plan = dataclasses.replace(self.PLAN, kernels=("project",))
         outcome = tune.measure(plan, steps.append)
-        assert steps[0] == "tiles of project, M=16 R=4"
+        assert steps[0] == "tiles of project M=16 N=48 K=64 R=4"
         assert [step.split()[0] for step in steps[1:]] == ["forward", "backward"]
         text = [str(part) for part in tune.report(plan, outcome, backends.this_machine(), tables.Tables())]
         assert any("tiles of project at m=16 r=16 dtype=16-bit: block_m=" in part and "2.00x" in part for part in text)
@@ -340,7 +341,7 @@ class TestTiles:
 
         monkeypatch.setattr(tune, "_runners", fails)
         outcome = tune.measure(dataclasses.replace(self.PLAN, kernels=("project",)))
-        assert outcome.absent == {"project M=16 R=4": "RuntimeError: does not compile"}
+        assert outcome.absent == {"project M=16 N=48 K=64 R=4": "RuntimeError: does not compile"}
         assert outcome.choices
 
 

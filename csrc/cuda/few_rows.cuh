@@ -144,6 +144,42 @@ __device__ __forceinline__ void fill_tables(const PackedWeight& w, float2* bytes
   if (w.nested) statistics[threadIdx.x] = __ldg(w.absmax_code + threadIdx.x);
 }
 
+// A table of 8 bytes for each byte of W, a copy for each lane. It lies where entry and lane are two bytes of an address
+// and the other two are constant, so that one permutation makes the address.
+constexpr int kLaneTableBytes = 256 * 32 * static_cast<int>(sizeof(uint2));
+constexpr int kTableAt = 1 << 16;  // in shared memory
+static_assert(kTableAt % kLaneTableBytes == 0);
+
+// Fills it with all threads of the block: entry(high, low) of the values of both nibbles. The caller synchronises.
+template <int kBlockThreads, typename Entry>
+__device__ __forceinline__ void fill_lane_table(const PackedWeight& w, uint2* table, Entry entry) {
+  const float* codes = kCodeValues + (w.quant_type == QuantType::kFP4 ? kCodes : 0);
+#pragma unroll 8
+  for (int i = static_cast<int>(threadIdx.x); i < 256 * 32; i += kBlockThreads) {
+    table[i] = entry(codes[i / (32 * kCodes)], codes[i / 32 % kCodes]);
+  }
+}
+
+struct LaneTable {
+  uint32_t place;  // of the lane in the first entry
+
+  // `window`: where the block's shared memory begins.
+  __device__ __forceinline__ LaneTable(uint32_t window, int lane)
+      : place(window + static_cast<uint32_t>(kTableAt + lane * static_cast<int>(sizeof(uint2)))) {}
+  // What `look_up` takes to look up byte `byte` of a word.
+  static __device__ __forceinline__ uint32_t select(int byte) { return 0x7604u | static_cast<uint32_t>(byte) << 4; }
+  __device__ __forceinline__ uint2 look_up(uint32_t word, uint32_t selector) const {
+    uint2 entry;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(entry.x), "=r"(entry.y) : "r"(__byte_perm(word, place, selector)));
+    return entry;
+  }
+};
+
+// An entry of two float32 values, both multiplied by `absmax`.
+__device__ __forceinline__ float2 scaled(uint2 codes, float absmax) {
+  return make_float2(__fmul_rn(__uint_as_float(codes.x), absmax), __fmul_rn(__uint_as_float(codes.y), absmax));
+}
+
 // Asks for `bytes` from `base` on, so that they wait in the cache for a step that will need them late.
 __device__ __forceinline__ void prefetch(const void* base, int64_t bytes) {
   constexpr int kLine = 128;
@@ -263,6 +299,38 @@ struct Sums {
   }
 };
 
+// Sums u = x A^T for the 16 ranks and the 8 tokens of a block, whose warps split K, and hands each to
+// `store(token, rank, sum)`; ranks from r on are zero.
+template <typename T, int kBlockThreads, typename Store>
+__device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
+  constexpr int kWarps = kBlockThreads / 32;
+  __shared__ float sums[kWarps][kFragment][kTokens];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int g = lane / 4, t = lane % 4;
+  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const bool wide = p.adapter_dtype == DType::kFloat32;
+  const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r, token = m0 + g < p.m;
+  const uint4 nothing = make_uint4(0, 0, 0, 0);
+  float acc[4] = {};
+#pragma unroll 4
+  for (int64_t k = warp * 32 + t * 8; k < p.k; k += kWarps * 32) {
+    const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
+    const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
+    const uint4 b = token ? eight<T>(p.x, (m0 + g) * p.k + k, false) : nothing;
+    Numeric<T>::mma(acc, a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+    Numeric<T>::mma(acc, a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[warp][g + i / 2 * 8][2 * t + i % 2] = acc[i];
+  __syncthreads();
+  const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
+  if (column >= kTokens || m0 + column >= p.m) return;
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
+  store(m0 + column, static_cast<int>(r0) + row, sum);
+}
+
 template <typename T>
 __device__ __forceinline__ void store_as(void* base, int64_t index, float value, bool is_float) {
   if (is_float) {
@@ -279,6 +347,7 @@ struct DeviceLimits {
   int multiprocessors;
   int shared_memory;  // bytes of a block
   bool clusters;
+  bool hopper;  // compute capability 9.0
 };
 
 // Of the current device. Attributes are cached: the queries take longer than a launch.
@@ -296,6 +365,7 @@ inline cudaError_t current_limits(DeviceLimits& limits) {
     const cudaError_t status = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
     if (status != cudaSuccess) return status;
     found.clusters = major >= 9;
+    found.hopper = major == 9;
     limits = found;
     if (device < kDevices) known[device] = found;  // two threads would write the same values
     return cudaSuccess;
@@ -338,12 +408,13 @@ struct LaunchConfig {
   cudaLaunchAttribute attributes[2];
 };
 
-// How many blocks of a kernel a device runs at once, by log2 of the blocks to a cluster: fewer for larger clusters,
-// which must lie in one part of the device. One object per kernel; kept, because the query takes longer than a launch.
+// How many blocks of a kernel a device runs at once, by the blocks to a cluster: fewer for larger clusters, which must
+// lie in one part of the device. One object per kernel; kept, because the query takes longer than a launch.
 class Slots {
  public:
   template <typename... Parameters>
-  cudaError_t find(void (*kernel)(Parameters...), int shared, const DeviceLimits& limits, const int*& slots) {
+  cudaError_t find(
+      void (*kernel)(Parameters...), int threads, int shared, const DeviceLimits& limits, const int*& slots) {
     if (limits.device < 0 || limits.device >= kDevices) return cudaErrorInvalidDevice;
     Known& known = known_[limits.device];
     slots = known.blocks;
@@ -356,14 +427,14 @@ class Slots {
         cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
     if (status != cudaSuccess) return status;
     int blocks = 0;
-    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, static_cast<size_t>(shared));
+    status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared));
     if (status != cudaSuccess) return status;
-    known.blocks[0] = blocks * limits.multiprocessors;
-    for (int log2 = 1; limits.clusters && (1 << log2) <= kMaxRanks; ++log2) {
-      const LaunchConfig launch(dim3(1u << log2), kThreads, shared, 1 << log2, false, nullptr);
+    known.blocks[1] = blocks * limits.multiprocessors;
+    for (int ranks = 2; limits.clusters && ranks <= kMaxRanks; ++ranks) {
+      const LaunchConfig launch(dim3(static_cast<unsigned>(ranks)), threads, shared, ranks, false, nullptr);
       int clusters = 0;
       if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) clusters = 0;
-      known.blocks[log2] = clusters << log2;
+      known.blocks[ranks] = clusters * ranks;
     }
     known.ready = true;  // two threads would write the same values
     return cudaSuccess;
@@ -373,9 +444,8 @@ class Slots {
   static constexpr int kDevices = 64;
   struct Known {
     bool ready;
-    int blocks[4];
+    int blocks[kMaxRanks + 1];
   };
-  static_assert((1 << 3) == kMaxRanks);
   Known known_[kDevices] = {};
 };
 
@@ -384,13 +454,12 @@ class Slots {
 inline int split_of(int64_t tiles, int64_t chunks, const int* slots, int overhead) {
   int best = 1;
   int64_t best_steps = INT64_MAX;
-  for (int log2 = 0; (1 << log2) <= kMaxRanks && (1 << log2) <= chunks; ++log2) {
-    if (slots[log2] == 0) continue;
-    const int64_t ranks = 1 << log2;
-    const int64_t waves = (tiles * ranks + slots[log2] - 1) / slots[log2];
+  for (int ranks = 1; ranks <= kMaxRanks && ranks <= chunks; ranks *= 2) {
+    if (slots[ranks] == 0) continue;
+    const int64_t waves = (tiles * ranks + slots[ranks] - 1) / slots[ranks];
     const int64_t steps = waves * ((chunks + ranks - 1) / ranks + overhead);
     if (steps < best_steps) {
-      best = static_cast<int>(ranks);
+      best = ranks;
       best_steps = steps;
     }
   }
@@ -426,7 +495,7 @@ cudaError_t launch_split(
     cudaStream_t stream) {
   if (shared > limits.shared_memory) return cudaErrorInvalidConfiguration;
   const int* slots = nullptr;
-  if (const cudaError_t status = slots_of_kernel.find(kernel, shared, limits, slots); status != cudaSuccess) {
+  if (const cudaError_t status = slots_of_kernel.find(kernel, kThreads, shared, limits, slots); status != cudaSuccess) {
     return status;
   }
   const int ranks = split_of(tiles, chunks, slots, 2);

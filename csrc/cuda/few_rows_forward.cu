@@ -360,32 +360,9 @@ constexpr int kProjectThreads = 512;
 template <typename T>
 __global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsForward p) {
   let_next_start();
-  constexpr int kWarps = kProjectThreads / 32;
-  __shared__ float sums[kWarps][kFragment][kTokens];
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int g = lane / 4, t = lane % 4;
-  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTokens;
-  const bool wide = p.adapter_dtype == DType::kFloat32;
-  const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r, token = m0 + g < p.m;
-  const uint4 nothing = make_uint4(0, 0, 0, 0);
-  float acc[4] = {};
-#pragma unroll 4
-  for (int64_t k = warp * 32 + t * 8; k < p.k; k += kWarps * 32) {
-    const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
-    const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
-    const uint4 b = token ? eight<T>(p.x, (m0 + g) * p.k + k, false) : nothing;
-    Numeric<T>::mma(acc, a0.x, a1.x, a0.y, a1.y, b.x, b.y);
-    Numeric<T>::mma(acc, a0.z, a1.z, a0.w, a1.w, b.z, b.w);
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) sums[warp][g + i / 2 * 8][2 * t + i % 2] = acc[i];
-  __syncthreads();
-  const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
-  if (column >= kTokens || r0 + row >= p.r || m0 + column >= p.m) return;
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
-  static_cast<T*>(p.u)[(m0 + column) * p.r + r0 + row] = Numeric<T>::narrow(sum);
+  project<T, kProjectThreads>(p, [&](int64_t token, int r, float sum) {
+    if (r < p.r) static_cast<T*>(p.u)[token * p.r + r] = Numeric<T>::narrow(sum);
+  });
 }
 
 template <typename T, int kTiles>

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import backends, reference, tables
+from fastlora import backends, native, reference, tables
 from fastlora.backends import BACKENDS, Machine, Problem
 from fastlora.bench import record, timing
 from fastlora.nf4 import NF4Weight, Weight
@@ -32,7 +32,7 @@ SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))
 """(N, K) of the projections of Llama-3-8B."""
 TOKENS = (1, 16, 64, 256, 1024, 2048, 8192)
 QUICK_TOKENS = (1, 64, 1024, 8192)
-TILE_TOKENS = {"gemm": (16, 64, 256), "project": (16, 256, 4096), "epilogue": (16, 256, 4096)}
+TILE_TOKENS = {"gemm": (16, 64, 256), "project": (16, 256, 4096), "epilogue": (16, 256, 4096), "buffer_gemm": (8192,)}
 """M at which the tiles of a kernel are tried; of one that is blind to M, at 4096."""
 _KERNELS = ("buffer_gemm", "project", "gradient", "one_pass", "epilogue", "gemm")
 """By what their tiles gain for the seconds that it takes to compile them."""
@@ -138,12 +138,16 @@ def model_shapes(model: str) -> tuple[tuple[int, int], ...]:
 
 
 def _forms(name: str, problem: Problem) -> tuple[str, ...]:
-    if name != "triton":
+    if name == "triton":
+        config = importlib.import_module("fastlora.kernels.config")
+        device = torch.device(problem.device_type)
+        forms = config.forms(problem.m, problem.dtype, device, problem.quant_type is not None)
+    elif name == "cuda":
+        p, capability = problem, torch.cuda.get_device_capability()
+        forms = native.forms(p.m, p.n, p.k, p.r, p.blocksize, capability, p.direction)
+    else:
         return (name,)
-    config = importlib.import_module("fastlora.kernels.config")
-    device = torch.device(problem.device_type)
-    forms = config.forms(problem.m, problem.dtype, device, problem.quant_type is not None)
-    return tuple(f"triton:{form}" for form in forms)
+    return tuple(f"{name}:{form}" for form in forms)
 
 
 def candidates(plan: Plan, problem: Problem, machine: Machine) -> list[str]:
@@ -326,17 +330,23 @@ def _runners(n: int, k: int, m: int, r: int, plan: Plan) -> dict[str, Callable[[
         return torch.randn(m, n, device=device, generator=generator)
 
     def layer(form: str, i: int) -> Sequence[torch.Tensor | None]:
+        return (*forward(form, i), *backward(form, i))
+
+    def forward(form: str, i: int) -> Sequence[torch.Tensor | None]:
         tables.forced_forms["triton"] = form
-        w = layers[i % len(layers)].w
-        y, _ = triton.forward(x, w, a, b, None, _SCALE, None)
-        return (y, *triton.backward(dy, x, u, w, a, b, _SCALE, None, (True, True, True)))
+        return triton.forward(x, layers[i % len(layers)].w, a, b, None, _SCALE, None)[:1]
+
+    def backward(form: str, i: int) -> Sequence[torch.Tensor | None]:
+        tables.forced_forms["triton"] = form
+        return triton.backward(dy, x, u, layers[i % len(layers)].w, a, b, _SCALE, None, (True, True, True))
 
     def adapters(i: int) -> Sequence[torch.Tensor | None]:
         _, da, db = triton.backward(dy, x, u, layers[0].w, a, b, _SCALE, None, (False, True, True))
         return da, db
 
     return {
-        "buffer_gemm": functools.partial(layer, _FORM["buffer_gemm"]),
+        "buffer_gemm forward": functools.partial(forward, _FORM["buffer_gemm"]),
+        "buffer_gemm backward": functools.partial(backward, _FORM["buffer_gemm"]),
         "gemm": functools.partial(layer, _FORM["gemm"]),
         "project": lambda i: lora.project_x(x, a, _SCALE, None),
         "gradient": adapters,
@@ -352,15 +362,34 @@ def tunable() -> list[str]:
     return list(_KERNELS)
 
 
-def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str]) -> tables.Tiles | None:
-    """The fastest tiles of ``kernel`` for M and rank of the plan's first layer; None where it does not run."""
+@dataclasses.dataclass(frozen=True)
+class TileJob:
+    """Tiles to find: those of a kernel for M rows of one layer and a rank."""
+
+    kernel: str
+    m: int
+    n: int
+    k: int
+    r: int
+    direction: str = ""
+    """Where the tiles of the two passes differ, which one."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kernel}{f' {self.direction}' if self.direction else ''} M={self.m} N={self.n} K={self.k} R={self.r}"
+        )
+
+
+def measure_tiles(job: TileJob, plan: Plan, absent: dict[str, str]) -> tables.Tiles | None:
+    """The fastest tiles of a kernel; None where it does not run."""
+    kernel, m, r = job.kernel, job.m, job.r
     chooser = importlib.import_module("fastlora.kernels.tuned").TUNED[kernel]
     device = torch.device(plan.device_type)
     if device.type == "cuda" and kernel in _FORM:
         config = importlib.import_module("fastlora.kernels.config")
         if _FORM[kernel] not in config.forms(m, plan.dtype, device, plan.quant_type is not None):
             return None
-    call = _runners(*plan.shapes[0], m, r, plan)[kernel]
+    call = _runners(job.n, job.k, m, r, plan)[f"{kernel} {job.direction}".strip()]
     problems: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def own(chooser: Any, *args: Any, **kwargs: Any) -> Any:
@@ -395,7 +424,7 @@ def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str
                         raise RuntimeError(f"wrong by {away:.2g}")
                     variants[name], fields[name] = variant, wanted
                 except Exception as error:  # tiles that a compiler refuses are no choice
-                    absent[f"{kernel} M={m} R={r} {name}"] = f"{type(error).__name__}: {first_line(error)}"
+                    absent[f"{job} {name}"] = f"{type(error).__name__}: {first_line(error)}"
             if device.type == "cuda":
                 # Tiles change nothing for the host: the time of the GPU alone decides.
                 calls = max(2, min(20, int(4e-3 / _seconds(variants[""], device))))
@@ -412,31 +441,37 @@ def measure_tiles(kernel: str, m: int, r: int, plan: Plan, absent: dict[str, str
     return tables.Tiles(chooser.problem(*args, **kwargs)[1], fields[best], us)
 
 
-def _tile_jobs(plan: Plan) -> list[tuple[str, int, int]]:
+def _tile_jobs(plan: Plan) -> list[TileJob]:
     if plan.dtype == torch.float32 and plan.device_type == "cuda":
         kernels: tuple[str, ...] = tuple(name for name in plan.kernels if name not in ("buffer_gemm", "epilogue"))
     else:
         kernels = plan.kernels
     ranks = [r for r in plan.ranks if r]
-    return [(kernel, m, r) for kernel in kernels for m in TILE_TOKENS.get(kernel, (4096,)) for r in ranks]
+    jobs = []
+    for kernel, r in itertools.product(kernels, ranks):
+        # Only the largest products gain by tiles of their own shape and direction.
+        own = kernel == "buffer_gemm"
+        for m, direction in itertools.product(TILE_TOKENS.get(kernel, (4096,)), _DIRECTIONS if own else ("",)):
+            jobs += [TileJob(kernel, m, n, k, r, direction) for n, k in (plan.shapes if own else plan.shapes[:1])]
+    return jobs
 
 
 def measure(plan: Plan, advance: Callable[[str], None] = lambda what: None) -> Outcome:
     """Everything in the plan, the tiles first: they change which backend is the fastest."""
     machine, outcome, begin = backends.this_machine(), Outcome(), time.monotonic()
     problems = [(problem, candidates(plan, problem, machine)) for problem in plan.problems()]
-    for kernel, m, r in _tile_jobs(plan):
-        advance(f"tiles of {kernel}, M={m} R={r}")
+    for job in _tile_jobs(plan):
+        advance(f"tiles of {job}")
         if time.monotonic() - begin > _TILES_SHARE * plan.budget:
             outcome.left_out += 1
             continue
         try:
-            entry = measure_tiles(kernel, m, r, plan, outcome.absent)
+            entry = measure_tiles(job, plan, outcome.absent)
         except Exception as error:  # one kernel that does not run here must not cost the rest of the table
-            outcome.absent[f"{kernel} M={m} R={r}"] = f"{type(error).__name__}: {first_line(error)}"
+            outcome.absent[str(job)] = f"{type(error).__name__}: {first_line(error)}"
             continue
         if entry is not None:
-            outcome.tiles.setdefault(kernel, []).append(entry)
+            outcome.tiles.setdefault(job.kernel, []).append(entry)
     device = machine.gpu if plan.device_type == "cuda" else machine.cpu
     assert device is not None
     # The candidates are to run with the tiles that were just found.

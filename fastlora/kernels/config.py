@@ -211,11 +211,8 @@ def _form(
     if len(able) > 1 and (here := Device.of(device)).name:
         weight = "packed" if packed else "dense"
         kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), weight, r)
-        found = tables.current().choice(here.described, kind, m, n, k)
-        for name in found.times.ranking() if found else ():
-            backend, _, measured = name.partition(":")
-            if backend == "triton" and measured in able:
-                return measured
+        if measured := tables.fastest_form("triton", able, here.described, kind, m, n, k):
+            return measured
     if "split" in able:
         return "split"
     if "persistent" in able and m * n * k >= tables.PERSISTENT:
@@ -286,15 +283,13 @@ def epilogue(m: int, r: int, dtype: torch.dtype, device: Device, tiles: TileConf
     return _fit(config, config.block_m * config.block_n, stage, device)
 
 
-@tuned(
-    fields(128, 256, 64, warps=8, stages=2),
-    fields(128, 128, 64, warps=8, stages=4),
-    fields(128, 128, 128, warps=8, stages=2),
-)
+@tuned(fields(128, 128, 64, warps=8, stages=4), fields(256, 128, 64, warps=8, stages=3))
 def buffer_gemm(
-    r: int, dtype: torch.dtype, out_dtype: torch.dtype, device: Device, tiles: TileConfig | None = None
-) -> TileConfig:
-    """Tiles of the persistent product of a dense weight. Measured on an H200: see docs/performance.md."""
+    m: int, n: int, k: int, r: int, direction: str, dtype: torch.dtype, out_dtype: torch.dtype, device: Device,
+    tiles: TileConfig | None = None,
+) -> TileConfig:  # fmt: skip
+    """Tiles of the persistent product of a dense weight: (M, N) from a reduced side of K, forward or backward (whose N
+    and K are those of dx). Measured on an H200: see docs/performance.md."""
     block_r = power_of_two(max(r, 1), _MIN_DOT, 64)
     config = tiles or TileConfig(128, 256, 64, block_r, num_warps=8, num_stages=3)
     # In a stage, the tiles of x and W, and of the adapter that x may be projected by.

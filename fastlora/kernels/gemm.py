@@ -198,7 +198,7 @@ def gemm(
         narrow, adapter, r = x, w, 0
     y = x.new_empty(m, n, dtype=out_dtype)
     device = config.Device.of(x.device)
-    tiles = config.buffer_gemm(r, x.dtype, y.dtype, device)
+    tiles = config.buffer_gemm(m, n, k, r, "forward" if transposed else "backward", x.dtype, y.dtype, device)
 
     def weight(t: torch.Tensor, block: int) -> TensorDescriptor:
         return describe(t, tiles.block_n, block) if transposed else describe(t, block, tiles.block_n)
@@ -263,7 +263,7 @@ def projecting_gemm(
     y, scaled = x.new_empty(m, n, dtype=out_dtype), x.new_empty(m, r)
     narrow = x.new_empty(m, r)
     device = config.Device.of(x.device)
-    tiles = config.buffer_gemm(r, x.dtype, y.dtype, device)
+    tiles = config.buffer_gemm(m, n, k, r, "forward" if transposed else "backward", x.dtype, y.dtype, device)
     # The interpreter runs one program after the other, so none may wait for a later one.
     most = 1 if interpreted() else device.multiprocessors
 

@@ -79,7 +79,7 @@ class Tuned:
         names = [name for name in self._signature.parameters if name not in ("device", "tiles")]
         if set(at) != set(names):
             raise ValueError(f"is about {', '.join(sorted(at))}; the tiles depend on {', '.join(names)}")
-        words = {**_TYPES, "none": None}
+        words = {**_TYPES, "none": None, "forward": "forward", "backward": "backward"}
         for name, value in at.items():
             if isinstance(value, str) and value not in words:
                 raise ValueError(f"{name} should be a size or one of {', '.join(words)}, not {value}")

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +42,9 @@ PERSISTENT = 2**34
 time than a library product with its side passes, as measured on an H200."""
 PERSISTENT_WITH_LAUNCHES = 2**36
 """The same where its launches, which cost the host more, count."""
+TILE_ROWS = 512
+"""Without a table: rows up to which a tensor core product that decodes the weight in its tiles (compute capability 9.0)
+takes less time than making the weight dense for library products, as measured on an H200."""
 SPLIT_ROWS = range(9, 129)
 """Without a table: rows for which Triton's product that reads the packed weight once, its reduced side split among
 programs, takes the GPU less time than C++, though its launches cost the host more. Its tiles hold no more rows than
@@ -424,6 +427,16 @@ def _choice(tables: Tables, device: Device, cls: Class, m: int, n: int, k: int) 
                         near.append((key, Found(table, other, shape, times, distance)))
         if near:
             return min(near, key=lambda item: item[0])[1]
+    return None
+
+
+def fastest_form(backend: str, able: Sequence[str], device: Device, cls: Class, m: int, n: int, k: int) -> str | None:
+    """The form of ``backend``, one of ``able``, that was the fastest at the nearest measured shape, if one was."""
+    found = current().choice(device, cls, m, n, k)
+    for name in found.times.ranking() if found else ():
+        other, _, form = name.partition(":")
+        if other == backend and form in able:
+            return form
     return None
 
 

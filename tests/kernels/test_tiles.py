@@ -53,7 +53,8 @@ def test_a_choice_exists_for_every_problem(dtype: torch.dtype, device: Device) -
 @pytest.mark.parametrize("wide", [False, True])
 def test_the_persistent_product_overlaps_loads_with_products(wide: bool, dtype: torch.dtype, device: Device) -> None:
     for r in (0, 1, 3, 16, 33, 64, 200, 1024):
-        assert buffer_gemm(r, dtype, torch.float32 if wide else dtype, device).num_stages >= 2
+        out_dtype = torch.float32 if wide else dtype
+        assert buffer_gemm(8192, 4096, 4096, r, "forward", dtype, out_dtype, device).num_stages >= 2
 
 
 def test_one_pass_where_it_moves_fewer_bytes() -> None:
