@@ -100,41 +100,14 @@ def pack_kernel(
 
 
 @triton.jit
-def project_part(
-    dy_ptr, b_ptr, du_ptr, copy_ptr, which, row, M, N, S, WIDTH, stride_dym, stride_copy,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """A tile of du in the columns of projection ``which``, whose first row in the stacked weight is ``row``."""
-    dtype: tl.constexpr = du_ptr.dtype.element_ty
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = which * S + r
-    dy_row = dy_ptr + m[:, None].to(tl.int64) * stride_dym
-    rows = tl.where(tl.program_id(2) == 0, M, 0)  # of the copy: the first tile of R makes it
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = (m[:, None] < M) & (n[None, :] < N)
-        dy = cast(tl.load(dy_row + n[None, :], mask=inside, other=0.0), dtype)
-        b = tl.load(
-            b_ptr + (row + n[:, None]).to(tl.int64) * WIDTH + column[None, :],
-            mask=(n[:, None] < N) & (r[None, :] < S),
-            other=0.0,
-        )
-        acc = dot(dy, b, acc)
-        if copy_ptr is not None:
-            target = copy_ptr + m[:, None].to(tl.int64) * stride_copy + row + n[None, :]
-            tl.store(target, dy, mask=(m[:, None] < rows) & (n[None, :] < N))
-    tl.store(
-        du_ptr + m[:, None].to(tl.int64) * WIDTH + column[None, :],
-        cast(acc, dtype),
-        mask=(m[:, None] < M) & (r[None, :] < S),
-    )
+def pick(which, v0, v1, v2, v3):
+    """The one of four values that belongs to projection ``which``."""
+    return tl.where(which == 0, v0, tl.where(which == 1, v1, tl.where(which == 2, v2, v3)))
 
 
 @jit(do_not_specialize=["M"])
 def project_stacked_kernel(
-    dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr,  # (M, N_i), rows stride apart
+    dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr,  # (M, N_i), rows stride apart, of one type
     b_ptr,  # (sum of N_i, P S), block diagonal
     du_ptr,  # (M, P S)
     copy_ptr,  # (M, sum of N_i): all dy side by side, or None
@@ -149,25 +122,32 @@ def project_stacked_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """du = dy B of every projection, and dy in one matrix, from one read; the second axis is the projection."""
+    dtype: tl.constexpr = du_ptr.dtype.element_ty
     which = tl.program_id(1)
-    if which == 0:
-        project_part(
-            dy0_ptr, b_ptr, du_ptr, copy_ptr, 0, 0, M, n0, S, WIDTH, stride0, stride_copy, BLOCK_M, BLOCK_N, BLOCK_R
+    row = pick(which, 0, n0, n0 + n1, n0 + n1 + n2)
+    size = pick(which, n0, n1, n2, n3)
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = which * S + r
+    dy_row = pick(which, dy0_ptr, dy1_ptr, dy2_ptr, dy3_ptr)
+    dy_row += m[:, None].to(tl.int64) * pick(which, stride0, stride1, stride2, stride3)
+    rows = tl.where(tl.program_id(2) == 0, M, 0)  # of the copy: the first tile of R makes it
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for first in range(0, size, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        dy = tl.load(dy_row + n[None, :], mask=(m[:, None] < M) & (n[None, :] < size), other=0.0)
+        dy = cast(dy, dtype)
+        b = tl.load(
+            b_ptr + (row + n[:, None]).to(tl.int64) * WIDTH + column[None, :],
+            mask=(n[:, None] < size) & (r[None, :] < S),
+            other=0.0,
         )
-    elif which == 1:
-        project_part(
-            dy1_ptr, b_ptr, du_ptr, copy_ptr, 1, n0, M, n1, S, WIDTH, stride1, stride_copy, BLOCK_M, BLOCK_N, BLOCK_R
-        )
-    elif which == 2:
-        project_part(
-            dy2_ptr, b_ptr, du_ptr, copy_ptr, 2, n0 + n1, M, n2, S, WIDTH, stride2, stride_copy,
-            BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
-    else:
-        project_part(
-            dy3_ptr, b_ptr, du_ptr, copy_ptr, 3, n0 + n1 + n2, M, n3, S, WIDTH, stride3, stride_copy,
-            BLOCK_M, BLOCK_N, BLOCK_R,
-        )  # fmt: skip
+        acc = dot(dy, b, acc)
+        if copy_ptr is not None:
+            target = copy_ptr + m[:, None].to(tl.int64) * stride_copy + row + n[None, :]
+            tl.store(target, dy, mask=(m[:, None] < rows) & (n[None, :] < size))
+    target = du_ptr + m[:, None].to(tl.int64) * WIDTH + column[None, :]
+    tl.store(target, cast(acc, dtype), mask=(m[:, None] < M) & (r[None, :] < S))
 
 
 @jit(do_not_specialize=["M", "part", "stride_part"])
@@ -208,11 +188,10 @@ def gradients_stacked_kernel(
         t2 = t1 + tl.cdiv(n1, BLOCK_W)
         t3 = t2 + tl.cdiv(n2, BLOCK_W)
         which = (tile >= t1).to(tl.int32) + (tile >= t2).to(tl.int32) + (tile >= t3).to(tl.int32)
-        scale = tl.where(which == 0, scale0, tl.where(which == 1, scale1, tl.where(which == 2, scale2, scale3)))
-        row = tl.where(which == 0, 0, tl.where(which == 1, n0, tl.where(which == 2, n0 + n1, n0 + n1 + n2)))
-        size = tl.where(which == 0, n0, tl.where(which == 1, n1, tl.where(which == 2, n2, n3)))
-        local = tile - tl.where(which == 0, 0, tl.where(which == 1, t1, tl.where(which == 2, t2, t3)))
-        n = local * BLOCK_W + tl.arange(0, BLOCK_W)
+        scale = pick(which, scale0, scale1, scale2, scale3)
+        row = pick(which, 0, n0, n0 + n1, n0 + n1 + n2)
+        size = pick(which, n0, n1, n2, n3)
+        n = (tile - pick(which, 0, t1, t2, t3)) * BLOCK_W + tl.arange(0, BLOCK_W)
         r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         if tl.program_id(1) * BLOCK_R < S:
             acc = tl.zeros((BLOCK_W, BLOCK_R), tl.float32)
@@ -360,7 +339,8 @@ def project_gradients(
         joined = dy if fits and dy is not None else torch.cat([part.to(dtype) for part in dys], 1)
         return joined, joined.new_empty(m, 0)
     copy = None if fits else torch.empty(m, n, dtype=dtype, device=dys[0].device)
-    dys = [with_rows(part) for part in dys]
+    alike = len({part.dtype for part in dys}) == 1
+    dys = [with_rows(part if alike else part.to(dtype)) for part in dys]
     du = torch.empty(m, adapters.width, dtype=dtype, device=dys[0].device)
     tiles = config.project(m, adapters.span, dtype, config.Device.of(du.device))
     p = len(dys)
