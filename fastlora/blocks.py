@@ -23,7 +23,7 @@ from fastlora import backends, groups, ops
 from fastlora.groups import Each, Form, Needs, Projection, Stacked, kernels
 from fastlora.linear import _autocast, lora_linear
 
-__all__ = ["Projection", "gated_mlp", "lora_linears"]
+__all__ = ["Projection", "gated_mlp", "lora_linears", "stacks"]
 
 _PER_PROJECTION = 3
 """Tensors of a projection that an autograd node takes: lora_a, lora_b, bias."""
@@ -266,6 +266,13 @@ def _check(x: torch.Tensor, projections: Sequence[Projection], k: int) -> None:
                 )
         if p.bias is not None and tuple(p.bias.shape) != (n,):
             raise ValueError(f"projection {i}: bias must have shape ({n},), got {tuple(p.bias.shape)}")
+
+
+def stacks(x: torch.Tensor, projections: Sequence[Projection], backend: str = "auto") -> bool:
+    """Whether `lora_linears` would compute the projections of x (..., K) together, rather than one by one."""
+    if ops.must_dispatch(x) or x.numel() == 0:
+        return False
+    return not isinstance(groups.form(x.reshape(-1, x.shape[-1]), projections, backend), Each)
 
 
 def lora_linears(

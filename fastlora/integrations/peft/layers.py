@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.tuners import lora
 
+from fastlora import ops
 from fastlora.integrations.peft.forward import mixed_forward
 from fastlora.integrations.peft.situation import mixed_situation, situation
 
@@ -23,6 +24,9 @@ class Fused:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (args or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
             if not kwargs or all(value is None for value in kwargs.values()):
+                group = self.__dict__.get("fastlora_group")
+                if group is not None and not ops.must_dispatch(x) and (y := group(self, x)) is not None:
+                    return y
                 found = situation(self)
                 if not isinstance(found, str):
                     run, adapters, weight = found
@@ -77,7 +81,7 @@ def convert(layer: Any, backend: str) -> None:
 def revert(layer: Any) -> None:
     """Undo `convert`."""
     layer.__class__ = layer.stock
-    for name in ("fastlora_backend", *_CACHES):
+    for name in ("fastlora_backend", "fastlora_group", *_CACHES):
         layer.__dict__.pop(name, None)
     if layer.__dict__.pop("fastlora_repack", False):
         layer.base_layer.support_avx512bf16_for_cpu = True
