@@ -12,11 +12,11 @@ While a compiler, a dispatch mode or a transform looks on, both functions comput
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from fastlora import activation as plain
 from fastlora import backends, groups, ops
@@ -54,6 +54,32 @@ def _refuse_trained_base(projections: Sequence[Projection]) -> None:
         ops._refuse_trained_base(isinstance(p.w, torch.Tensor) and p.w.requires_grad)
 
 
+class _Once(torch.autograd.Function):
+    """Gradients that are to be differentiated again, joined to what they depend on: an error says that they cannot."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Any) -> Any:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        ops._no_second_derivative(ctx)
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward that cannot be differentiated, and says so when that is tried."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *dys: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *dys)
+        with torch.no_grad():
+            grads = backward(ctx, *dys)
+        return _Once.apply(len(grads), *grads, *dys, *ctx.saved_tensors)
+
+    return wrapped
+
+
 class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, projections: Any, out_dtype: Any, form: Any, *tensors: Any) -> Any:
@@ -70,7 +96,7 @@ class _Group(torch.autograd.Function):
         return tuple(y.data for y in ys)
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, *dys: Any) -> Any:
         x, *rest = ctx.saved_tensors
         kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
@@ -124,7 +150,7 @@ class _GatedMLP(torch.autograd.Function):
         return y.data
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Any) -> Any:
         x, gate, up, *rest = ctx.saved_tensors
         inner_kept, down_kept = rest[: ctx.sizes[0]], rest[ctx.sizes[0] : sum(ctx.sizes)]
