@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from fastlora import activation as activations
 from fastlora import blocks, ops
 from fastlora.blocks import Projection
 from fastlora.integrations.peft.forward import _compute_type
-from fastlora.integrations.peft.layers import Fused
+from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
 from fastlora.integrations.peft.situation import _intact, situation
 from fastlora.linear import adapter_forward
@@ -121,23 +120,6 @@ class _Results:
         return self.group is group and self.x() is x and self.version == x._version and self.mode == _mode(x)
 
 
-class _Slot(threading.local):
-    """The results that wait, at most those of one group in a thread: nothing is kept longer than to the next call."""
-
-    results: _Results | None = None
-
-
-_SLOT = _Slot()
-
-
-def forget() -> None:
-    """Drop the results that nobody has asked for."""
-    if (left := _SLOT.results) is not None:
-        _SLOT.results = None
-        if left.waiting:
-            left.group.missed()
-
-
 class SharedInput:
     """Layers of one module that are called one after the other with one x.
 
@@ -160,7 +142,7 @@ class SharedInput:
         """The layer's result for x, or None where it is to compute it itself."""
         if self.given_up or x.is_inference() or x.dim() < 2:
             return None
-        results = _SLOT.results
+        results = SLOT.results
         if results is not None and results.of(self, x):
             if id(layer) in results.refused:
                 return None
@@ -172,7 +154,7 @@ class SharedInput:
     def _take(self, results: _Results, layer: Any) -> torch.Tensor | None:
         y, before, versions = results.waiting.pop(id(layer))
         if not results.waiting:
-            _SLOT.results, self._misses = None, 0
+            SLOT.results, self._misses = None, 0
         now = _projection(layer)
         if isinstance(now, str) or not _same(now, before) or _versions(now) != versions:
             return None
@@ -195,7 +177,7 @@ class SharedInput:
         typed = None if isinstance(projections, str) else _typed(self.layers, projections, x)
         if isinstance(projections, str) or typed is None or x.shape[-1] != projections[0].w.shape[1]:
             results.refused = {id(member) for member in self.layers}
-            _SLOT.results = results
+            SLOT.results = results
             return None
         computed, wide, dtype = typed
         if key not in self._stacks:
@@ -211,7 +193,7 @@ class SharedInput:
                 mine = y.to(dtype)
             else:
                 results.waiting[id(member)] = (y.to(dtype), p, _versions(p))
-        _SLOT.results = results
+        SLOT.results = results
         return mine
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -14,6 +15,26 @@ from fastlora.integrations.peft.situation import mixed_situation, situation
 _CACHES = ("fastlora_weight", "fastlora_squares")
 
 
+class _Slot(threading.local):
+    """The results that a group of layers computed and some of them have not asked for yet: see ``blocks.py``.
+
+    At most those of one group in a thread, and no longer than to the next call of a fused layer.
+    """
+
+    results: Any = None
+
+
+SLOT = _Slot()
+
+
+def forget() -> None:
+    """Drop the results that nobody has asked for."""
+    if (left := SLOT.results) is not None:
+        SLOT.results = None
+        if left.waiting:
+            left.group.missed()
+
+
 class Fused:
     """The forward that the converted classes share. Expects to stand before a PEFT layer class."""
 
@@ -24,9 +45,11 @@ class Fused:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (args or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
             if not kwargs or all(value is None for value in kwargs.values()):
-                group = self.__dict__.get("fastlora_group")
-                if group is not None and not ops.must_dispatch(x) and (y := group(self, x)) is not None:
-                    return y
+                if not ops.must_dispatch(x):
+                    if (group := self.__dict__.get("fastlora_group")) is None:
+                        forget()
+                    elif (y := group(self, x)) is not None:
+                        return y
                 found = situation(self)
                 if not isinstance(found, str):
                     run, adapters, weight = found
