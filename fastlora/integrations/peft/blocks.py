@@ -21,11 +21,10 @@ from torch import nn
 from fastlora import activation as activations
 from fastlora import blocks, ops
 from fastlora.blocks import Projection
-from fastlora.integrations.peft.forward import _compute_type
 from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
 from fastlora.integrations.peft.situation import _intact, situation
-from fastlora.linear import adapter_forward
+from fastlora.linear import adapter_forward, compute_type
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names under which one module keeps projections of one x."""
@@ -99,9 +98,10 @@ def _mode(x: torch.Tensor) -> tuple[Any, ...]:
 
 def _typed(layers: Sequence[Any], projections: Sequence[Projection], x: torch.Tensor) -> Any:
     """(x in the type to compute in, wider type to write, type to return), or None where the layers do not agree."""
-    first = _compute_type(layers[0]._modules["base_layer"], projections[0].w, x)
+    first = compute_type(layers[0]._modules["base_layer"], projections[0].w, x)
+    none = x.new_empty(0)
     for layer, p in zip(layers[1:], projections[1:], strict=True):
-        found = _compute_type(layer._modules["base_layer"], p.w, x)
+        found = compute_type(layer._modules["base_layer"], p.w, none)
         if (found[0].dtype, *found[1:]) != (first[0].dtype, *first[1:]):
             return None
     return first
