@@ -7,7 +7,8 @@ What the layers would compute one by one, with less of it: every base weight is 
 transient buffer, x and each dy are read once for all adapters, and dx is one product instead of a sum of them. The MLP
 keeps x, gate(x) and up(x) for its backward pass, and makes h again.
 
-While a compiler, a dispatch mode or a transform looks on, both functions compute layer by layer.
+While a compiler, a dispatch mode or a transform looks on, a group is one registered operator, which keeps x alone and
+projects it again for the backward pass; the MLP is two of them with the activation, in PyTorch, between.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fastlora import activation as plain
 from fastlora import backends, groups, ops
 from fastlora.groups import Each, Form, Needs, Projection, Stacked, kernels
 from fastlora.linear import _autocast, lora_linear
+from fastlora.nf4 import QUANT_TYPES
 
 __all__ = ["Projection", "gated_mlp", "lora_linears", "stacks"]
 
@@ -232,7 +234,7 @@ def _mlp_backward(
         adapters = form.adapters([down], dy)
         dy, du = stacked.project_gradients([dy], adapters, dtype)
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
-        in_place = _freed_after_use() and stacked.as_one([gate, up]) is not None
+        in_place = _freed_after_use() and groups.as_one([gate, up]) is not None
         inner_adapters = form.adapters(inner, dh)
         known = None
         fuse = kernels("config").PROJECT_IN_ACTIVATION and 0 < inner_adapters.span <= gated.WIDEST
@@ -264,6 +266,157 @@ def _mlp_backward(
         dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype)
     inner_grads = _interleave(inner_das, inner_dbs, parts, inner, flags[0])
     return dx, inner_grads, _interleave(das, dbs, [dy], [down], flags[1])
+
+
+# -- the registered operator ---------------------------------------------------------------------------------------
+
+_OPERANDS = "Tensor[] w, Tensor?[] statistics, SymInt[] shapes, int[] formats, Tensor[] adapters"
+"""For each projection: its weight, five statistics of a packed one, (N, K), (blocksize, place in `_QUANT_TYPES`), and
+lora_a, lora_b and bias. Autograd takes no list with gaps: an absent one is a vector without elements."""
+_QUANT_TYPES = (None, *QUANT_TYPES)
+_STATISTICS = 5
+_LIB = ops._LIB
+_LIB.define(f"lora_linears(Tensor x, {_OPERANDS}, ScalarType? out_dtype, str backend) -> Tensor", tags=ops._TAGS)
+_LIB.define(
+    f"lora_linears_backward(Tensor dy, Tensor x, {_OPERANDS}, str backend, bool need_dx, bool[] needs) "
+    "-> (Tensor, Tensor[])",
+    tags=ops._TAGS,
+)
+
+
+def _operator(
+    x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, backend: str
+) -> torch.Tensor:
+    """y (..., sum of N_i) by the registered operator."""
+    rows = x.reshape(-1, x.shape[-1])
+    args = [ops.weight_args(p.w) for p in projections]
+    adapters: list[torch.Tensor] = []
+    absent = x.new_empty(0)
+    for p in projections:
+        # A number that reaches an opaque operator would be a constant of a compiled graph: see `linear._run`.
+        scaled = None if p.lora_b is None else p.lora_b * p.scale
+        adapters += [absent if t is None else t for t in (p.lora_a, scaled, p.bias)]
+    y = torch.ops.fastlora.lora_linears(
+        rows,
+        [weight[0] for weight in args],
+        [t for weight in args for t in weight[1 : 1 + _STATISTICS]],
+        [side for p in projections for side in p.w.shape],
+        [number for weight in args for number in (weight[-2], _QUANT_TYPES.index(weight[-1]))],
+        adapters,
+        out_dtype,
+        backend,
+    )
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _given(operands: Sequence[Any], dtype: torch.dtype) -> list[Projection]:
+    """The projections of an operator's `_OPERANDS`."""
+    w, statistics, shapes, formats, adapters = operands
+    found = []
+    for i, weight in enumerate(w):
+        blocksize, kind = formats[2 * i], _QUANT_TYPES[formats[2 * i + 1]]
+        args = (*statistics[_STATISTICS * i :][:_STATISTICS], *shapes[2 * i : 2 * i + 2], blocksize, kind)
+        lora_a, lora_b, bias = (None if _is_absent(t) else t for t in adapters[_PER_PROJECTION * i :][:_PER_PROJECTION])
+        found.append(Projection(ops._weight((weight, *args), dtype), lora_a, lora_b, bias))
+    return found
+
+
+def _is_absent(t: torch.Tensor) -> bool:
+    return t.dim() == 1 and t.shape[0] == 0
+
+
+def _width(shapes: Sequence[Any]) -> Any:
+    return sum(shapes[0::2])
+
+
+def _operator_forward(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    *operands, out_dtype, backend = args
+    projections = _given(operands, x.dtype)
+    if x.shape[0] == 0:
+        return x.new_empty(0, _width(operands[2]), dtype=out_dtype)
+    x = x.contiguous()
+    with ops._without_autocast(x.device.type):
+        ys, _ = groups.form(x, projections, backend).forward(x, projections, out_dtype)
+    whole = groups.as_one(ys)
+    return torch.cat(ys, 1) if whole is None else whole
+
+
+def _operator_backward(dy: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    *operands, backend, need_dx, needs = args
+    projections = _given(operands, x.dtype)
+    dx, grads = _empty_grads(x, operands[4], need_dx, needs)
+    if x.shape[0] == 0:
+        return dx, [grad.zero_() for grad in grads]
+    x = x.contiguous()
+    wanted = Needs(need_dx, tuple(needs[0::2]), tuple(needs[1::2]))
+    form = groups.form(x, projections, backend)
+    with ops._without_autocast(x.device.type):
+        # Without dB nothing reads them.
+        kept = form.project(x, projections) if any(wanted.db) else [x] * len(projections)
+        parts = groups.columns(dy, groups.sizes(projections))
+        made, das, dbs = form.backward(parts, x, kept, projections, wanted, x.dtype)
+    found = [grad for pair in zip(das, dbs, strict=True) for grad in pair]
+    return dx if made is None else made, [
+        empty if grad is None else grad for grad, empty in zip(found, grads, strict=True)
+    ]
+
+
+def _empty_grads(
+    x: torch.Tensor, adapters: Sequence[Any], need_dx: bool, needs: Sequence[bool]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Outputs of the backward operator; one that is not needed has no elements."""
+    factors = [t for i, t in enumerate(adapters) if i % _PER_PROJECTION < 2]
+    grads = [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need else x.new_empty(0)
+        for t, need in zip(factors, needs, strict=True)
+    ]
+    return x.new_empty(x.shape if need_dx else 0), grads
+
+
+for _device in ("CPU", "CUDA"):
+    _LIB.impl("lora_linears", _operator_forward, _device)
+    _LIB.impl("lora_linears_backward", _operator_backward, _device)
+
+
+@torch.library.register_fake("fastlora::lora_linears", lib=_LIB)
+def _(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return x.new_empty(x.shape[0], _width(args[2]), dtype=args[5])
+
+
+@torch.library.register_fake("fastlora::lora_linears_backward", lib=_LIB)
+def _(dy: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return _empty_grads(x, args[4], *args[-2:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, w, statistics, shapes, formats, adapters, _, backend = inputs
+    ops._refuse_trained_base(any(t.requires_grad for t in w))
+    ctx.save_for_backward(x, *w, *statistics, *adapters)
+    ctx.shapes, ctx.formats, ctx.backend, ctx.dtype = shapes, formats, backend, x.dtype
+
+
+def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
+    x, *tensors = ctx.saved_tensors
+    p = len(ctx.formats) // 2
+    w, statistics, adapters = tensors[:p], tensors[p : p + _STATISTICS * p], tensors[p + _STATISTICS * p :]
+    flags = ctx.needs_input_grad[5]
+    need_dx, needs = ctx.needs_input_grad[0], [flag for i, flag in enumerate(flags) if i % _PER_PROJECTION < 2]
+    dx, grads = None, [None] * len(needs)
+    if need_dx or any(needs):
+        dx, grads = torch.ops.fastlora.lora_linears_backward(
+            dy.to(ctx.dtype), x, w, statistics, ctx.shapes, ctx.formats, adapters, ctx.backend, need_dx, needs
+        )
+    biases = zip(dy.split(ctx.shapes[0::2], dim=1), adapters[2::_PER_PROJECTION], strict=True)
+    found: list[Any] = []
+    for i, (part, bias) in enumerate(biases):
+        found += [grad if need else None for grad, need in zip(grads[2 * i :][:2], needs[2 * i :][:2], strict=True)]
+        need_bias = flags[_PER_PROJECTION * i + 2] and not _is_absent(bias)
+        found.append(part.sum(0, dtype=bias.dtype) if need_bias else None)
+    return dx if need_dx else None, [None] * p, None, None, None, found, None, None
+
+
+torch.library.register_autograd("fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=_LIB)
+torch.library.register_autograd("fastlora::lora_linears_backward", ops._no_second_derivative, lib=_LIB)
 
 
 def _check(x: torch.Tensor, projections: Sequence[Projection], k: int) -> None:
@@ -319,7 +472,9 @@ def lora_linears(
     """
     _check(x, projections, projections[0].w.shape[1] if projections else 0)
     x = _autocast(x)
-    if ops.must_dispatch(x) or x.numel() == 0:
+    if ops.must_dispatch(x):
+        return tuple(_operator(x, projections, out_dtype, backend).split(groups.sizes(projections), dim=-1))
+    if x.numel() == 0:
         return tuple(
             lora_linear(x, p.w, p.lora_a, p.lora_b, p.bias, scale=p.scale, out_dtype=out_dtype, backend=backend)
             for p in projections
@@ -360,12 +515,8 @@ def gated_mlp(
     _check(x.new_empty(0, down.w.shape[1]), [down], down.w.shape[1])
     x = _autocast(x)
     if ops.must_dispatch(x) or x.numel() == 0:
-        ys = [lora_linear(x, p.w, p.lora_a, p.lora_b, p.bias, scale=p.scale, backend=backend) for p in inner]
-        gate, up = ys if len(ys) == 2 else ys[0].chunk(2, dim=-1)
-        h = plain.forward(gate, up, activation)
-        return lora_linear(
-            h, down.w, down.lora_a, down.lora_b, down.bias, scale=down.scale, out_dtype=out_dtype, backend=backend
-        )
+        gate, up = _operator(x, inner, None, backend).chunk(2, dim=-1)
+        return _operator(plain.forward(gate, up, activation), [down], out_dtype, backend)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     form = groups.form(rows, inner, backend)
     if isinstance(form, Stacked) and not isinstance(_down_form(rows, down, backend), Stacked):

@@ -19,6 +19,9 @@ import torch
 
 from fastlora import backends, ops, tables
 from fastlora.nf4 import NF4Weight, Weight
+from fastlora.stacking import as_one
+
+__all__ = ["Each", "Form", "Library", "Needs", "Projection", "Stacked", "as_one", "columns", "form", "kernels", "sizes"]
 
 Grads = tuple["torch.Tensor | None", list["torch.Tensor | None"], list["torch.Tensor | None"]]
 
@@ -57,6 +60,8 @@ class Form(Protocol):
     def forward(
         self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+
+    def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]: ...
 
     def backward(
         self,
@@ -98,6 +103,10 @@ class Each:
             ys.append(y)
             us.append(u)
         return ys, us
+
+    def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:
+        """What `forward` keeps, alone."""
+        return [x.new_empty(x.shape[0], 0) if p.lora_a is None else x @ p.lora_a.to(x.dtype).T for p in projections]
 
     def backward(
         self,
@@ -151,6 +160,10 @@ class Library:
         if y.dtype == x.dtype and not (x.is_cuda and x.dtype.itemsize == 2):
             y.addmm_(x, w.T)
         return columns(y.to(dtype), sizes(projections)), [u]
+
+    def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:
+        """What `forward` keeps, alone."""
+        return [self._project(x, projections)]
 
     def backward(
         self,
@@ -240,6 +253,10 @@ class Stacked:
         weights, biases = [p.w for p in projections], [p.bias for p in projections]
         y, u = kernels("stacked").forward(x, weights, adapters, biases, out_dtype, u)
         return columns(y, sizes(projections)), [u]
+
+    def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:
+        """What `forward` keeps, alone."""
+        return [kernels("stacked").project(x, self.adapters(projections, x))]
 
     def backward(
         self,

@@ -380,6 +380,35 @@ def test_compiled_as_one_graph(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["q k v", "bias, ranks", "dense", "none"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_registered_operator(kind: str, backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler sees: schema, shapes and gradients agree, and the results are those of the eager node."""
+    dtype = torch.float32
+    projections = [make(k=64, dtype=dtype, device=device, **options) for options in GROUPS[kind]]
+    x = torch.randn(2, 5, 64).to(device).requires_grad_()
+    want = lora_linears(x, projections, backend=backend)
+    dys = [torch.randn_like(y) for y in want]
+    want_grads = torch.autograd.grad(want, [x, *leaves(projections)], dys)
+    seen: list[Any] = []
+    real = torch.ops.fastlora.lora_linears
+    monkeypatch.setattr(ops, "must_dispatch", lambda x: True)
+    monkeypatch.setattr(torch.ops.fastlora, "lora_linears", lambda *args: seen.append(args) or real(*args))
+    got = lora_linears(x, projections, backend=backend)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+    got_grads = torch.autograd.grad(got, [x, *leaves(projections)], dys)
+    for a, b in zip(got_grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b)
+    monkeypatch.undo()
+    (args,) = seen
+    detached = [
+        [t.detach().requires_grad_(t.requires_grad) for t in arg] if i == 5 else arg for i, arg in enumerate(args)
+    ]
+    detached[0] = detached[0].detach().requires_grad_()
+    torch.library.opcheck(real, tuple(detached))
+
+
 def test_which_form(device: str) -> None:
     x, inner, _ = small(device)
     assert isinstance(groups.form(x, inner, "torch"), groups.Library)

@@ -23,6 +23,7 @@ from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.lora import _add_parts, _project
 from fastlora.kernels.tile import cast, dot
 from fastlora.nf4 import NF4Weight, Weight
+from fastlora.stacking import as_one
 
 MOST = 4
 """Projections that one launch takes."""
@@ -302,21 +303,6 @@ def stack(weights: Sequence[Weight], dtype: torch.dtype) -> torch.Tensor:
         else:
             part.copy_(w)
     return out
-
-
-def as_one(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """The matrix (M, sum N) whose columns ``parts`` (M, N_i) are, one after the other, or None where there is none."""
-    first = parts[0]
-    if len(parts) == 1:
-        return first
-    start, stride, storage = first.storage_offset(), first.stride(0), first.untyped_storage().data_ptr()
-    for part in parts:
-        same = part.untyped_storage().data_ptr() == storage and part.dtype == first.dtype
-        if not same or part.stride() != (stride, 1) or part.storage_offset() != start:
-            return None
-        start += part.shape[1]
-    n = start - first.storage_offset()
-    return first.as_strided((first.shape[0], n), (stride, 1)) if stride >= n else None
 
 
 def project(x: torch.Tensor, adapters: Adapters) -> torch.Tensor:

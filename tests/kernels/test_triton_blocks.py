@@ -18,6 +18,7 @@ from fastlora.activation import ACTIVATIONS
 from fastlora.kernels import config, gated, stacked
 from fastlora.kernels.gemm import gemm
 from fastlora.nf4 import NF4Weight
+from fastlora.stacking import as_one
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
@@ -210,10 +211,10 @@ def test_dy_is_copied_only_where_it_lies_apart(group: Group) -> None:
 
 def test_parts_of_one_matrix(kernel_device: str) -> None:
     y = torch.randn(6, 24, device=kernel_device)
-    assert torch.equal(stacked.as_one(y.split((8, 16), 1)), y)
-    assert torch.equal(stacked.as_one(y[:, 8:].split((8, 8), 1)), y[:, 8:])
+    assert torch.equal(as_one(y.split((8, 16), 1)), y)
+    assert torch.equal(as_one(y[:, 8:].split((8, 8), 1)), y[:, 8:])
     for parts in ((y[:, :8], y[:, 16:]), (y[:, 8:], y[:, :8]), (y[:, :8], y[:, 8:].clone()), (y[:, :8].T, y[:, 8:].T)):
-        assert stacked.as_one(parts) is None
+        assert as_one(parts) is None
 
 
 @accelerated
