@@ -204,7 +204,7 @@ class FusedMLP:
     """The class that `revert_mlp` gives back."""
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not (args or kwargs or ops.must_dispatch(x)):
+        if not (args or kwargs):
             found = _mlp(self)
             if not isinstance(found, str):
                 layers, projections, activation = found
@@ -213,7 +213,8 @@ class FusedMLP:
                     computed, wide, dtype = typed
                     *inner, down = projections
                     backend = layers[0].fastlora_backend
-                    forget()
+                    if not ops.must_dispatch(x):
+                        forget()
                     y = blocks.gated_mlp(computed, inner, down, activation, out_dtype=wide, backend=backend)
                     return y.to(dtype)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
