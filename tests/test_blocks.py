@@ -433,6 +433,38 @@ def test_large_groups_stack_on_a_gpu() -> None:
         assert isinstance(groups.form(x[:2048], projections, "auto"), groups.Stacked)
 
 
+@pytest.mark.gpu
+def test_in_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured forward and backward of the stacked form gives what the same calls give outside, for another x."""
+    pytest.importorskip("triton")
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the tensor memory accelerator")
+    monkeypatch.setattr(groups.kernels("config"), "form", lambda *args: "persistent")
+    x, inner, down = small("cuda")
+    every = leaves([*inner, down])
+
+    def run() -> list[torch.Tensor]:
+        y = gated_mlp(x, inner, down, backend="triton")
+        for part in lora_linears(x, inner, backend="triton"):
+            y = y + part.float().sum()
+        return [y.detach(), *torch.autograd.grad(y.float().sum(), every)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        captured = run()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(captured, run(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_refused(device: str) -> None:
     x, inner, down = small(device)
     other = make(48, 128, 8, torch.bfloat16, device)
