@@ -614,5 +614,8 @@ def test_nothing_is_stacked_where_layers_are_as_fast() -> None:
     x = torch.randn(2, 6, 64)
     attention(fast).q_proj(x)
     assert SLOT.results is None
+    report = str(accelerate(fast, "auto", blocks=True))
+    assert "by layer: stacking is not faster for float32 on cpu here" in report
+    assert "2 of 4 blocks fused" in report
     projections = blocks_module._projections(group_of(fast).layers)
     assert isinstance(groups.form(x.view(-1, 64), projections, "auto"), groups.Each)

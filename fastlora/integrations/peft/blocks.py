@@ -32,6 +32,8 @@ JOINT = ("qkv_proj", "gate_up_proj")
 """Names of projections that are one layer already."""
 _OTHER_INPUTS = ("key_value_states", "encoder_hidden_states", "cross_attention_states")
 """Parameters by which an attention's forward takes a second input."""
+_MANY_TOKENS = 8192
+"""The report says whether a group computes together for so many tokens; for fewer it may leave them to its layers."""
 _MISSES = 3
 """Times in a row that a result is not asked for until a group gives up."""
 
@@ -355,6 +357,19 @@ def _first_reason(layers: dict[str, Any]) -> str | None:
     return None
 
 
+def _stacking_reason(shared: SharedInput) -> str | None:
+    """Why a group would leave a large batch to its layers, all of which can run together at the moment."""
+    projections = _projections(shared.layers)
+    assert not isinstance(projections, str)
+    w, base = projections[0].w, shared.layers[0]._modules["base_layer"]
+    dtype = getattr(base, "compute_dtype", None) or w.dtype
+    # Only its sizes and its type count.
+    x = torch.empty(1, dtype=dtype, device=w.device).expand(_MANY_TOKENS, w.shape[1])
+    if blocks.stacks(x, projections, shared.layers[0].fastlora_backend):
+        return None
+    return f"stacking is not faster for {str(dtype).removeprefix('torch.')} on {w.device.type} here"
+
+
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if module._modules and not isinstance(module, Fused):
@@ -404,7 +419,7 @@ def _join(name: str, module: nn.Module) -> Iterator[BlockReport]:
             # In a converted MLP too: for the situations in which its own forward runs.
             for layer in shared.layers:
                 layer.__dict__["fastlora_group"] = shared
-            reason = _first_reason(present)
+            reason = _first_reason(present) or _stacking_reason(shared)
         if not converted:
             yield BlockReport(name, "shared input", tuple(present), reason)
     for joint in JOINT:
