@@ -6,6 +6,9 @@ multiply the LoRA factors as the last step of a tile: y = x W^T + s B^T + bias w
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -41,7 +44,11 @@ def gemm_kernel(
     N,
     K,
     R,
+    end0,
+    end1,
+    end2,
     TRANSPOSED: tl.constexpr,
+    STACKED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -49,7 +56,11 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """Tiles of y, PROGRAMS apart."""
+    """Tiles of y, PROGRAMS apart.
+
+    STACKED: up to four weights one below the other, which end at ``end0``, ``end1`` and ``end2``, each with its own R
+    columns of both narrow factors; no tile of N belongs to two of them.
+    """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     # One loop over the tiles and their steps: the next tile's loads overlap this one's stores.
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS, flatten=True):
@@ -61,8 +72,12 @@ def gemm_kernel(
             w = w_desc.load([n0, k0]).T if TRANSPOSED else w_desc.load([k0, n0])
             acc = dot(x, w, acc)
         for r0 in range(0, R, BLOCK_R):
-            narrow = narrow_desc.load([m0, r0])
-            adapter = adapter_desc.load([n0, r0]).T if TRANSPOSED else adapter_desc.load([r0, n0])
+            if STACKED:
+                r = r0 + ((n0 >= end0).to(tl.int32) + (n0 >= end1).to(tl.int32) + (n0 >= end2).to(tl.int32)) * R
+            else:
+                r = r0
+            narrow = narrow_desc.load([m0, r])
+            adapter = adapter_desc.load([n0, r]).T if TRANSPOSED else adapter_desc.load([r, n0])
             acc = dot(narrow, adapter, acc)
         finish_tile(acc, bias_ptr, y_desc, m0, n0, N, BLOCK_M, BLOCK_N)
 
@@ -179,11 +194,15 @@ def gemm(
     *,
     transposed: bool,
     out_dtype: torch.dtype | None = None,
+    sizes: Sequence[int] = (),
 ) -> torch.Tensor:
     """y = x W^T + narrow adapter^T + bias, (M, N) of ``out_dtype``, for w (N, K), narrow (M, R) and adapter (N, R).
 
     With ``transposed`` False w is (K, N), adapter (R, N), and neither is transposed: dx = dy W + du A. All matrices
     have one 16-bit type and the alignment that `unaligned` asks for; ranks are padded here to what it needs.
+
+    ``sizes`` (transposed only): the rows of the up to four weights that w stacks, where adapter is block diagonal with
+    one block for each, all of R / len(sizes) columns: only the blocks are multiplied where the tiles allow it.
     """
     (m, k), n = x.shape, w.shape[0 if transposed else 1]
     if narrow is not None and adapter is not None:
@@ -198,11 +217,16 @@ def gemm(
         narrow, adapter, r = x, w, 0
     y = x.new_empty(m, n, dtype=out_dtype)
     device = config.Device.of(x.device)
-    tiles = config.buffer_gemm(m, n, k, r, "forward" if transposed else "backward", x.dtype, y.dtype, device)
+    # Each projection has its own ranks: a tile meets those of one.
+    own = r // max(len(sizes), 1)
+    tiles = config.buffer_gemm(m, n, k, own, "forward" if transposed else "backward", x.dtype, y.dtype, device)
 
     def weight(t: torch.Tensor, block: int) -> TensorDescriptor:
         return describe(t, tiles.block_n, block) if transposed else describe(t, block, tiles.block_n)
 
+    ends = list(itertools.accumulate(sizes))[:-1]
+    stacked = bool(ends) and all(end % tiles.block_n == 0 for end in ends)
+    end0, end1, end2 = (*ends, n, n, n)[:3]
     programs = min(device.multiprocessors, triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n))
     with on_device(x):
         gemm_kernel[(programs,)](
@@ -215,8 +239,12 @@ def gemm(
             m,
             n,
             k,
-            r,
+            r // len(sizes) if stacked else r,
+            end0,
+            end1,
+            end2,
             TRANSPOSED=transposed,
+            STACKED=stacked,
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k,

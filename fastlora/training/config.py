@@ -17,7 +17,7 @@ Device = Literal["auto", "cpu", "cuda"]
 FREE_ON_RESUME = frozenset(
     {
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
-        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend"),
+        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "blocks", "liger", "offload_checkpoints"),
     }
 )
 """Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""
@@ -77,7 +77,10 @@ class TrainConfig(BaseModel):
     batch_size: int = Field(4, ge=1, description="blocks of one forward pass on one device")
     eval_batch_size: int | None = Field(None, ge=1, description="the same in evaluation [default: batch_size]")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimizer step")
+    blocks: bool = Field(False, description="compute q, k and v together, and gated MLPs as one")
+    liger: bool = Field(False, description="norms, rotary embedding and loss by Liger kernels, where installed")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    offload_checkpoints: bool = Field(False, description="keep the checkpoints in the memory of the CPU")
     bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
     device: Device = Field("auto", description="cpu, cuda, or cuda where there is one")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of adapter, data order and dropout")
@@ -124,6 +127,10 @@ class TrainConfig(BaseModel):
             raise ValueError("prompt_column and completion_column go together: set both or neither")
         if sum(c is not None for c in (self.text_column, self.messages_column, self.prompt_column)) > 1:
             raise ValueError("set only one of text_column, messages_column and prompt_column + completion_column")
+        if self.offload_checkpoints and not self.gradient_checkpointing:
+            raise ValueError("offload_checkpoints needs gradient_checkpointing: set both or neither")
+        if (self.blocks or self.liger) and self.backend == "peft":
+            raise ValueError("blocks and liger belong to fastlora's layers: backend peft has neither")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: set one of them")
         if self.template not in ("auto", "chat", "plain") and "{" not in self.template:

@@ -102,7 +102,7 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
             dtype=torch.bfloat16 if bf16 else torch.float32,
         )
         model = models.adapt(base, config)
-        report = models.accelerate(model, config.backend)
+        report = models.accelerate(model, config.backend, blocks=config.blocks, liger=config.liger)
         if report is not None:
             print(report, flush=True)
         checkpoints.write_config(config)
@@ -125,6 +125,10 @@ def _run(
     meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
     trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
     trainer.meter = meter
+    if config.offload_checkpoints:
+        from fastlora.training.offload import OffloadCheckpoints
+
+        trainer.add_callback(OffloadCheckpoints())
     # The meter measures the step without what the callbacks after it do.
     for callback in (meter, FiniteLoss(), *callbacks, stop, reporter):
         trainer.add_callback(callback)

@@ -23,8 +23,9 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import kernels
+from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, launch, split
+from fastlora.kernels import config, gated, launch, split, stacked
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
@@ -171,12 +172,43 @@ def few_rows(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         split.input_gradient(dy, w, a, b, 0.5, dropout)
 
 
+def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
+    """Projections of one x, and the gated activation with and without the adapters that read it."""
+    k, m = 512, 300
+    x = torch.empty(m, k, dtype=dtype)
+    for sizes, r, adapter_dtype in (((512, 256), 16, torch.float32), ((512, 72, 40), 24, dtype), ((512,), 130, dtype)):
+        compiler.case = f"stacked {sizes} r={r} {dtype}"
+        weights = [NF4Weight.quantize(torch.zeros(n, k)) for n in sizes]
+        lora_a = [torch.empty(r, k, dtype=adapter_dtype) for _ in sizes]
+        lora_b = [torch.empty(n, r, dtype=adapter_dtype) for n in sizes]
+        adapters = stacked.Adapters([w.shape for w in weights], lora_a, lora_b, [0.5] * len(sizes), x)
+        u = stacked.project(x, adapters)
+        dys = [torch.empty(m, n, dtype=dtype) for n in sizes]
+        dy, du = stacked.project_gradients(dys, adapters, dtype)
+        stacked.project_gradients(dy.split(sizes, 1), adapters, dtype)
+        stacked.gradients(dy, u, x, du, adapters, adapter_dtype, adapter_dtype)
+        if compiler.device.capability >= (9, 0):
+            stacked.forward(x, weights, adapters, [None] * len(sizes), u=u)
+            stacked.input_gradient(dy, du, weights, adapters)
+    both, dh = torch.empty(m, 2 * k, dtype=dtype), torch.empty(m, k, dtype=dtype)
+    gate, up = both.chunk(2, 1)
+    for activation in ACTIVATIONS:
+        compiler.case = f"{activation} {dtype}"
+        gated.forward(gate, up, activation)
+        gated.backward(gate, up, dh, activation, in_place=True)
+        for r in (16, 64):
+            gated.forward(gate, up, activation, torch.empty(r, k, dtype=dtype))
+            for parts in (1, 2):
+                b = torch.empty(2 * k, parts * r, dtype=dtype)
+                gated.backward_project(gate, up, dh, activation, b, parts, in_place=True)
+
+
 def main(capability: str, *dtypes: str) -> None:
     major, minor = capability.split(".")
     compiler = Compiler((int(major), int(minor)))
     JITFunction.run = lambda fn, *args, **kwargs: compiler(fn, *args, **kwargs)
     config.Device.of = classmethod(lambda cls, device: compiler.device)
-    for module in ("dequantize", "forward", "backward", "lora", "gemm", "epilogue", "split"):
+    for module in ("dequantize", "forward", "backward", "lora", "gemm", "epilogue", "split", "stacked", "gated"):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()
     for i, name in enumerate(dtypes):
@@ -185,6 +217,7 @@ def main(capability: str, *dtypes: str) -> None:
         if dtype != torch.float32:
             buffered(compiler, dtype, thorough=i == 0)
             few_rows(compiler, dtype, thorough=i == 0)
+            blocks(compiler, dtype)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ where the fused operator computes what PEFT would; in any other situation PEFT's
     situation.py   what a layer is to compute at the moment, or why PEFT's forward runs
     forward.py     several adapters at once, mixed batches, DoRA
     layers.py      the fused classes
+    blocks.py      layers that compute together
+    liger.py       Liger kernels for what is not a linear layer
     report.py      what became of each layer
     merging.py     merging that keeps what was learned
     convert.py     accelerate, restore, register, fused
@@ -21,6 +23,17 @@ except ImportError as error:
 from fastlora.integrations.peft.convert import accelerate, fused, register, restore, unregister
 from fastlora.integrations.peft.layers import FUSED
 from fastlora.integrations.peft.merging import merge
-from fastlora.integrations.peft.report import LayerReport, Report
+from fastlora.integrations.peft.report import BlockReport, LayerReport, Report
 
-__all__ = ["FUSED", "LayerReport", "Report", "accelerate", "fused", "merge", "register", "restore", "unregister"]
+__all__ = [
+    "FUSED",
+    "BlockReport",
+    "LayerReport",
+    "Report",
+    "accelerate",
+    "fused",
+    "merge",
+    "register",
+    "restore",
+    "unregister",
+]

@@ -12,6 +12,8 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import nn
 
 from fastlora import backends
+from fastlora.integrations.peft import blocks as joint
+from fastlora.integrations.peft import liger as liger_kernels
 from fastlora.integrations.peft.layers import Fused, convert, convertible, revert
 from fastlora.integrations.peft.report import Report, report_layer
 from fastlora.integrations.peft.situation import situation
@@ -28,17 +30,21 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def accelerate(model: nn.Module, backend: str = "auto") -> Report:
+def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool = False) -> Report:
     """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights.
 
     model: a PEFT model, or any module with PEFT LoRA layers inside, on a bitsandbytes 4-bit or a dense base.
     backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
+    blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`.
+    liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model.
 
-    Returns the report of every LoRA layer: fused, or left to PEFT and why. Raises ValueError when the model has no PEFT
-    LoRA layer or the backend is unknown, RuntimeError when a named backend cannot run on these layers; the model is
-    then unchanged.
+    Returns the report of every LoRA layer: fused, or left to PEFT and why; and of every block. Raises ValueError when
+    the model has no PEFT LoRA layer, the backend is unknown, or Liger has no kernels for the model, RuntimeError when a
+    named backend cannot run on these layers, ImportError when Liger is not installed; the model is then unchanged.
     """
     _check_backend(backend)
+    if liger:
+        liger_kernels.check(model)
     layers = list(_lora_layers(model))
     if not layers:
         raise ValueError("the model has no PEFT LoRA layers; wrap it with peft.get_peft_model first")
@@ -51,14 +57,19 @@ def accelerate(model: nn.Module, backend: str = "auto") -> Report:
             fusible.append(layer)
     for layer in fusible:
         convert(layer, backend)
-    report = Report(tuple(reports))
+    joint.separate(model)
+    joined = tuple(joint.join(model)) if blocks else ()
+    report = Report(tuple(reports), joined, liger_kernels.apply(model) if liger else ())
     if not report.replaced:
         warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
     return report
 
 
 def restore(model: nn.Module) -> int:
-    """Give every fused layer of ``model`` its PEFT class back. Returns how many layers changed."""
+    """Give every fused layer of ``model`` its PEFT class back, and undo what came with it. Returns how many layers
+    changed."""
+    joint.separate(model)
+    liger_kernels.undo(model)
     fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]
     for layer in fused_layers:
         revert(layer)

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from peft.tuners import lora
 
+from fastlora import ops
 from fastlora.integrations.peft.forward import mixed_forward
 from fastlora.integrations.peft.situation import mixed_situation, situation
 
 _CACHES = ("fastlora_weight", "fastlora_squares")
+
+
+class _Slot(threading.local):
+    """The results that a group of layers computed and some of them have not asked for yet: see ``blocks.py``.
+
+    At most those of one group in a thread, and no longer than to the next call of a fused layer.
+    """
+
+    results: Any = None
+
+
+SLOT = _Slot()
+
+
+def forget() -> None:
+    """Drop the results that nobody has asked for."""
+    if (left := SLOT.results) is not None:
+        SLOT.results = None
+        if left.waiting:
+            left.group.missed()
 
 
 class Fused:
@@ -23,6 +45,11 @@ class Fused:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (args or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
             if not kwargs or all(value is None for value in kwargs.values()):
+                if not ops.must_dispatch(x):
+                    if (group := self.__dict__.get("fastlora_group")) is None:
+                        forget()
+                    elif (y := group(self, x)) is not None:
+                        return y
                 found = situation(self)
                 if not isinstance(found, str):
                     run, adapters, weight = found
@@ -77,7 +104,7 @@ def convert(layer: Any, backend: str) -> None:
 def revert(layer: Any) -> None:
     """Undo `convert`."""
     layer.__class__ = layer.stock
-    for name in ("fastlora_backend", *_CACHES):
+    for name in ("fastlora_backend", "fastlora_group", *_CACHES):
         layer.__dict__.pop(name, None)
     if layer.__dict__.pop("fastlora_repack", False):
         layer.base_layer.support_avx512bf16_for_cpu = True

@@ -31,10 +31,31 @@ class LayerReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """What became of layers of one module that could compute together."""
+
+    name: str
+    """The module's."""
+    kind: str
+    """"shared input" or "gated MLP"."""
+    layers: tuple[str, ...]
+    reason: str | None
+    """Why each layer computes for itself; None when they compute together."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What `accelerate` did. ``str(report)`` is a table; layers that differ only by their number share a row."""
 
     layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...] = ()
+    """Empty where blocks were not asked for."""
+    liger: tuple[str, ...] = ()
+    """What Liger kernels replaced; empty where they were not asked for."""
+
+    @property
+    def joined(self) -> list[BlockReport]:
+        return [block for block in self.blocks if block.reason is None]
 
     @property
     def replaced(self) -> list[LayerReport]:
@@ -47,18 +68,42 @@ class Report:
     def __str__(self) -> str:
         groups: dict[tuple[Any, ...], list[LayerReport]] = {}
         for layer in self.layers:
-            pattern = re.sub(r"\.\d+(?=\.)", ".*", layer.name)
-            key = (pattern, layer.kind, layer.shape, layer.rank, layer.backend, layer.reason)
+            key = (_numberless(layer.name), layer.kind, layer.shape, layer.rank, layer.backend, layer.reason)
             groups.setdefault(key, []).append(layer)
-        rows = [("layer", "count", "base", "out x in", "rank", "runs on")]
+        rows: list[tuple[str, ...]] = [("layer", "count", "base", "out x in", "rank", "runs on")]
         for (pattern, kind, (n, k), rank, backend, reason), layers in groups.items():
             name = layers[0].name if len(layers) == 1 else pattern
             rows.append((name, str(len(layers)), kind, f"{n} x {k}", str(rank), backend or f"PEFT: {reason}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines.insert(1, "-" * max(map(len, lines)))
-        total = f"{len(self.replaced)} of {len(self.layers)} LoRA layers fused"
-        return "\n".join([*lines, total])
+        lines = [*_table(rows), f"{len(self.replaced)} of {len(self.layers)} LoRA layers fused"]
+        if self.blocks:
+            lines += ["", *self._blocks()]
+        if self.liger:
+            lines += ["", f"Liger kernels: {', '.join(self.liger)}"]
+        return "\n".join(lines)
+
+    def _blocks(self) -> list[str]:
+        groups: dict[tuple[Any, ...], list[BlockReport]] = {}
+        for block in self.blocks:
+            key = (_numberless(block.name), block.kind, block.layers, block.reason)
+            groups.setdefault(key, []).append(block)
+        rows: list[tuple[str, ...]] = [("module", "count", "kind", "layers", "computed")]
+        for (pattern, kind, layers, reason), blocks in groups.items():
+            name = blocks[0].name if len(blocks) == 1 else pattern
+            rows.append(
+                (name, str(len(blocks)), kind, ", ".join(layers), f"by layer: {reason}" if reason else "together")
+            )
+        return [*_table(rows), f"{len(self.joined)} of {len(self.blocks)} blocks fused"]
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return lines
 
 
 def report_layer(name: str, layer: Any, backend: str, reason: str | None) -> LayerReport:
