@@ -17,7 +17,7 @@ Device = Literal["auto", "cpu", "cuda"]
 FREE_ON_RESUME = frozenset(
     {
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
-        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend"),
+        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "step"),
     }
 )
 """Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""
@@ -69,7 +69,11 @@ class TrainConfig(BaseModel):
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
     ] = Field("cosine", description="learning-rate schedule")
     warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, else a number of steps")
-    optim: str = Field("adamw_torch", description="optimizer, by its transformers name")
+    optim: str = Field(
+        "auto",
+        min_length=1,
+        description="optimizer, by its transformers name, such as adamw_8bit; auto for AdamW, fused on a GPU",
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
@@ -78,6 +82,9 @@ class TrainConfig(BaseModel):
     eval_batch_size: int | None = Field(None, ge=1, description="the same in evaluation [default: batch_size]")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimizer step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    step: Literal["eager", "compile", "cuda_graphs"] = Field(
+        "eager", description="launch a step kernel by kernel, compile the model, or replay captured CUDA graphs"
+    )
     bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
     device: Device = Field("auto", description="cpu, cuda, or cuda where there is one")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of adapter, data order and dropout")

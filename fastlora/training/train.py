@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data
+from fastlora.training import checkpoints, data, optimizer
 from fastlora.training import model as models
+from fastlora.training import step as steps
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import Interrupted, UserError, disk_errors, require
 
@@ -79,6 +80,8 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
     models.check_backend(config.backend)
     device = models.pick_device(config.device)
     bf16 = models.pick_bf16(config.bf16, device)
+    optimizer.choose(config, device)
+    check_step(config, device)
     data.check_source(config.data, "data")
     if config.eval_data is not None:
         data.check_source(config.eval_data, "eval_data")
@@ -105,6 +108,12 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
         report = models.accelerate(model, config.backend)
         if report is not None:
             print(report, flush=True)
+        if config.gradient_checkpointing:
+            steps.checkpoint_blocks(model.get_base_model())
+        if config.step == "compile":
+            steps.compile_model(model)
+        elif config.step == "cuda_graphs":
+            steps.use_causal_attention(model.get_base_model())
         checkpoints.write_config(config)
         return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, callbacks or [])
 
@@ -199,6 +208,16 @@ def uses_trl(config: TrainConfig) -> bool:
     return False
 
 
+def check_step(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError when the step cannot be launched as ``config`` asks."""
+    if config.step != "cuda_graphs":
+        return
+    if device.type != "cuda":
+        raise UserError("step: cuda_graphs needs a CUDA GPU: set step eager or compile")
+    if uses_trl(config):
+        raise UserError("step: TRL's SFTTrainer looks at every loss on the host: set trainer transformers")
+
+
 def make_trainer(
     config: TrainConfig,
     model: PeftModel,
@@ -215,19 +234,17 @@ def make_trainer(
     from fastlora.training.callbacks import MeteredLog
 
     arguments = _training_arguments(config, device, bf16, examples.evaluation is not None and not resuming)
+    arguments["optim"], optimizer_class = optimizer.choose(config, device)
     trainer_class: Any = transformers.Trainer
     arguments_class: Any = transformers.TrainingArguments
     if uses_trl(config):
         trl = require("trl", extra="trl")
         trainer_class, arguments_class = trl.SFTTrainer, trl.SFTConfig
         arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "packing": False}
-    elif config.gradient_checkpointing:
-        # The first layer's input has no gradient of its own, and checkpointing would cut the graph there.
-        model.enable_input_require_grads()
-    # transformers renamed the setting; TRL turns it on unless told not to.
+    # The model has it already where it is asked for. transformers renamed the setting; TRL turns it on unless told not to.
     renamed = "activation_checkpointing" in {field.name for field in dataclasses.fields(arguments_class)}
     key = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    arguments |= {key: config.gradient_checkpointing, f"{key}_kwargs": {"use_reentrant": False}}
+    arguments[key] = False
     try:
         args = arguments_class(**arguments)
     except ValueError as error:
@@ -235,13 +252,20 @@ def make_trainer(
     # One process drives one device: the 4-bit layers cannot be replicated by DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = type("MeteredTrainer", (MeteredLog, trainer_class), {})(
+    # Compiled or captured, a batch has always the same shape, and its padding on the right.
+    fixed = config.step != "eager"
+    if fixed:
+        tokenizer.padding_side = "right"
+    padding: dict[str, Any] = {"padding": "max_length", "max_length": config.max_length} if fixed else {}
+    bases = (steps.StepLauncher, optimizer.FusedClipping, MeteredLog, trainer_class)
+    trainer = type("MeteredTrainer", bases, {"causal": fixed, "captured": config.step == "cuda_graphs"})(
         model=model,
         args=args,
         train_dataset=examples.train,
         eval_dataset=examples.evaluation,
         processing_class=tokenizer,
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED, **padding),
+        optimizer_cls_and_kwargs=optimizer_class,
         callbacks=[_tensorboard(config)] if config.tensorboard else None,
     )
     # SFTTrainer rounds the adapters to bfloat16, in which small updates vanish: the master weights stay in float32.
@@ -261,7 +285,6 @@ def _training_arguments(config: TrainConfig, device: torch.device, bf16: bool, e
         "learning_rate": config.lr,
         "lr_scheduler_type": config.scheduler,
         "warmup_steps": config.warmup,
-        "optim": config.optim,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "num_train_epochs": config.epochs,
