@@ -127,7 +127,7 @@ def quantize_linears(model: Any, dtype: torch.dtype) -> None:
         )
         packed.bias = dense.bias
         packed.support_avx512bf16_for_cpu = False  # it would repack the bytes in place
-        dense.weight = None
+        dense.register_parameter("weight", None)
         model.set_submodule(name, packed.requires_grad_(False))
 
 

@@ -1,4 +1,4 @@
-"""The optimizer of the adapters: few launches, and no pass over gradients for clipping but the one that measures them."""
+"""The optimizer of the adapters: few launches, and no pass over gradients but the one that measures them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class ClippedAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         if self._divisor is None:
             return super().step(closure)
-        self.grad_scale = self._divisor  # what the fused kernel divides gradients by
+        # By this name the fused kernel finds what to divide gradients by.
+        self.grad_scale: torch.Tensor | None = self._divisor
         try:
             return super().step(closure)
         finally:

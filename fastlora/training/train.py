@@ -241,7 +241,7 @@ def make_trainer(
         trl = require("trl", extra="trl")
         trainer_class, arguments_class = trl.SFTTrainer, trl.SFTConfig
         arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "packing": False}
-    # The model has it already where it is asked for. transformers renamed the setting; TRL turns it on unless told not to.
+    # The model has it where it is asked for; TRL turns it on unless told not to, and transformers renamed the setting.
     renamed = "activation_checkpointing" in {field.name for field in dataclasses.fields(arguments_class)}
     key = "activation_checkpointing" if renamed else "gradient_checkpointing"
     arguments[key] = False
