@@ -263,9 +263,9 @@ def info() -> None:
 
 
 def explain(
-    m: Annotated[int, typer.Option(help="tokens", min=1)],
-    n: Annotated[int, typer.Option(help="out_features", min=1)],
-    k: Annotated[int, typer.Option(help="in_features", min=1)],
+    m: Annotated[int | None, typer.Option(help="tokens", min=1)] = None,
+    n: Annotated[int | None, typer.Option(help="out_features", min=1)] = None,
+    k: Annotated[int | None, typer.Option(help="in_features", min=1)] = None,
     r: Annotated[int, typer.Option(help="rank of the adapter", min=0)] = 16,
     dtype: Annotated[str, typer.Option(help="type of the activations: bf16, fp16 or fp32")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -273,8 +273,19 @@ def explain(
     quant: Annotated[str, typer.Option(help="type of the base weight: nf4, fp4 or none")] = "nf4",
     blocksize: Annotated[int, typer.Option(help="weights that share one scale", min=1)] = 64,
     nested: Annotated[bool, typer.Option(help="quantized statistics (double quant)")] = True,
+    model: Annotated[str | None, typer.Option(help="hub id, folder or name of a benchmark's model: its memory")] = None,
+    batch: Annotated[int, typer.Option(help="model: sequences of a batch", min=1)] = 1,
+    seq: Annotated[int, typer.Option(help="model: tokens of a sequence", min=1)] = 2048,
+    checkpointing: Annotated[bool, typer.Option(help="model: recompute the blocks in the backward pass")] = False,
+    blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = False,
 ) -> None:
-    """Show which backend runs one layer, and why."""
+    """Show which backend runs one layer, and why; or what memory a training step of a model takes."""
+    if model is not None:
+        print(_memory(model, batch, seq, r=r, checkpointing=checkpointing, quantized=quant != "none", blocks=blocks))
+        return
+    if m is None or n is None or k is None:
+        absent = next(name for name, value in (("m", m), ("n", n), ("k", k)) if value is None)
+        raise UserError(f"--{absent} is missing: give --m, --n and --k of a layer, or --model")
     import torch
 
     from fastlora import backends
@@ -302,6 +313,25 @@ def explain(
         nested=nested,
     )
     print(backends.explain(problem, machine))
+
+
+def _memory(model: str, batch: int, seq: int, **options: Any) -> str:
+    """The memory report of a model."""
+    for package in ("transformers", "peft", "bitsandbytes"):
+        require(package)
+    from fastlora.bench import models
+    from fastlora.training import memory
+
+    if model in models.CONFIGS:
+        config = models.config(model)
+    else:
+        for package in ("pydantic", "yaml"):
+            require(package)
+        from fastlora.training.model import load_config
+
+        config = load_config(model)
+    with _quiet():
+        return memory.predict(config, batch, seq, **options).table()
 
 
 def tune(
