@@ -427,7 +427,7 @@ def _child(spec: Path) -> None:
     """A process of `apart`: reads what to measure, writes a line for each measurement."""
     request = json.loads(spec.read_text())
     names, folder = request["names"], Path(request["folder"])
-    if any(STACKS[name].process == "Unsloth" for name in names):
+    if any(STACKS[name].process == "Unsloth" and missing(STACKS[name]) is None for name in names):
         import unsloth  # noqa: F401  # it asks to be imported before what it changes
     from fastlora.bench.run import device
 
@@ -499,7 +499,7 @@ class _Child:
 
     def __iter__(self) -> Iterator[Measured]:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment["UNSLOTH_DISABLE_STATISTICS"] = "1"
+        environment |= {"UNSLOTH_DISABLE_STATISTICS": "1", "UNSLOTH_COMPILE_LOCATION": str(self.out.parent / "unsloth")}
         command = [sys.executable, "-m", "fastlora.bench.train_step", "--child", str(self.spec)]
         end, seen = time.monotonic() + self.timeout, 0
         with self.log.open("w") as log:
