@@ -16,8 +16,9 @@ Device = Literal["auto", "cpu", "cuda"]
 
 FREE_ON_RESUME = frozenset(
     {
+        "step",
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
-        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "step"),
+        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend"),
     }
 )
 """Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""
@@ -82,10 +83,10 @@ class TrainConfig(BaseModel):
     eval_batch_size: int | None = Field(None, ge=1, description="the same in evaluation [default: batch_size]")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimizer step")
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
     step: Literal["eager", "compile", "cuda_graphs"] = Field(
         "eager", description="launch a step kernel by kernel, compile the model, or replay captured CUDA graphs"
     )
-    bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
     device: Device = Field("auto", description="cpu, cuda, or cuda where there is one")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of adapter, data order and dropout")
 
