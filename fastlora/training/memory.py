@@ -103,8 +103,60 @@ def _flash(module: Any, query: Any, key: Any, value: Any, attention_mask: Any, *
     return attend(query, key, value, 0.0, True, scale=scaling)[0].transpose(1, 2).contiguous(), None
 
 
-def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = False) -> tuple[Any, bool]:
-    """The fused PEFT model of a transformers configuration, without a byte of memory, and whether blocks are fused."""
+class _GatedMLP(torch.autograd.Function):
+    """What the node of a fused gated MLP allocates and keeps; compilers and dispatch modes only see single layers."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, widths: tuple[int, int, int], *parameters: torch.Tensor) -> torch.Tensor:
+        rows, (k, middle, n) = x.numel() // x.shape[-1], widths
+        dense = x.new_empty(2 * middle, k)
+        gate, up = x.new_empty(rows, middle), x.new_empty(rows, middle)
+        del dense
+        u = [x.new_empty(rows, a.shape[0]) for a in parameters[::2]]
+        h, dense = x.new_empty(rows, middle), x.new_empty(n, middle)
+        ctx.save_for_backward(x, gate, up, *u, *parameters)
+        ctx.widths = widths
+        del h, dense
+        return x.new_empty(*x.shape[:-1], n)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
+        x, gate, _, *rest = ctx.saved_tensors
+        k, middle, n = ctx.widths
+        dense = dy.new_empty(n, middle)
+        dh = torch.empty_like(gate)  # the gradients of gate and up take the place of their values, h that of dh
+        del dense
+        grads = [torch.empty_like(p) for p in rest[len(rest) // 3 :]]
+        del dh
+        dense = dy.new_empty(2 * middle, k)
+        return torch.empty_like(x), None, *grads
+
+
+def _stand_in(mlp: Any) -> None:
+    """Let a fused MLP allocate on the meta device what its node does elsewhere."""
+    names = [name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if name in mlp._modules]
+    layers = [mlp._modules[name] for name in names]
+    down = layers[-1]
+    widths = (layers[0].in_features, down.in_features, down.out_features)
+    parameters = [
+        part[adapter].weight
+        for layer in layers
+        for adapter in layer.active_adapters
+        for part in (layer.lora_A, layer.lora_B)
+    ]
+    mlp.forward = lambda x: _GatedMLP.apply(x, widths, *parameters)
+
+
+def _is_fused_mlp(module: nn.Module) -> bool:
+    """Whether `fastlora.accelerate` gave a module with a down projection another class."""
+    return hasattr(type(module), "stock") and "down_proj" in module._modules
+
+
+def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = False) -> Any:
+    """The fused PEFT model of a transformers configuration, without a byte of memory.
+
+    Raises ValueError for ``blocks`` where `fastlora.accelerate` has none.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -128,10 +180,14 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
         model.config._attn_implementation = _FUSED_ATTENTION
     lora = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, lora, low_cpu_mem_usage=True).train()
-    able = blocks and "blocks" in inspect.signature(fastlora.accelerate).parameters
-    options: dict[str, Any] = {"blocks": True} if able else {}
+    if blocks and "blocks" not in inspect.signature(fastlora.accelerate).parameters:
+        raise ValueError("fastlora.accelerate has no blocks")
+    options: dict[str, Any] = {"blocks": True} if blocks else {}
     fastlora.accelerate(adapted, **options)
-    return adapted, able
+    for module in adapted.modules():
+        if _is_fused_mlp(module):
+            _stand_in(module)
+    return adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +337,7 @@ def predict(
     eight_bit_optimizer: bool = False,
 ) -> Prediction:
     """The memory of a training step of a transformers configuration on ``batch`` sequences of ``length`` tokens."""
-    model, _ = meta_model(config, r=r, quantized=quantized, blocks=blocks)
+    model = meta_model(config, r=r, quantized=quantized, blocks=blocks)
     if checkpointing:
         checkpoint_blocks(model.get_base_model())
     return predict_model(model, batch, length, eight_bit_optimizer=eight_bit_optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -24,9 +25,9 @@ def config_of(name: str, blocks: int = 2) -> Any:
     return models.config(name, blocks, 512, **SIZES, head_dim=32)
 
 
-def real(config: Any, checkpointing: bool) -> Any:
+def real(config: Any, checkpointing: bool, **options: Any) -> Any:
     model = models.adapt(models.base(config, CPU), r=8).train()
-    fastlora.accelerate(model)
+    fastlora.accelerate(model, **options)
     if checkpointing:
         checkpoint_blocks(model.get_base_model())
     return model
@@ -71,6 +72,19 @@ def test_activations_of_a_block_are_what_autograd_saves(name: str) -> None:
     one, two = (saved_bytes(real(config_of(name, blocks), False), ids) for blocks in (1, 2))
     predicted = memory.predict(config_of(name, 3), 2, 96, r=8)
     assert predicted.activations[1] == pytest.approx(two - one, rel=0.1)
+
+
+@pytest.mark.skipif(
+    "blocks" not in inspect.signature(fastlora.accelerate).parameters, reason="fastlora.accelerate has no blocks"
+)
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_activations_of_a_fused_block_are_what_autograd_saves(name: str) -> None:
+    ids = torch.zeros(2, 96, dtype=torch.long)
+    one, two = (saved_bytes(real(config_of(name, blocks), False, blocks=True), ids) for blocks in (1, 2))
+    fused, apart = (memory.predict(config_of(name, 3), 2, 96, r=8, blocks=blocks) for blocks in (True, False))
+    assert fused.activations[1] == pytest.approx(two - one, rel=0.1)
+    assert apart.activations[1] - fused.activations[1] > 2 * 96 * 512 * 2
+    assert fused.adapters == apart.adapters
 
 
 def test_weights_are_counted_once_each() -> None:
