@@ -120,7 +120,7 @@ class _GatedMLP(torch.autograd.Function):
         return x.new_empty(*x.shape[:-1], n)
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, gate, _, *rest = ctx.saved_tensors
         k, middle, n = ctx.widths
         dense = dy.new_empty(n, middle)
@@ -128,8 +128,9 @@ class _GatedMLP(torch.autograd.Function):
         del dense
         grads = [torch.empty_like(p) for p in rest[len(rest) // 3 :]]
         del dh
-        dense = dy.new_empty(2 * middle, k)
-        return torch.empty_like(x), None, *grads
+        dense, dx = dy.new_empty(2 * middle, k), torch.empty_like(x)
+        del dense
+        return dx, None, *grads
 
 
 def _stand_in(mlp: Any) -> None:
