@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib.util
 import inspect
@@ -576,6 +577,27 @@ def goal_rows(case: Case, found: Iterable[Measured], goal: Goal) -> list[Row]:
     return rows
 
 
+MEMORY_ERROR = 0.1
+"""How far the memory that `fastlora explain --model` predicts may be from what is measured, as a share of it."""
+
+
+@functools.cache
+def predicted_peak(case: Case, blocks: bool) -> int:
+    """Bytes that a step of ours on a case is said to take."""
+    from fastlora.training import memory
+
+    config, kept = case.config(), case.checkpointing
+    return memory.predict(config, case.batch, case.length, r=R, checkpointing=kept, blocks=blocks).peak
+
+
+def memory_row(one: Measured) -> Row | None:
+    """How wrong the prediction of a measured peak was; None for stacks that it does not know."""
+    if one.stack not in (LAYERS, BLOCKS) or one.peak_bytes is None:
+        return None
+    error = abs(predicted_peak(one.case, one.stack == BLOCKS) / one.peak_bytes - 1)
+    return Row(one.case.title, f"error of the predicted peak memory, {one.stack}", error, MEMORY_ERROR)
+
+
 def rows_of(found: Iterable[Measured]) -> Iterator[Row]:
     """What the measurements of one case say: a row for each stack and metric, and the goals of the case first."""
     found = list(found)
@@ -590,6 +612,8 @@ def rows_of(found: Iterable[Measured]) -> Iterator[Row]:
         yield Row(case.title, f"ms a step, {one.stack}", one.ms)
         if one.peak_bytes is not None:
             yield Row(case.title, f"peak memory GiB, {one.stack}", one.peak_bytes / 2**30)
+        if (row := memory_row(one)) is not None:
+            yield row
         yield Row(case.title, f"loss after {len(one.losses)} steps, {one.stack}", one.losses[-1])
         if one.mfu is not None:
             yield Row(case.title, f"MFU, {one.stack}", one.mfu)

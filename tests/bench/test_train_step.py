@@ -53,8 +53,9 @@ def test_a_missing_peer_is_a_miss_with_its_reason() -> None:
     assert all(row.value is None for row in goals(measured(PEFT, 200)).values())
 
 
-def test_rows_of_a_case() -> None:
+def test_rows_of_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     case = dataclasses.replace(GOAL_CASE, batch=2)
+    monkeypatch.setattr(suite, "predicted_peak", lambda case, blocks: 0.75 * 2**30)
     found = [
         measured(PEFT, 512.0, 2.5, case, gpu_ms={GEMM: 3.0}, flops_per_second=1e12),
         measured(LAYERS, 256.0, 1, case),
@@ -64,6 +65,8 @@ def test_rows_of_a_case() -> None:
     assert rows["peak memory GiB, HF + PEFT"] == pytest.approx(2.5)
     assert rows["loss after 2 steps, fastlora layers"] == 2.0
     assert rows[f"GPU ms, {GEMM}, HF + PEFT"] == 3.0
+    assert rows["error of the predicted peak memory, fastlora layers"] == pytest.approx(0.25)
+    assert "error of the predicted peak memory, HF + PEFT" not in rows
     needed = models.step_operations(case.config(), 2, 2048, suite.R)
     assert rows["MFU, HF + PEFT"] == pytest.approx(needed / 0.512e12)
     assert "MFU, fastlora layers" not in rows
@@ -244,7 +247,16 @@ def write(folder: Path, name: str, rows: list[record.Row], **extra: Any) -> None
     path.write_text(path.read_text().replace('"gpu": null', '"gpu": "Some GPU"'))
 
 
-def test_report_of_training_steps(tmp_path: Path) -> None:
+def test_the_prediction_of_a_case_is_that_of_the_command() -> None:
+    from fastlora.training import memory
+
+    expected = memory.predict(CASE.config(), CASE.batch, CASE.length, r=suite.R)
+    assert suite.predicted_peak(CASE, False) == expected.peak
+    assert suite.predicted_peak(dataclasses.replace(CASE, checkpointing=True), False) != expected.peak
+
+
+def test_report_of_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "predicted_peak", lambda case, blocks: 2**29)
     pytest.importorskip("matplotlib", reason="matplotlib is missing (extra: bench)")
     part = suite.PARTS["goals"]
     found = [
@@ -256,7 +268,7 @@ def test_report_of_training_steps(tmp_path: Path) -> None:
     write(tmp_path, "train", rows)
     write(tmp_path, "train_quick", rows, quick=True)
     text = report.training(tmp_path)
-    assert "1 of 3 goals reached" in text
+    assert "2 of 4 goals reached" in text
     assert "tokens/s over HF + PEFT | 2 | >= 1.95 | pass | fastlora layers |" in text
     assert "**MISS** | Unsloth: unsloth is not installed" in text
     device = next(tmp_path.iterdir()).name
