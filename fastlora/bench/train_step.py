@@ -69,6 +69,14 @@ STACKS: dict[str, Stack] = {
 }
 CAPTURED_TOKENS = 4096
 """Steps of more tokens are not bound by their launches: they are not measured as CUDA graphs."""
+FEW_BLOCKS = 8
+"""Models of more blocks take longer for a step, fewer of which are timed, and not with the layers alone fused."""
+
+
+def skipped(name: str, case: Case) -> bool:
+    """Whether a stack is not measured on a case, to save time."""
+    stack = STACKS[name]
+    return (stack.captured and case.tokens > CAPTURED_TOKENS) or (stack.fuse == "layers" and case.blocks > FEW_BLOCKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,8 +367,7 @@ def measure(
 ) -> Measured:
     """A stack on a case."""
     step = train_step(model, STACKS[name], case, device)
-    # Long steps vary less, and are what the time of a run is spent on.
-    warm_up, timed = (WARM_UP, TIMED) if case.blocks <= 8 else (2, 4)
+    warm_up, timed = (WARM_UP, TIMED) if case.blocks <= FEW_BLOCKS else (2, 4)
     losses = [step() for _ in range(warm_up)]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -402,7 +409,7 @@ def here(
         model: Any = None
         key: Any = None
         for case in cases:
-            if stack.captured and case.tokens > CAPTURED_TOKENS:
+            if skipped(name, case):
                 continue
             if reason is not None:
                 yield Measured(name, case, reason)
@@ -479,8 +486,7 @@ def apart(
             reason = running.failure
             for name in mine:
                 for case in cases:
-                    skipped = STACKS[name].captured and case.tokens > CAPTURED_TOKENS
-                    if (name, case) not in done and not skipped:
+                    if (name, case) not in done and not skipped(name, case):
                         yield Measured(name, case, reason or "its process ended without a result")
 
 

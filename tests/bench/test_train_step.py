@@ -159,11 +159,15 @@ def test_an_error_is_a_row_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert other.absent is None
 
 
-def test_captured_steps_are_for_few_tokens() -> None:
+def test_what_is_not_measured_to_save_time() -> None:
     name = f"{LAYERS}, CUDA graph"
     large = dataclasses.replace(CASE, length=8192)
-    found = list(suite.here((name,), (CASE, large), CPU))
+    deep = dataclasses.replace(CASE, blocks=32)
+    found = list(suite.here((name,), (CASE, large, deep), CPU))
     assert [one.case for one in found] == [CASE]
+    assert [suite.skipped(PEFT, case) for case in (CASE, large, deep)] == [False] * 3
+    assert [suite.skipped(BLOCKS, case) for case in (CASE, large, deep)] == [False] * 3
+    assert [suite.skipped(LAYERS, case) for case in (CASE, large, deep)] == [False, False, True]
 
 
 def test_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
