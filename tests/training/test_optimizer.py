@@ -86,3 +86,21 @@ def test_training_clips_within_the_step(options: dict[str, Any], tmp_path: Path)
     norms = [[log["grad_norm"] for log in run.log_history if "grad_norm" in log] for run in (one, other)]
     assert len(norms[0]) == len(one.losses)
     assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_training_with_8_bit_moments(options: dict[str, Any]) -> None:
+    from fastlora.training.config import load
+    from fastlora.training.train import train
+
+    seen = []
+
+    class Look:
+        """Stands for a callback: what the Trainer made of the name."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda args, state, control, **kwargs: seen.append(kwargs.get("optimizer"))
+
+    result = train(load(None, options | {"optim": "adamw_8bit", "max_steps": 2}), callbacks=[Look()])
+    assert len(result.losses) == 2
+    kinds = {type(getattr(one, "optimizer", one)).__module__ for one in seen if one is not None}
+    assert kinds == {"bitsandbytes.optim.adamw"}
