@@ -312,7 +312,7 @@ def train_step(model: Any, stack: Stack, case: Case, device: torch.device) -> Ca
     for parameter in parameters:
         parameter.grad = None
     if stack.process != "Unsloth":
-        models.checkpoint(model, case.checkpointing)
+        models.checkpoint(model, case.checkpointing, captured=stack.captured)
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
     (ids,) = models.token_batches(case.config(), case.batch, case.length, device, 0, 1)
 

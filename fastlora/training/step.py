@@ -51,15 +51,18 @@ def use_causal_attention(model: Any) -> None:
     model.config._attn_implementation = CAUSAL
 
 
-def checkpoint_blocks(model: Any) -> None:
+def checkpoint_blocks(model: Any, *, random: bool = True) -> None:
     """Let a transformers model recompute its blocks in the backward pass.
+
+    random: whether blocks draw random numbers (dropout), which are then drawn again as they were. A captured step
+    cannot: nobody may ask for the state of a generator while it is captured.
 
     Its embeddings are not made to require gradients, as transformers does for a kind of checkpointing that needs it:
     the first block would compute a gradient that nobody uses, and a compiler could not take the model as one graph.
     """
     # transformers renamed it.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": False, "preserve_rng_state": random})
     model.disable_input_require_grads()
 
 
@@ -196,14 +199,17 @@ class StepLauncher:
     ``causal`` is set."""
 
     captured = causal = False
-    _captured_step: CapturedStep | None = None
+    _captured_steps: dict[int, CapturedStep] | None = None
 
     def training_step(self: Any, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.causal:
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         if not self.captured:
             return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
-        if self._captured_step is None:
+        # A loss may be divided by it, once and for all replays: the last step of an epoch may accumulate fewer batches.
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
+        self._captured_steps = self._captured_steps or {}
+        if accumulated not in self._captured_steps:
             run = super().training_step  # type: ignore[misc]
 
             def step(batch: Inputs) -> torch.Tensor:
@@ -211,9 +217,10 @@ class StepLauncher:
                 count = rest.pop("num_items_in_batch", None)
                 return run(model, rest, count)
 
-            self._captured_step = CapturedStep(step, (p for p in model.parameters() if p.requires_grad))
+            parameters = (p for p in model.parameters() if p.requires_grad)
+            self._captured_steps[accumulated] = CapturedStep(step, parameters)
         batch = dict(self._prepare_inputs(inputs))
         if num_items_in_batch is not None:
             count = torch.as_tensor(num_items_in_batch, device=next(iter(batch.values())).device)
             batch["num_items_in_batch"] = count
-        return self._captured_step(batch)
+        return self._captured_steps[accumulated](batch)

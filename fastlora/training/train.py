@@ -109,7 +109,7 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
         if report is not None:
             print(report, flush=True)
         if config.gradient_checkpointing:
-            steps.checkpoint_blocks(model.get_base_model())
+            steps.checkpoint_blocks(model.get_base_model(), random=config.step != "cuda_graphs")
         if config.step == "compile":
             steps.compile_model(model)
         elif config.step == "cuda_graphs":
@@ -201,7 +201,7 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
 def uses_trl(config: TrainConfig) -> bool:
     """Whether TRL's SFTTrainer runs. Raises UserError when it is asked for and not installed."""
     if config.trainer == "auto":
-        return importlib.util.find_spec("trl") is not None
+        return config.step == "eager" and importlib.util.find_spec("trl") is not None
     if config.trainer == "trl":
         require("trl", extra="trl")
         return True
@@ -210,12 +210,15 @@ def uses_trl(config: TrainConfig) -> bool:
 
 def check_step(config: TrainConfig, device: torch.device) -> None:
     """Raises UserError when the step cannot be launched as ``config`` asks."""
-    if config.step != "cuda_graphs":
+    if config.step == "eager":
         return
-    if device.type != "cuda":
-        raise UserError("step: cuda_graphs needs a CUDA GPU: set step eager or compile")
-    if uses_trl(config):
-        raise UserError("step: TRL's SFTTrainer looks at every loss on the host: set trainer transformers")
+    if config.trainer == "trl":
+        raise UserError("step: TRL's SFTTrainer looks at masks and losses in every step: set trainer transformers")
+    if config.step == "cuda_graphs":
+        if device.type != "cuda":
+            raise UserError("step: cuda_graphs needs a CUDA GPU: set step eager or compile")
+        if config.gradient_checkpointing and config.lora_dropout > 0:
+            raise UserError("step: cuda_graphs cannot repeat dropout in checkpointed blocks: set lora_dropout 0")
 
 
 def make_trainer(

@@ -201,15 +201,39 @@ def test_training_through_captured_steps_has_the_same_losses(
     assert captures[0].captures == 1
 
 
-def test_capturing_wants_a_gpu_and_the_plain_trainer() -> None:
+@pytest.mark.parametrize(
+    ("values", "device", "words"),
+    [
+        ({"step": "cuda_graphs"}, "cpu", "needs a CUDA GPU"),
+        ({"step": "cuda_graphs", "trainer": "trl"}, "cuda", "set trainer transformers"),
+        ({"step": "compile", "trainer": "trl"}, "cpu", "set trainer transformers"),
+        ({"step": "cuda_graphs", "gradient_checkpointing": True, "lora_dropout": 0.1}, "cuda", "set lora_dropout 0"),
+        ({"step": "cuda_graphs", "gradient_checkpointing": True}, "cuda", None),
+        ({"step": "cuda_graphs", "lora_dropout": 0.1}, "cuda", None),
+        ({"step": "compile", "trainer": "auto"}, "cpu", None),
+    ],
+)
+def test_what_a_step_cannot_be(values: dict[str, Any], device: str, words: str | None) -> None:
     from fastlora.training.config import TrainConfig
     from fastlora.training.errors import UserError
-    from fastlora.training.train import check_step
+    from fastlora.training.train import check_step, uses_trl
 
-    config = TrainConfig(model="m", data="d", step="cuda_graphs", trainer="transformers")
-    with pytest.raises(UserError, match="needs a CUDA GPU"):
-        check_step(config, CPU)
-    check_step(config, torch.device("cuda"))
+    config = TrainConfig(model="m", data="d", **values)
+    if words is None:
+        check_step(config, torch.device(device))
+        assert not uses_trl(config)
+    else:
+        with pytest.raises(UserError, match=words):
+            check_step(config, torch.device(device))
+
+
+def test_checkpointed_blocks_repeat_their_random_numbers_unless_told_not_to() -> None:
+    model = model_of("llama-3-8b")
+    for random in (True, False):
+        steps.checkpoint_blocks(model.get_base_model(), random=random)
+        functions = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
+        kept = {function.keywords["preserve_rng_state"] for function in functions if function is not None}
+        assert kept == {random}
 
 
 @pytest.mark.gpu
@@ -221,7 +245,7 @@ def test_a_graph_replays_the_step(checkpointing: bool) -> None:
     for kind in ("eager", "captured"):
         model = models.adapt(models.base(config, device), r=4)
         fastlora.accelerate(model)
-        models.checkpoint(model.train(), checkpointing)
+        models.checkpoint(model.train(), checkpointing, captured=kind == "captured")
         steps.use_causal_attention(model.get_base_model())
         optimizer = torch.optim.AdamW([p for _, p in models.adapters(model)], lr=1e-2, fused=True)
 
