@@ -66,6 +66,7 @@ STACKS: dict[str, Stack] = {
     UNSLOTH: Stack("Unsloth"),
     PEFT_COMPILED: Stack("torch.compile", compiled=True),
     f"{LAYERS} + torch.compile": Stack("torch.compile", "layers", compiled=True),
+    f"{BLOCKS} + torch.compile": Stack("torch.compile", "blocks", compiled=True),
 }
 CAPTURED_TOKENS = 4096
 """Steps of more tokens are not bound by their launches: they are not measured as CUDA graphs."""
@@ -649,7 +650,7 @@ PARTS: dict[str, Part] = {
     "goals": Part((PEFT, *OURS, UNSLOTH), tuple(GOALS), _SMALL[:1]),
     "breakdown": Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, UNSLOTH), _SMALL, _SMALL),
     "liger": Part((PEFT_LIGER,), _SMALL, _SMALL[:1]),
-    "compile": Part((PEFT_COMPILED, f"{LAYERS} + torch.compile"), (_SMALL[0], _SMALL[2])),
+    "compile": Part((PEFT_COMPILED, f"{LAYERS} + torch.compile", f"{BLOCKS} + torch.compile"), (_SMALL[0], _SMALL[2])),
     **{name: _matrix(name) for name in ("llama-3-8b", "qwen2.5-7b", "mistral-7b", "gemma-2-9b")},
 }
 """What is measured, by name; beside them stands the part `LOSS`."""

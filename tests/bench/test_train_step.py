@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
+import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -199,6 +201,45 @@ def test_exported_models_are_the_same(tmp_path: Path) -> None:
     for (name, a), (_, b) in zip(loaded.named_parameters(), built.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert AutoTokenizer.from_pretrained(folder).pad_token_id == built.config.pad_token_id
+
+
+class PublicInterface:
+    """Unsloth's public interface, of which nothing but transformers and PEFT is behind it."""
+
+    calls: ClassVar[list[dict[str, Any]]] = []
+
+    @classmethod
+    def from_pretrained(cls, name: str, **options: Any) -> tuple[Any, None]:
+        from transformers import AutoModelForCausalLM
+
+        cls.calls.append(options)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=options["dtype"]), None
+
+    @staticmethod
+    def get_peft_model(model: Any, use_gradient_checkpointing: Any, **options: Any) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+
+    @staticmethod
+    def for_training(model: Any, use_gradient_checkpointing: bool) -> Any:
+        return model.train()
+
+
+def test_a_stack_that_loads_a_checkpoint_trains_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", types.SimpleNamespace(FastLanguageModel=PublicInterface))
+    monkeypatch.setattr(suite, "missing", lambda stack: None)
+    kept = dataclasses.replace(CASE, checkpointing=True)
+    for case in (CASE, kept):
+        suite.export(case, CPU, tmp_path)
+    theirs = list(suite.here((UNSLOTH,), (CASE, kept), CPU, folder=tmp_path))
+    assert [one.absent for one in theirs] == [None, None]
+    assert [call["use_gradient_checkpointing"] for call in PublicInterface.calls] == [False, "unsloth"]
+    (plain,) = suite.here((PEFT,), (CASE,), CPU)
+    assert theirs[0].losses == pytest.approx(plain.losses, abs=1e-3)
 
 
 def test_the_suite_writes_a_record_for_each_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
