@@ -166,7 +166,7 @@ def merge(
 
 
 def bench(
-    suite: Annotated[str | None, typer.Option(help="layer, goals, cpu or drop-in")] = None,
+    suite: Annotated[str | None, typer.Option(help="layer, goals, train, cpu or drop-in")] = None,
     report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
     shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
     tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
@@ -174,13 +174,13 @@ def bench(
     modes: Annotated[str | None, typer.Option(help="layer: of fwd, bwd, fwd+bwd and decode (M up to 256)")] = None,
     providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
     graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
-    only: Annotated[str | None, typer.Option(help="drop-in: of errors, loss, update and speed")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="goals: layers so small that a CPU can run them")] = False,
+    only: Annotated[str | None, typer.Option(help="train, drop-in: parts, comma-separated")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="goals, train: so small that a CPU can run them")] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
 ) -> None:
-    """Measure layers, goals or the PEFT drop-in beside their peers, or turn records into tables and plots."""
+    """Measure layers, training steps or goals beside their peers, or turn records into tables and plots."""
     if report == (suite is not None):
-        raise UserError("give either --suite layer, goals, cpu or drop-in, or --report")
+        raise UserError("give either --suite layer, goals, train, cpu or drop-in, or --report")
     if report:
         require("matplotlib", "bench")
         from fastlora.bench import report as writer
@@ -193,10 +193,11 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, ("layer", "goals", "cpu", "drop-in"))
+    _one_of("suite", suite, ("layer", "goals", "train", "cpu", "drop-in"))
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
-    strange += ["--only"] * (only is not None and suite != "drop-in") + ["--quick"] * (quick and suite != "goals")
+    strange += ["--only"] * (only is not None and suite not in ("drop-in", "train"))
+    strange += ["--quick"] * (quick and suite not in ("goals", "train"))
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
     for package in ("rich", "bitsandbytes", "peft"):
@@ -217,6 +218,15 @@ def _run_suite(
         return run.goals(quick=quick, out=out)
     if suite == "cpu":
         return run.cpu(out=out)
+    if suite == "train":
+        require("transformers", "bench")
+        from fastlora.bench import train_step
+
+        if not quick and run.device().type != "cuda":
+            raise UserError("training steps are measured on a GPU, and there is none: --quick tries tiny models")
+        names = _listed("only", only, train_step.DEFAULT, train_step.NAMES)
+        *before, last = run.train(names, quick=quick, out=out)
+        return "\n".join([*(f"{table}\n{path}" for table, path in before), last[0]]), last[1]
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in
@@ -263,9 +273,9 @@ def info() -> None:
 
 
 def explain(
-    m: Annotated[int, typer.Option(help="tokens", min=1)],
-    n: Annotated[int, typer.Option(help="out_features", min=1)],
-    k: Annotated[int, typer.Option(help="in_features", min=1)],
+    m: Annotated[int | None, typer.Option(help="tokens", min=1)] = None,
+    n: Annotated[int | None, typer.Option(help="out_features", min=1)] = None,
+    k: Annotated[int | None, typer.Option(help="in_features", min=1)] = None,
     r: Annotated[int, typer.Option(help="rank of the adapter", min=0)] = 16,
     dtype: Annotated[str, typer.Option(help="type of the activations: bf16, fp16 or fp32")] = "bf16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -273,8 +283,19 @@ def explain(
     quant: Annotated[str, typer.Option(help="type of the base weight: nf4, fp4 or none")] = "nf4",
     blocksize: Annotated[int, typer.Option(help="weights that share one scale", min=1)] = 64,
     nested: Annotated[bool, typer.Option(help="quantized statistics (double quant)")] = True,
+    model: Annotated[str | None, typer.Option(help="hub id, folder or name of a benchmark's model: its memory")] = None,
+    batch: Annotated[int, typer.Option(help="model: sequences of a batch", min=1)] = 1,
+    seq: Annotated[int, typer.Option(help="model: tokens of a sequence", min=1)] = 2048,
+    checkpointing: Annotated[bool, typer.Option(help="model: recompute the blocks in the backward pass")] = False,
+    blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = False,
 ) -> None:
-    """Show which backend runs one layer, and why."""
+    """Show which backend runs one layer, and why; or what memory a training step of a model takes."""
+    if model is not None:
+        print(_memory(model, batch, seq, r=r, checkpointing=checkpointing, quantized=quant != "none", blocks=blocks))
+        return
+    if m is None or n is None or k is None:
+        absent = next(name for name, value in (("m", m), ("n", n), ("k", k)) if value is None)
+        raise UserError(f"--{absent} is missing: give --m, --n and --k of a layer, or --model")
     import torch
 
     from fastlora import backends
@@ -302,6 +323,25 @@ def explain(
         nested=nested,
     )
     print(backends.explain(problem, machine))
+
+
+def _memory(model: str, batch: int, seq: int, **options: Any) -> str:
+    """The memory report of a model."""
+    for package in ("transformers", "peft", "bitsandbytes"):
+        require(package)
+    from fastlora.bench import models
+    from fastlora.training import memory
+
+    if model in models.CONFIGS:
+        config = models.config(model)
+    else:
+        for package in ("pydantic", "yaml"):
+            require(package)
+        from fastlora.training.model import load_config
+
+        config = load_config(model)
+    with _quiet():
+        return memory.predict(config, batch, seq, **options).table()
 
 
 def tune(

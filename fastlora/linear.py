@@ -424,7 +424,7 @@ class FastLoRALinear(nn.Module):
 
         base, name = self.base_layer, self.adapter
         if isinstance(base, NF4Linear):
-            base = _to_linear4bit(base)
+            base = to_linear4bit(base)
         kind = lora.Linear if isinstance(base_weight(base), torch.Tensor) else lora.Linear4bit
         r, alpha = self.r[name], self.lora_alpha[name]
         dropout = getattr(self.lora_dropout[name], "p", 0.0)
@@ -453,7 +453,7 @@ def _quantized(linear: nn.Module, quant_type: str, blocksize: int, nested: bool)
     return NF4Linear(NF4Weight.quantize(w, blocksize=blocksize, quant_type=quant_type, nested=nested), bias)
 
 
-def _to_linear4bit(base: NF4Linear) -> nn.Module:
+def to_linear4bit(base: NF4Linear) -> nn.Module:
     import bitsandbytes as bnb
 
     linear = bnb.nn.Linear4bit(

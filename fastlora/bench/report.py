@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import re
@@ -102,6 +103,118 @@ def _drop_in_rest(results: Path) -> str:
     return "\n\n".join(blocks)
 
 
+_STACK = re.compile(r"(?P<what>.+?), (?P<stack>(?:HF \+ PEFT|Unsloth|fastlora (?:layers|blocks)).*)")
+"""Metrics of one way to train; what is compared to others has another form."""
+
+
+def _training_records(results: Path) -> Iterator[tuple[Path, dict[str, Any], list[Row]]]:
+    """The committed records of training steps, the goals first."""
+    for path in sorted(results.glob("*/train*.json"), key=lambda path: (path.parent, path.stem != "train", path.stem)):
+        data, rows = record.read(path)
+        if not data.get("quick"):
+            yield path, data, rows
+
+
+def _by_stack(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
+    """Rows of training steps by case, stack and metric."""
+    found: dict[str, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        if match := _STACK.fullmatch(row.metric):
+            found.setdefault(row.case, {}).setdefault(match["stack"], {})[match["what"]] = row
+    return found
+
+
+def training(results: Path) -> str:
+    """The goals of whole training steps, and bars of speed and memory."""
+    blocks = []
+    for path, data, rows in _training_records(results):
+        if not (bound := [row for row in rows if row.goal is not None]):
+            continue
+        head = f"{_source(path, data)}: {sum(row.ok for row in bound)} of {len(bound)} goals reached."
+        blocks.append(f"{head}\n\n{rows_table(bound)}")
+        if (name := _bars_name(path, data, rows)) is not None:
+            blocks.append(f"![tokens a second and memory of a training step](docs/{PLOTS}/{name}.png)")
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite train` on a GPU writes the record."
+
+
+def _training_tables(results: Path) -> str:
+    """Everything that the records of training steps hold."""
+    blocks = []
+    for path, data, rows in _training_records(results):
+        blocks.append(f"{_source(path, data)}.")
+        if (name := _bars_name(path, data, rows)) is not None:
+            blocks.append(f"![tokens a second and memory of a training step]({PLOTS}/{name}.png)")
+        cases = _by_stack(rows)
+        for case, stacks in cases.items():
+            blocks += [f"### {case}", _stacks_table(stacks)]
+            if any(what.startswith("GPU ms") for found in stacks.values() for what in found):
+                blocks.append(_classes_table(stacks))
+        shown = [row for row in rows if not _STACK.fullmatch(row.metric)]
+        blocks.append(rows_table(shown))
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite train` on a GPU writes the record."
+
+
+def _stacks_table(stacks: dict[str, dict[str, Row]]) -> str:
+    body = []
+    for stack, found in stacks.items():
+        last = next((row for what, row in found.items() if what.startswith("loss")), None)
+        columns = [found.get(what) for what in ("tokens/s", "ms a step", "peak memory GiB", "MFU")]
+        cells = [_number(row.value if row else None) for row in (*columns, last)]
+        note = found["tokens/s"].note.replace("|", "/") if "tokens/s" in found else ""
+        body.append((stack, *cells, note))
+    return _markdown(("stack", "tokens/s", "ms a step", "peak GiB", "MFU", "last loss", "note"), body)
+
+
+def _classes_table(stacks: dict[str, dict[str, Row]]) -> str:
+    """GPU milliseconds of a step by class of kernel."""
+    kinds = dict.fromkeys(what for found in stacks.values() for what in found if what.startswith("GPU ms"))
+    body = []
+    for stack, found in stacks.items():
+        if any(kind in found for kind in kinds):
+            body.append((stack, *(_number(found[kind].value if kind in found else None) for kind in kinds)))
+    return _markdown(("GPU ms of a step", *(kind.removeprefix("GPU ms, ") for kind in kinds)), body)
+
+
+def _bars_name(path: Path, data: dict[str, Any], rows: list[Row]) -> str | None:
+    """The name of the plot of a record; None where there is nothing to draw."""
+    if data.get("gpu") and any(row.value is not None and row.metric.startswith("tokens/s,") for row in rows):
+        return f"{path.parent.name}-{_slug(path.stem)}"
+    return None
+
+
+def _value(found: dict[str, dict[str, Row]], stack: str, what: str) -> float | None:
+    row = found.get(stack, {}).get(what)
+    return None if row is None else row.value
+
+
+def bars(rows: list[Row], title: str, stem: Path) -> None:
+    """Tokens a second and peak memory of every stack in every case, as PNG and SVG."""
+    cases = _by_stack(rows)
+    panels = {"tokens/s": "tokens a second", "peak memory GiB": "peak memory, GiB"}
+    stacks = list(dict.fromkeys(stack for found in cases.values() for stack in found))
+    stacks = [stack for stack in stacks if any(_value(found, stack, "tokens/s") for found in cases.values())]
+    with _drawing() as pyplot:
+        size = (max(7.0, 2.4 * len(cases)), 7)
+        figure, axes = pyplot.subplots(len(panels), figsize=size, layout="constrained", sharex=True)
+        for axis, (what, label) in zip(axes, panels.items(), strict=True):
+            for i, stack in enumerate(stacks):
+                places, values = [], []
+                for place, found in enumerate(cases.values()):
+                    shown = [one for one in stacks if _value(found, one, what) is not None]
+                    if stack in shown:
+                        places.append(place + (shown.index(stack) - (len(shown) - 1) / 2) * 0.8 / len(shown))
+                        values.append((_value(found, stack, what), 0.8 / len(shown)))
+                heights, widths = [value for value, _ in values], [width for _, width in values]
+                drawn = axis.bar(places, heights, widths, color=f"C{i % 10}", label=stack)
+                axis.bar_label(drawn, [_number(value) for value in heights], fontsize=5, padding=1)
+            axis.set_ylabel(label)
+            axis.grid(True, axis="y", alpha=0.2)
+        axes[-1].set_xticks(range(len(cases)), [case.replace(", ", ",\n", 2) for case in cases], fontsize=7)
+        axes[0].set_title(title)
+        figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
+        _save(figure, stem)
+
+
 def _least(line: dict[str, Any]) -> float:
     """Microseconds of the roofline for the case of a line."""
     shape, m, mode = tuple(line["nk"]), line["m"], line["mode"]
@@ -147,15 +260,28 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
-def plot(lines: Lines, title: str, stem: Path) -> None:
-    """Time against M of every provider of one layer, mode and rank, with the roofline, as PNG and SVG."""
+@contextlib.contextmanager
+def _drawing() -> Iterator[Any]:
+    """pyplot without a screen, drawing the same bytes from the same record."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    # The same record gives the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "fastlora", "font.size": 9}):
+        yield pyplot
+        pyplot.close("all")
+
+
+def _save(figure: Any, stem: Path) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(f"{stem}.svg", metadata={"Date": None})
+    figure.savefig(f"{stem}.png", dpi=120, metadata={"Software": None})
+
+
+def plot(lines: Lines, title: str, stem: Path) -> None:
+    """Time against M of every provider of one layer, mode and rank, with the roofline, as PNG and SVG."""
+    with _drawing() as pyplot:
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
         for i, name in enumerate(dict.fromkeys(line["provider"] for line in lines)):
             points = sorted(
@@ -173,10 +299,7 @@ def plot(lines: Lines, title: str, stem: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="M (tokens)", ylabel="microseconds", title=title)
         axes.grid(True, which="both", alpha=0.2)
         axes.legend(fontsize=7)
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(f"{stem}.svg", metadata={"Date": None})
-        figure.savefig(f"{stem}.png", dpi=120, metadata={"Software": None})
-        pyplot.close(figure)
+        _save(figure, stem)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,6 +346,7 @@ def benchmarks(results: Path) -> str:
     """The page of all tables and plots."""
     sections = {
         "Goals": goals(results, everything=True),
+        "Training step": _training_tables(results),
         "Drop-in: speed-up over PEFT": drop_in(results),
         "Drop-in: goals missed, loss curves": _drop_in_rest(results),
         "One layer": _layers(results),
@@ -231,7 +355,11 @@ def benchmarks(results: Path) -> str:
     return head + "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
 
 
-README_BLOCKS: dict[str, Callable[[Path], str]] = {"goals": goals, "drop-in": drop_in}
+README_BLOCKS: dict[str, Callable[[Path], str]] = {
+    "goals": goals,
+    "training": training,
+    "drop-in": drop_in,
+}
 """What stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in the README, from the folder of records."""
 
 
@@ -262,6 +390,11 @@ def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
     page.write_text(benchmarks(results), encoding="utf-8")
     readme_path.write_text(filled, encoding="utf-8")
     written = [page, readme_path]
+    for path, data, rows in _training_records(results):
+        if (name := _bars_name(path, data, rows)) is not None:
+            stem = docs / PLOTS / name
+            bars(rows, f"QLoRA training step, bf16, r = 16, NF4, AdamW, {data['gpu']}", stem)
+            written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
     for path in _found(results, "layer.jsonl"):
         lines = record.read_lines(path)
         for group in _groups(path, lines):

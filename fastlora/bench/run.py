@@ -99,3 +99,28 @@ def cpu(*, out: Path | None = None) -> tuple[str, Path]:
         times += kept
         path = record.write("cpu", rows, {"times": times}, out)
     return record.table(rows), path
+
+
+def train(parts: Iterable[str], *, quick: bool = False, out: Path | None = None) -> Iterator[tuple[str, Path]]:
+    """Measure whole training steps; for each part the table and the record's path. A record grows as it is measured.
+
+    The goals are ``train.json``, every other part is a record of its own, so that parts of several runs go together.
+    """
+    from fastlora.bench import train_step as suite
+
+    for name in tracked(parts, "train"):
+        file = "train" if name == "goals" else f"train_{name}"
+        if name == suite.LOSS:
+            from fastlora.bench import train_loss
+
+            rows, extra = train_loss.rows(device(), train_loss.QUICK if quick else train_loss.FULL)
+            yield record.table(rows), record.write(file, rows, {"quick": quick, **extra}, out)
+            continue
+        part = suite.tiny(suite.PARTS[name]) if quick else suite.PARTS[name]
+        found: list[suite.Measured] = []
+        path = record.write(file, [], {"quick": quick}, out)
+        for one in suite.measure_part(part, separate=not quick):
+            found.append(one)
+            print(f"train: {suite.line(one)}", file=sys.stderr, flush=True)
+            path = record.write(file, list(suite.by_case(part, found)), {"quick": quick}, out)
+        yield record.table(list(suite.by_case(part, found))), path

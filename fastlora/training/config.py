@@ -16,6 +16,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 FREE_ON_RESUME = frozenset(
     {
+        "step",
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
         *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "blocks", "liger", "offload_checkpoints"),
     }
@@ -69,7 +70,11 @@ class TrainConfig(BaseModel):
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt", "cosine_with_restarts"
     ] = Field("cosine", description="learning-rate schedule")
     warmup: float = Field(0.03, ge=0, description="warm-up: a share of the steps below 1, else a number of steps")
-    optim: str = Field("adamw_torch", description="optimizer, by its transformers name")
+    optim: str = Field(
+        "auto",
+        min_length=1,
+        description="optimizer, by its transformers name, such as adamw_8bit; auto for AdamW, fused on a GPU",
+    )
     weight_decay: float = Field(0.0, ge=0, description="weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 for none")
     epochs: float = Field(1.0, gt=0, description="passes over the data")
@@ -82,6 +87,9 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
     offload_checkpoints: bool = Field(False, description="keep the checkpoints in the memory of the CPU")
     bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
+    step: Literal["eager", "compile", "cuda_graphs"] = Field(
+        "eager", description="launch a step kernel by kernel, compile the model, or replay captured CUDA graphs"
+    )
     device: Device = Field("auto", description="cpu, cuda, or cuda where there is one")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of adapter, data order and dropout")
 

@@ -106,15 +106,37 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def skeleton(source: Source) -> PreTrainedModel:
     """The model without weights (meta device): names and shapes of its layers, before anything large is loaded."""
+    try:
+        config = _config(source)
+        with torch.device("meta"):
+            return transformers().AutoModelForCausalLM.from_config(config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise _load_error(source, error) from error
+
+
+def _config(source: Source) -> Any:
     hf = transformers()
     try:
         config = hf.AutoConfig.from_pretrained(source.name, **source.kwargs)
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
-        with torch.device("meta"):
-            return hf.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise _load_error(source, error) from error
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    return config
+
+
+def load_config(model: str) -> Any:
+    """The transformers configuration of what `find` finds, or of a JSON file, without its quantization.
+
+    Raises UserError as `find` does, and where there is no configuration.
+    """
+    path = Path(model).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        path = path.parent if path.name == "config.json" else path
+        return _config(Source(str(path)))
+    return _config(find(model))
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:

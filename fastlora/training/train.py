@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data
+from fastlora.training import checkpoints, data, optimizer
 from fastlora.training import model as models
+from fastlora.training import step as steps
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import Interrupted, UserError, disk_errors, require
 
@@ -79,6 +80,8 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
     models.check_backend(config.backend)
     device = models.pick_device(config.device)
     bf16 = models.pick_bf16(config.bf16, device)
+    optimizer.choose(config, device)
+    check_step(config, device)
     data.check_source(config.data, "data")
     if config.eval_data is not None:
         data.check_source(config.eval_data, "eval_data")
@@ -105,6 +108,12 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
         report = models.accelerate(model, config.backend, blocks=config.blocks, liger=config.liger)
         if report is not None:
             print(report, flush=True)
+        if config.gradient_checkpointing:
+            steps.checkpoint_blocks(model.get_base_model(), random=config.step != "cuda_graphs")
+        if config.step == "compile":
+            steps.compile_model(model)
+        elif config.step == "cuda_graphs":
+            steps.use_causal_attention(model.get_base_model())
         checkpoints.write_config(config)
         return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, callbacks or [])
 
@@ -196,11 +205,24 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
 def uses_trl(config: TrainConfig) -> bool:
     """Whether TRL's SFTTrainer runs. Raises UserError when it is asked for and not installed."""
     if config.trainer == "auto":
-        return importlib.util.find_spec("trl") is not None
+        return config.step == "eager" and importlib.util.find_spec("trl") is not None
     if config.trainer == "trl":
         require("trl", extra="trl")
         return True
     return False
+
+
+def check_step(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError when the step cannot be launched as ``config`` asks."""
+    if config.step == "eager":
+        return
+    if config.trainer == "trl":
+        raise UserError("step: TRL's SFTTrainer looks at masks and losses in every step: set trainer transformers")
+    if config.step == "cuda_graphs":
+        if device.type != "cuda":
+            raise UserError("step: cuda_graphs needs a CUDA GPU: set step eager or compile")
+        if config.gradient_checkpointing and config.lora_dropout > 0:
+            raise UserError("step: cuda_graphs cannot repeat dropout in checkpointed blocks: set lora_dropout 0")
 
 
 def make_trainer(
@@ -219,19 +241,17 @@ def make_trainer(
     from fastlora.training.callbacks import MeteredLog
 
     arguments = _training_arguments(config, device, bf16, examples.evaluation is not None and not resuming)
+    arguments["optim"], optimizer_class = optimizer.choose(config, device)
     trainer_class: Any = transformers.Trainer
     arguments_class: Any = transformers.TrainingArguments
     if uses_trl(config):
         trl = require("trl", extra="trl")
         trainer_class, arguments_class = trl.SFTTrainer, trl.SFTConfig
         arguments |= {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "packing": False}
-    elif config.gradient_checkpointing:
-        # The first layer's input has no gradient of its own, and checkpointing would cut the graph there.
-        model.enable_input_require_grads()
-    # transformers renamed the setting; TRL turns it on unless told not to.
+    # The model has it where it is asked for; TRL turns it on unless told not to, and transformers renamed the setting.
     renamed = "activation_checkpointing" in {field.name for field in dataclasses.fields(arguments_class)}
     key = "activation_checkpointing" if renamed else "gradient_checkpointing"
-    arguments |= {key: config.gradient_checkpointing, f"{key}_kwargs": {"use_reentrant": False}}
+    arguments[key] = False
     try:
         args = arguments_class(**arguments)
     except ValueError as error:
@@ -239,13 +259,20 @@ def make_trainer(
     # One process drives one device: the 4-bit layers cannot be replicated by DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = type("MeteredTrainer", (MeteredLog, trainer_class), {})(
+    # Compiled or captured, a batch has always the same shape, and its padding on the right.
+    fixed = config.step != "eager"
+    if fixed:
+        tokenizer.padding_side = "right"
+    padding: dict[str, Any] = {"padding": "max_length", "max_length": config.max_length} if fixed else {}
+    bases = (steps.StepLauncher, optimizer.FusedClipping, MeteredLog, trainer_class)
+    trainer = type("MeteredTrainer", bases, {"causal": fixed, "captured": config.step == "cuda_graphs"})(
         model=model,
         args=args,
         train_dataset=examples.train,
         eval_dataset=examples.evaluation,
         processing_class=tokenizer,
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED, **padding),
+        optimizer_cls_and_kwargs=optimizer_class,
         callbacks=[_tensorboard(config)] if config.tensorboard else None,
     )
     # SFTTrainer rounds the adapters to bfloat16, in which small updates vanish: the master weights stay in float32.
@@ -265,7 +292,6 @@ def _training_arguments(config: TrainConfig, device: torch.device, bf16: bool, e
         "learning_rate": config.lr,
         "lr_scheduler_type": config.scheduler,
         "warmup_steps": config.warmup,
-        "optim": config.optim,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
         "num_train_epochs": config.epochs,

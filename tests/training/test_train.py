@@ -228,7 +228,7 @@ def test_loss_that_is_no_number_ends_the_run(options: dict[str, Any]) -> None:
 
 
 def test_unknown_optimizer(options: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="the trainer refuses"):
+    with pytest.raises(UserError, match="optim: 'adamwx' is no optimizer"):
         run(options, optim="adamwx")
 
 

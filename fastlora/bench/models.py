@@ -1,0 +1,196 @@
+"""Whole models for the benchmarks: real shapes, random weights in NF4, LoRA on every linear layer but the head."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.training.step import checkpoint_blocks
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    },
+    "qwen2.5-7b": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+    },
+    "mistral-7b": {
+        "model_type": "mistral",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32768,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+    },
+    "gemma-2-9b": {
+        "model_type": "gemma2",
+        "hidden_size": 3584,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 42,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 256,
+        "vocab_size": 256000,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+}
+"""What the hub's config.json of each model says of its shape. Llama 3, Qwen 2.5 and Mistral v0.3 base models."""
+
+
+def config(name: str, blocks: int | None = None, vocabulary: int | None = None, **changes: Any) -> Any:
+    """The transformers configuration of a model of `CONFIGS`, with so many decoder blocks and another vocabulary."""
+    from transformers import AutoConfig
+
+    values = {**CONFIGS[name], "tie_word_embeddings": name.startswith("gemma"), "use_cache": False, **changes}
+    values |= {} if blocks is None else {"num_hidden_layers": blocks}
+    values |= {} if vocabulary is None else {"vocab_size": vocabulary}
+    # Some defaults lie outside of a small vocabulary.
+    values = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **values}
+    return AutoConfig.for_model(**values)
+
+
+def base(config: Any, device: torch.device, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """The model of a transformers configuration with random weights, its blocks' linear layers in nested NF4.
+
+    Weights are drawn and quantized on ``device``, so that billions of them take seconds on a GPU. The same seed gives
+    the same weights on the same kind of device.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantize_linears(model, dtype)
+    # What a model that transformers quantized says of itself: to PEFT, to trainers, and in a saved configuration.
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model.config.quantization_config = quantization
+    model.is_loaded_in_4bit = model.is_quantized = True
+    model.quantization_method = quantization.quant_method
+    return model
+
+
+def quantize_linears(model: Any, dtype: torch.dtype) -> None:
+    """Turn the dense linear layers of ``model``, but its head, into bitsandbytes' 4-bit layers, one after another."""
+    import bitsandbytes as bnb
+
+    head = model.get_output_embeddings()
+    for name, dense in list(model.named_modules()):
+        if type(dense) is not nn.Linear or dense is head:
+            continue
+        device = dense.weight.device
+        packed = bnb.nn.Linear4bit(
+            dense.in_features,
+            dense.out_features,
+            dense.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4", module=packed).to(
+            device
+        )
+        packed.bias = dense.bias
+        packed.support_avx512bf16_for_cpu = False  # it would repack the bytes in place
+        dense.register_parameter("weight", None)
+        model.set_submodule(name, packed.requires_grad_(False))
+
+
+def adapt(model: Any, *, r: int = 16, alpha: float = 32, seed: int = 0) -> Any:
+    """The PEFT model with an adapter on every linear layer but the head: float32, as PEFT makes it, from ``seed``."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    restart(adapted, seed)
+    return adapted
+
+
+def restart(model: Any, seed: int) -> None:
+    """Give every adapter of ``model`` its start again: A normal in the order of the layers' names, B zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(adapters(model)):
+            if "lora_A" in name:
+                values = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+                parameter.copy_(values)
+            else:
+                parameter.zero_()
+
+
+def adapters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """The trained parameters with their names, without what wrappers put before ``model.layers``."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name[name.find("layers.") :], parameter
+
+
+def checkpoint(model: Any, on: bool, *, captured: bool = False) -> None:
+    """Turn gradient checkpointing of a PEFT model on or off, for a step that is captured or not."""
+    inner = model.get_base_model()
+    if on:
+        checkpoint_blocks(inner, random=not captured)
+    else:
+        getattr(inner, "activation_checkpointing_disable", inner.gradient_checkpointing_disable)()
+
+
+def linear_sizes(config: Any) -> list[tuple[int, int]]:
+    """(out_features, in_features) of the linear layers of one block of a Llama-like decoder."""
+    hidden, middle = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    return [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (middle, hidden), (middle, hidden), (hidden, middle)]
+
+
+def step_operations(config: Any, batch: int, length: int, r: int) -> float:
+    """Multiplications and additions that one training step of the adapters needs: base products forward and towards
+    the input, causal attention, LoRA products, the head. Nothing that is computed again counts."""
+    tokens, sizes = batch * length, linear_sizes(config)
+    base = sum(n * k for n, k in sizes) * 4
+    lora = sum(r * (n + k) for n, k in sizes) * 6
+    width = sizes[0][0]
+    attention = 6 * length * width  # 2 products of half a square forward, 4 backward
+    head = 4 * config.vocab_size * config.hidden_size
+    return float(tokens) * (config.num_hidden_layers * (base + lora + attention) + head)
+
+
+def token_batches(config: Any, batch: int, length: int, device: torch.device, seed: int, count: int) -> Any:
+    """``count`` batches (batch, length) of random tokens, the same for every implementation."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (count, batch, length), generator=generator)
+    return list(itertools.islice(ids.to(device), count))

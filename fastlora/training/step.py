@@ -1,0 +1,226 @@
+"""How a step is launched: kernel by kernel, compiled, or captured once in a CUDA graph and replayed.
+
+With few tokens a step is bound by the host that launches it. A compiled model launches fewer kernels, a captured one
+launches all of them at once.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.ops import for_graphs
+
+CAUSAL = "fastlora_causal"
+"""The attention implementation that `use_causal_attention` sets."""
+Inputs = dict[str, torch.Tensor]
+_WARM_UP = 3
+_SHAPES = 4
+"""Batch shapes captured at most: every graph keeps its activations."""
+
+
+def _causal_mask(*args: Any, kv_length: int, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
+    """No mask where plain causal attention is meant, so that the attention kernel needs none."""
+    from transformers.masking_utils import sdpa_mask
+
+    if local_size is None or kv_length <= local_size:
+        return None
+    return sdpa_mask(*args, kv_length=kv_length, local_size=local_size, **kwargs)
+
+
+def use_causal_attention(model: Any) -> None:
+    """Let a transformers model that attends through PyTorch's ``scaled_dot_product_attention`` do so without masks.
+
+    While a step is traced or captured, transformers cannot look whether a mask is all ones, and builds one, with which
+    the fastest kernels do not run. Right as long as padding, if any, is on the right: no token sees what is after it.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if model.config._attn_implementation != "sdpa":
+        return
+    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, sdpa_attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(CAUSAL, _causal_mask)
+    model.config._attn_implementation = CAUSAL
+
+
+def checkpoint_blocks(model: Any, *, random: bool = True) -> None:
+    """Let a transformers model recompute its blocks in the backward pass.
+
+    random: whether blocks draw random numbers (dropout), which are then drawn again as they were. A captured step
+    cannot: nobody may ask for the state of a generator while it is captured.
+
+    Its embeddings are not made to require gradients, as transformers does for a kind of checkpointing that needs it:
+    the first block would compute a gradient that nobody uses, and a compiler could not take the model as one graph.
+    """
+    # transformers renamed it.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": random})
+    model.disable_input_require_grads()
+
+
+def compile_model(model: Any, **options: Any) -> None:
+    """Compile the transformers model inside a PEFT model, in place and as one graph, for batches of one shape each.
+
+    options: what `torch.compile` takes besides.
+    """
+    inner = model.get_base_model()
+    use_causal_attention(inner)
+    inner.compile(fullgraph=True, dynamic=False, **options)
+
+
+class CapturedStep:
+    """Forward and backward passes as CUDA graphs, one for each shape of batch.
+
+    run: computes the loss of a batch and calls backward; returns the loss without a graph. It must neither look at
+    values on the host nor depend on anything but the batch and the parameters.
+    parameters: those that learn.
+
+    A call returns the loss and adds to the parameters' gradients, as ``run`` would. The first batch of a shape is used
+    to warm up and capture, with the gradients and the random numbers put back afterwards. A batch of one shape more
+    than are kept, and every batch after a capture failed, runs without a graph.
+    """
+
+    def __init__(self, run: Callable[[Inputs], torch.Tensor], parameters: Iterable[nn.Parameter]) -> None:
+        self._run = run
+        self._parameters = list(parameters)
+        self._graphs: dict[Any, tuple[Inputs, Callable[[], torch.Tensor]]] = {}
+        self._grads: dict[nn.Parameter, torch.Tensor] = {}
+        self._pool: Any = None
+        self.failure: str | None = None
+        """Why no batch is captured any more."""
+
+    def __call__(self, inputs: Inputs) -> torch.Tensor:
+        key = tuple((name, value.shape, value.dtype) for name, value in sorted(inputs.items()))
+        if key not in self._graphs:
+            if self.failure is not None or len(self._graphs) == _SHAPES:
+                return self._run(inputs)
+            batch = {name: value.clone() for name, value in inputs.items()}
+            try:
+                self._graphs[key] = batch, self._capture(batch)
+            except RuntimeError as error:
+                self.failure = str(error).strip().split("\n")[0]
+                warnings.warn(f"the step is launched kernel by kernel: {self.failure}", stacklevel=2)
+                return self._run(inputs)
+        batch, replay = self._graphs[key]
+        for name, value in inputs.items():
+            batch[name].copy_(value)
+        self._attach()
+        return replay()
+
+    def _attach(self) -> None:
+        """Let the gradients be the tensors that the graphs add to, with the values that they have now."""
+        fresh = []
+        for parameter, grad in self._grads.items():
+            if parameter.grad is None:
+                fresh.append(grad)
+            elif parameter.grad is not grad:
+                grad.copy_(parameter.grad)
+            parameter.grad = grad
+        if fresh:
+            torch._foreach_zero_(fresh)
+
+    def _capture(self, batch: Inputs) -> Callable[[], torch.Tensor]:
+        before = [parameter.grad for parameter in self._parameters]
+        kept = [None if grad is None else grad.clone() for grad in before]
+        try:
+            with self._unchanged_random_numbers():
+                for parameter in self._parameters:
+                    parameter.grad = None
+                self._warm_up(batch)
+                for parameter in self._parameters:
+                    # One that gets no gradient keeps none: the optimizer then leaves it alone.
+                    if parameter.grad is not None and parameter not in self._grads:
+                        self._grads[parameter] = torch.zeros_like(parameter.grad)
+                for parameter in self._parameters:
+                    parameter.grad = self._grads.get(parameter)
+                return self._record(batch)
+        finally:
+            for parameter, grad, values in zip(self._parameters, before, kept, strict=True):
+                parameter.grad = grad
+                if grad is not None and values is not None:
+                    grad.copy_(values)
+
+    @contextmanager
+    def _unchanged_random_numbers(self) -> Iterator[None]:
+        device = self._parameters[0].device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            yield
+
+    def _warm_up(self, batch: Inputs) -> None:
+        """Run until nothing is compiled, tuned or allocated for the first time."""
+        stream = self._stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream), for_graphs():
+            for _ in range(_WARM_UP):
+                self._run(batch)
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def _record(self, batch: Inputs) -> Callable[[], torch.Tensor]:
+        """The function that runs a batch as it stands in the tensors of ``batch``."""
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()
+        gc.disable()  # a collection may free what must not be freed during a capture
+        try:
+            # Backward passes run on threads of autograd, whose calls are part of the capture as well.
+            with (
+                for_graphs(),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream(), capture_error_mode="thread_local"),
+            ):
+                loss = self._run(batch)
+        finally:
+            gc.enable()
+        self._pool = self._pool or graph.pool()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return loss.clone()  # the next replay writes to the same place
+
+        return replay
+
+    def _stream(self) -> Any:
+        """The one stream of warm-up and capture: autograd returns to the streams of the forward pass."""
+        if not hasattr(self, "_side"):
+            self._side = torch.cuda.Stream()
+        return self._side
+
+
+class StepLauncher:
+    """Mix-in of a Trainer that captures its steps where ``captured`` is set, and takes no attention mask where
+    ``causal`` is set."""
+
+    captured = causal = False
+    _captured_steps: dict[int, CapturedStep] | None = None
+
+    def training_step(self: Any, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.causal:
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if not self.captured:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        # A loss may be divided by it, once and for all replays: the last step of an epoch may accumulate fewer batches.
+        accumulated = getattr(self, "current_gradient_accumulation_steps", 1)
+        self._captured_steps = self._captured_steps or {}
+        if accumulated not in self._captured_steps:
+            run = super().training_step  # type: ignore[misc]
+
+            def step(batch: Inputs) -> torch.Tensor:
+                rest = dict(batch)
+                count = rest.pop("num_items_in_batch", None)
+                return run(model, rest, count)
+
+            parameters = (p for p in model.parameters() if p.requires_grad)
+            self._captured_steps[accumulated] = CapturedStep(step, parameters)
+        batch = dict(self._prepare_inputs(inputs))
+        if num_items_in_batch is not None:
+            count = torch.as_tensor(num_items_in_batch, device=next(iter(batch.values())).device)
+            batch["num_items_in_batch"] = count
+        return self._captured_steps[accumulated](batch)

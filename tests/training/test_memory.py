@@ -1,0 +1,147 @@
+"""The predicted memory of a step is what a step on a real device keeps and frees."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is missing (extra: train)")
+pytest.importorskip("peft", reason="peft is missing (extra: train)")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: train)")
+
+import fastlora
+from fastlora.bench import models
+from fastlora.training import memory
+from fastlora.training.step import checkpoint_blocks
+
+CPU = torch.device("cpu")
+SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
+
+
+def config_of(name: str, blocks: int = 2) -> Any:
+    return models.config(name, blocks, 512, **SIZES, head_dim=32)
+
+
+def real(config: Any, checkpointing: bool, **options: Any) -> Any:
+    model = models.adapt(models.base(config, CPU), r=8).train()
+    fastlora.accelerate(model, **options)
+    if checkpointing:
+        checkpoint_blocks(model.get_base_model())
+    return model
+
+
+def saved_bytes(model: Any, ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass beside what the model holds."""
+    known = {t.untyped_storage().data_ptr() for _, t in memory._states(model)}
+    kept: dict[int, int] = {}
+    held = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            held.append(storage)  # no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(input_ids=ids, labels=ids).loss
+    del loss
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_prediction_is_what_a_real_step_takes(name: str, checkpointing: bool) -> None:
+    config = config_of(name)
+    model = real(config, checkpointing)
+    ids = torch.zeros(2, 96, dtype=torch.long)
+    found = memory.step(model, ids)
+    predicted = memory.predict(config, 2, 96, r=8, checkpointing=checkpointing)
+    static = predicted.fixed + memory.LIBRARIES
+    assert predicted.peak - static == pytest.approx(found.peak, rel=0.1)
+    assert sum(predicted.activations) == pytest.approx(sum(found.blocks), rel=0.1)
+    assert len(predicted.activations) == 2
+
+
+@pytest.mark.parametrize("name", ["llama-3-8b", "qwen2.5-7b", "mistral-7b"])
+def test_activations_of_a_block_are_what_autograd_saves(name: str) -> None:
+    ids = torch.zeros(2, 96, dtype=torch.long)
+    one, two = (saved_bytes(real(config_of(name, blocks), False), ids) for blocks in (1, 2))
+    predicted = memory.predict(config_of(name, 3), 2, 96, r=8)
+    assert predicted.activations[1] == pytest.approx(two - one, rel=0.1)
+
+
+@pytest.mark.skipif(
+    "blocks" not in inspect.signature(fastlora.accelerate).parameters, reason="fastlora.accelerate has no blocks"
+)
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_activations_of_a_fused_block_are_what_autograd_saves(name: str) -> None:
+    ids = torch.zeros(2, 96, dtype=torch.long)
+    one, two = (saved_bytes(real(config_of(name, blocks), False, blocks=True), ids) for blocks in (1, 2))
+    fused, apart = (memory.predict(config_of(name, 3), 2, 96, r=8, blocks=blocks) for blocks in (True, False))
+    assert fused.activations[1] == pytest.approx(two - one, rel=0.1)
+    assert apart.activations[1] - fused.activations[1] > 2 * 96 * 512 * 2
+    assert fused.adapters == apart.adapters
+
+
+def test_weights_are_counted_once_each() -> None:
+    config = config_of("llama-3-8b")
+    predicted = memory.predict(config, 1, 16, r=8)
+    sizes = models.linear_sizes(config) * 2
+    weights = sum(n * k for n, k in sizes)
+    assert predicted.packed == weights // 2
+    assert weights // 64 <= predicted.statistics <= weights // 64 + 3072 * len(sizes)
+    assert predicted.adapters == pytest.approx(4 * 8 * sum(n + k for n, k in sizes), rel=0.01)
+    assert predicted.optimizer == 2 * predicted.adapters
+    embeddings = 2 * 2 * 512 * 256
+    assert embeddings < predicted.dense < embeddings * 1.1
+    tied = memory.predict(config_of("gemma-2-9b"), 1, 16, r=8)
+    assert embeddings // 2 < tied.dense < embeddings * 0.6
+    assert memory.predict(config, 1, 16, r=8, eight_bit_optimizer=True).optimizer == predicted.adapters // 2
+
+
+def test_checkpointing_keeps_less_and_more_tokens_more() -> None:
+    config = config_of("llama-3-8b", 4)
+    kept = {on: memory.predict(config, 2, 64, checkpointing=on) for on in (False, True)}
+    assert kept[True].activations[1] == 2 * 64 * 256 * 2
+    assert kept[True].peak < kept[False].peak
+    assert sum(memory.predict(config, 4, 64).activations) == pytest.approx(2 * sum(kept[False].activations), rel=0.01)
+
+
+def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+    pytest.importorskip("typer", reason="typer is missing (extra: train)")
+    from fastlora.cli import main
+
+    config_of("llama-3-8b").save_pretrained(tmp_path)
+    assert main(["explain", "--model", str(tmp_path), "--batch", "2", "--seq", "32", "--r", "8"]) == 0
+    lines = capsys.readouterr().out.strip().split("\n")
+    values = {line[: line.rfind("  ")].strip(): float(line.split()[-2].replace(",", "")) for line in lines[:-1]}
+    peak = values.pop("peak")
+    assert sum(values.values()) == pytest.approx(peak, abs=0.1 * len(values))
+    assert main(["explain", "--model", str(tmp_path / "nothing")]) == 2
+    assert "model: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prediction_on_a_gpu(checkpointing: bool) -> None:
+    config = models.config("llama-3-8b", 2, 32000)
+    device = torch.device("cuda")
+    model = models.adapt(models.base(config, device), r=16).train()
+    fastlora.accelerate(model)
+    models.checkpoint(model, checkpointing)
+    parameters = [p for _, p in models.adapters(model)]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    (ids,) = models.token_batches(config, 2, 2048, device, 0, 1)
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    predicted = memory.predict(config, 2, 2048, checkpointing=checkpointing)
+    assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)

@@ -1,0 +1,268 @@
+"""Compiled and captured steps compute what eager ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is missing (extra: train)")
+pytest.importorskip("peft", reason="peft is missing (extra: train)")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: train)")
+
+import fastlora
+from fastlora.bench import models
+from fastlora.training import step as steps
+
+CPU = torch.device("cpu")
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+}
+
+
+def model_of(name: str) -> Any:
+    model = models.adapt(models.base(models.config(name, 2, 97, **SIZES), CPU, dtype=torch.float32), r=4)
+    with torch.no_grad():
+        for path, parameter in models.adapters(model):
+            if "lora_B" in path:
+                parameter.normal_(std=0.1)
+    fastlora.accelerate(model)
+    return model.train()
+
+
+def gradients(model: Any, ids: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.item(), [parameter.grad.clone() for _, parameter in models.adapters(model)]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", models.CONFIGS)
+def test_a_compiled_model_is_one_graph_with_the_same_gradients(name: str, checkpointing: bool) -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model = model_of(name)
+    models.checkpoint(model, checkpointing)
+    batches = models.token_batches(model.config, 2, 16, CPU, 0, 2)
+    expected = [gradients(model, ids) for ids in batches]
+    torch._dynamo.reset()
+    steps.compile_model(model, backend=backend)
+    for ids, (loss, grads) in zip(batches, expected, strict=True):
+        found, found_grads = gradients(model, ids)
+        assert found == pytest.approx(loss, rel=1e-6)
+        for a, b in zip(found_grads, grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "llama-3-8b"])
+def test_attention_without_masks_still_keeps_to_its_window(name: str) -> None:
+    model = model_of(name)
+    (ids,) = models.token_batches(model.config, 2, 16, CPU, 0, 1)
+    loss, grads = gradients(model, ids)
+    steps.use_causal_attention(model.get_base_model())
+    assert model.config._attn_implementation == steps.CAUSAL
+    found, found_grads = gradients(model, ids)
+    assert found == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(found_grads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    if name == "mistral-7b":
+        model.config.sliding_window = None
+        assert abs(gradients(model, ids)[0] - loss) > 1e-5
+
+
+class Rerun(steps.CapturedStep):
+    """Records nothing: a replay runs the batch in the tensors of the capture again."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.captures = 0
+
+    def _warm_up(self, batch: steps.Inputs) -> None:
+        self._run(batch)
+
+    def _record(self, batch: steps.Inputs) -> Callable[[], torch.Tensor]:
+        self.captures += 1
+        return lambda: self._run(batch).clone()
+
+
+class Toy(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.dropout = torch.nn.Dropout(0.5)
+
+    def run(self, batch: steps.Inputs) -> torch.Tensor:
+        loss = self.dropout(self.used(batch["x"])).square().mean()
+        loss.backward()
+        return loss.detach()
+
+
+def test_a_captured_step_adds_to_gradients_as_an_eager_one() -> None:
+    toy, other = Toy(), Toy()
+    other.load_state_dict(toy.state_dict())
+    captured = Rerun(toy.run, toy.parameters())
+    batches = [{"x": torch.randn(n, 4)} for n in (3, 3, 2, 3, 2)]
+    runs: list[list[torch.Tensor]] = []
+    for run, module in ((captured, toy), (other.run, other)):
+        torch.manual_seed(5)
+        seen = []
+        for i, batch in enumerate(batches):
+            if i in (2, 4):
+                module.zero_grad(set_to_none=i == 2)
+            seen += [run(batch), module.used.weight.grad.clone()]
+        runs.append(seen)
+        assert module.unused.weight.grad is None
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+    assert captured.captures == 2
+
+
+def test_gradients_that_wait_survive_a_capture() -> None:
+    toy = Toy().eval()
+    toy.used.weight.grad = torch.ones(4, 4)
+    waiting = toy.used.weight.grad
+    x = torch.randn(3, 4)
+    expected = torch.ones(4, 4) + torch.autograd.grad(toy.used(x).square().mean(), toy.used.weight)[0]
+    Rerun(toy.run, toy.parameters())({"x": x})
+    torch.testing.assert_close(toy.used.weight.grad, expected)
+    assert torch.equal(waiting, torch.ones(4, 4))
+
+
+def test_few_shapes_are_captured_and_a_failure_is_said_once() -> None:
+    toy = Toy().eval()
+    captured = Rerun(toy.run, toy.parameters())
+    for n in range(1, 8):
+        captured({"x": torch.randn(n, 4)})
+    assert captured.captures == 4
+
+    class Fails(Rerun):
+        def _record(self, batch: steps.Inputs) -> Callable[[], torch.Tensor]:
+            raise RuntimeError("not\nhere")
+
+    failing = Fails(toy.run, toy.parameters())
+    toy.zero_grad()
+    x = torch.randn(3, 4)
+    with pytest.warns(UserWarning, match="kernel by kernel: not"):
+        failing({"x": x})
+    expected = torch.autograd.grad(toy.used(x).square().mean(), toy.used.weight)[0]
+    torch.testing.assert_close(toy.used.weight.grad, expected)
+    failing({"x": x})
+    torch.testing.assert_close(toy.used.weight.grad, 2 * expected)
+
+
+def run_of(options: dict[str, Any], output_dir: Path, **values: Any) -> Any:
+    from fastlora.training.config import load
+    from fastlora.training.train import train
+
+    return train(load(None, options | {"output_dir": str(output_dir)} | values))
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_training_compiled_has_the_same_losses(
+    options: dict[str, Any], tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options | {"lora_dropout": 0.0, "packing": packing, "max_steps": 3, "gradient_checkpointing": True}
+    eager = run_of(options, tmp_path / "eager")
+    real = steps.compile_model
+    torch._dynamo.reset()
+    # The default compiler would need longer than the whole test.
+    monkeypatch.setattr(steps, "compile_model", lambda model: real(model, backend="aot_eager"))
+    compiled = run_of(options, tmp_path / "compiled", step="compile")
+    assert [loss for _, loss in compiled.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
+    assert compiled.eval_loss_after == pytest.approx(eager.eval_loss_after, rel=1e-4)
+
+
+def test_training_through_captured_steps_has_the_same_losses(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastlora.training import train as training
+
+    options = options | {"packing": False, "gradient_accumulation_steps": 2, "lora_dropout": 0.0}
+    eager = run_of(options, tmp_path / "eager")
+    captures = []
+    monkeypatch.setattr(training, "check_step", lambda config, device: None)
+    monkeypatch.setattr(steps, "CapturedStep", lambda *args: captures.append(Rerun(*args)) or captures[-1])
+    captured = run_of(options, tmp_path / "captured", step="cuda_graphs")
+    assert [loss for _, loss in captured.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
+    assert captures[0].captures == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "device", "words"),
+    [
+        ({"step": "cuda_graphs"}, "cpu", "needs a CUDA GPU"),
+        ({"step": "cuda_graphs", "trainer": "trl"}, "cuda", "set trainer transformers"),
+        ({"step": "compile", "trainer": "trl"}, "cpu", "set trainer transformers"),
+        ({"step": "cuda_graphs", "gradient_checkpointing": True, "lora_dropout": 0.1}, "cuda", "set lora_dropout 0"),
+        ({"step": "cuda_graphs", "gradient_checkpointing": True}, "cuda", None),
+        ({"step": "cuda_graphs", "lora_dropout": 0.1}, "cuda", None),
+        ({"step": "compile", "trainer": "auto"}, "cpu", None),
+    ],
+)
+def test_what_a_step_cannot_be(values: dict[str, Any], device: str, words: str | None) -> None:
+    from fastlora.training.config import TrainConfig
+    from fastlora.training.errors import UserError
+    from fastlora.training.train import check_step, uses_trl
+
+    config = TrainConfig(model="m", data="d", **values)
+    if words is None:
+        check_step(config, torch.device(device))
+        assert not uses_trl(config)
+    else:
+        with pytest.raises(UserError, match=words):
+            check_step(config, torch.device(device))
+
+
+def test_checkpointed_blocks_repeat_their_random_numbers_unless_told_not_to() -> None:
+    model = model_of("llama-3-8b")
+    for random in (True, False):
+        steps.checkpoint_blocks(model.get_base_model(), random=random)
+        functions = [module.__dict__.get("_gradient_checkpointing_func") for module in model.modules()]
+        kept = {function.keywords["preserve_rng_state"] for function in functions if function is not None}
+        assert kept == {random}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_graph_replays_the_step(checkpointing: bool) -> None:
+    device = torch.device("cuda")
+    config = models.config("llama-3-8b", 2, 97, **(SIZES | {"head_dim": 64}))
+    results = []
+    for kind in ("eager", "captured"):
+        model = models.adapt(models.base(config, device), r=4)
+        fastlora.accelerate(model)
+        models.checkpoint(model.train(), checkpointing, captured=kind == "captured")
+        steps.use_causal_attention(model.get_base_model())
+        optimizer = torch.optim.AdamW([p for _, p in models.adapters(model)], lr=1e-2, fused=True)
+
+        def run(batch: steps.Inputs, model: Any = model) -> torch.Tensor:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=batch["ids"], labels=batch["ids"]).loss
+            loss.backward()
+            return loss.detach()
+
+        captured = steps.CapturedStep(run, (p for _, p in models.adapters(model)))
+        step = captured if kind == "captured" else run
+        losses = []
+        for ids in models.token_batches(config, 2, 32, device, 0, 6):
+            losses.append(step({"ids": ids}).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert captured.failure is None
+        assert (len(captured._graphs) == 1) == (kind == "captured")
+        results.append(losses)
+    assert results[1] == pytest.approx(results[0], rel=2e-3)
