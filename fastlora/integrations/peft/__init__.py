@@ -8,6 +8,7 @@ where the fused operator computes what PEFT would; in any other situation PEFT's
     situation.py   what a layer is to compute at the moment, or why PEFT's forward runs
     forward.py     several adapters at once, mixed batches, DoRA
     layers.py      the fused classes
+    methods.py     those of VeRA and AdaLoRA
     report.py      what became of each layer
     merging.py     merging that keeps what was learned
     convert.py     accelerate, restore, register, fused
@@ -21,6 +22,7 @@ except ImportError as error:
 from fastlora.integrations.peft.convert import accelerate, fused, register, restore, unregister
 from fastlora.integrations.peft.layers import FUSED
 from fastlora.integrations.peft.merging import merge
+from fastlora.integrations.peft.methods import FusedAdaLora as _FusedAdaLora  # noqa: F401  (they join FUSED)
 from fastlora.integrations.peft.report import LayerReport, Report
 
 __all__ = ["FUSED", "LayerReport", "Report", "accelerate", "fused", "merge", "register", "restore", "unregister"]

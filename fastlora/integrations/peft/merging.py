@@ -11,6 +11,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 
 from fastlora import dora, requantize
+from fastlora.adapters.variant import Variant
 from fastlora.backends import dense
 from fastlora.linear import base_weight
 from fastlora.nf4 import NF4Weight
@@ -75,7 +76,8 @@ def _active(layer: Any) -> list[str]:
 
 def _check_variants(name: str, layer: Any) -> None:
     active = _active(layer)
-    kinds = [type(layer.lora_variant[adapter]) for adapter in active if adapter in layer.lora_variant]
+    variants = [layer.lora_variant[adapter] for adapter in active if adapter in layer.lora_variant]
+    kinds = [type(variant) for variant in variants if not isinstance(variant, Variant)]
     if any(kind is not DoraLinearVariant for kind in kinds):
         raise ValueError(f"{name}: {kinds[0].__name__} cannot be merged into a 4-bit base")
     if kinds and len(active) > 1:
@@ -119,11 +121,14 @@ def _merged(layer: Any, w: NF4Weight) -> torch.Tensor:
     merged = dense(w, torch.float32)
     for name in _active(layer):
         lora_a, lora_b = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
-        magnitude = None
-        if name in layer.lora_variant:
+        magnitude, scale = None, layer.scaling[name]
+        if isinstance(variant := layer.lora_variant.get(name), Variant):
+            lora_a, lora_b, scale = variant.factors(layer, name)
+            lora_a, lora_b = lora_a.float(), lora_b.float()
+        elif name in layer.lora_variant:
             magnitude = layer.lora_magnitude_vector[name].weight
             norm = dora.weight_norm(w, lora_a, lora_b, layer.scaling[name], torch.float32)
-        merged = merged.addmm_(lora_b * layer.scaling[name], lora_a)
+        merged = merged.addmm_(lora_b * scale, lora_a)
         if magnitude is not None:
             merged = merged.mul_((magnitude / norm)[:, None])
     return merged

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import ops
+from fastlora.adapters.variant import Variant
 from fastlora.integrations.peft.forward import adapters_forward, dora_forward
 from fastlora.linear import adapter_forward, base_weight
 from fastlora.nf4 import Weight
@@ -89,7 +90,7 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
 
 def _variant_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     variant = layer.lora_variant[adapter]
-    if type(variant) in _COMPUTED_AS_LORA:
+    if type(variant) in _COMPUTED_AS_LORA or isinstance(variant, Variant):
         return None
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} uses {type(variant).__name__}"
@@ -148,8 +149,13 @@ def situation(layer: Any) -> str | Situation:
     if len(active) > 1:
         if any(_is_dora(layer, name) for name in active):
             return "DoRA is active together with other adapters"
+        for name in active:
+            if isinstance(variant := layer.lora_variant.get(name), Variant):
+                return f"a {type(variant).__name__} adapter is active together with other adapters"
         return adapters_forward, active, weight
     if layer.lora_bias[first]:
+        if isinstance(variant := layer.lora_variant.get(first), Variant):
+            return f"a {type(variant).__name__} adapter has a bias on lora_B"
         return adapters_forward, active, weight
     return (dora_forward if _is_dora(layer, first) else adapter_forward), first, weight
 
@@ -166,7 +172,7 @@ def mixed_situation(layer: Any, names: list[str]) -> str | tuple[list[str], Weig
     if isinstance(weight, str):
         return weight
     for name in groups:
-        if _is_dora(layer, name):
+        if _is_dora(layer, name) or isinstance(layer.lora_variant.get(name), Variant):
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if reason := _adapter_reason(layer, modules, name):
             return reason
