@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.training.config import TrainConfig, near_files
+from fastlora.training.config import near_files
 from fastlora.training.errors import UserError, first_line, is_disk_full, near, require
 
 if TYPE_CHECKING:
@@ -259,23 +259,6 @@ def quantize_in_place(model: PreTrainedModel, bnb_config: Any, blocksize: int, d
     model.is_quantized = True
     model.quantization_method = bnb_config.quant_method
     quantizer.postprocess_model(model)
-
-
-def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Wraps ``model`` with a fresh LoRA adapter; ``config.seed`` decides its weights."""
-    peft = require("peft")
-    transformers().set_seed(config.seed)
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            use_rslora=config.use_rslora,
-        ),
-    )
 
 
 def check_backend(backend: str) -> None:

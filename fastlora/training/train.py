@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data
+from fastlora.training import checkpoints, data, methods
 from fastlora.training import model as models
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import Interrupted, UserError, disk_errors, require
@@ -101,12 +101,13 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
             device=device,
             dtype=torch.bfloat16 if bf16 else torch.float32,
         )
-        model = models.adapt(base, config)
-        report = models.accelerate(model, config.backend)
+        method = methods.make(config)
+        model = method.adapt(base)
+        report = method.accelerate(model)
         if report is not None:
             print(report, flush=True)
         checkpoints.write_config(config)
-        return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, callbacks or [])
+        return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, method, callbacks or [])
 
 
 def _run(
@@ -118,15 +119,17 @@ def _run(
     bf16: bool,
     checkpoint: Path | None,
     report: Any,
+    method: methods.Method,
     callbacks: list[Any],
 ) -> TrainResult:
     from fastlora.training.callbacks import FiniteLoss, Meter, Reporter, StopOnSignal
 
     meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
     trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
+    trainer.method = method
     trainer.meter = meter
     # The meter measures the step without what the callbacks after it do.
-    for callback in (meter, FiniteLoss(), *callbacks, stop, reporter):
+    for callback in (meter, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter):
         trainer.add_callback(callback)
     try:
         with reporter, stop, disk_errors(config.output_dir):
@@ -156,6 +159,7 @@ def _run(
         log_history=history,
     )
     if trainer.is_world_process_zero():
+        method.finish(model)
         with disk_errors(config.output_dir):
             model.save_pretrained(str(adapter))
             (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
@@ -235,7 +239,7 @@ def make_trainer(
     # One process drives one device: the 4-bit layers cannot be replicated by DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    trainer = type("MeteredTrainer", (MeteredLog, trainer_class), {})(
+    trainer = type("MeteredTrainer", (methods.MethodTrainer, MeteredLog, trainer_class), {})(
         model=model,
         args=args,
         train_dataset=examples.train,
