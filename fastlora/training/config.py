@@ -168,6 +168,10 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"init {self.init} is a start of LoRA's factors, which {self.method} has not: leave it out"
             )
+        if self.init == "loftq" and self.quantization == "none":
+            raise ValueError("init loftq is for a quantized base: set quantization nf4, or init pissa")
+        if self.init in ("pissa", "olora", "loftq") and self.method == "delta-lora":
+            raise ValueError(f"init {self.init} and delta-lora both move the base: choose one")
         if self.use_rslora and not lora:
             raise ValueError(f"use_rslora is a scale of LoRA's, which {self.method} has not: leave it out")
         if self.method == "dynamic-rank":

@@ -17,6 +17,9 @@ from torch import nn
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import UserError, first_line, require
 
+STARTS = ("pissa", "olora", "loftq")
+"""Values of ``init`` that change the base."""
+
 
 class Method:
     """Plain LoRA, and what the other methods change of it."""
@@ -42,7 +45,23 @@ class Method:
         import transformers
 
         transformers.set_seed(self.config.seed)
-        return require("peft").get_peft_model(model, self.peft_config())
+        model = require("peft").get_peft_model(model, self.peft_config())
+        if self.config.init in STARTS:
+            self._start(model)
+        return model
+
+    def _start(self, model: Any) -> None:
+        """Let the factors start from the base weights, as they are before quantization."""
+        from fastlora.adapters import starts
+        from fastlora.training import model as models
+
+        source = models.find(self.config.model)
+        originals = {} if self.config.quantization == "none" else models.dense_weights(source)
+        try:
+            starts.apply(model, self.config.init, originals)
+        except ValueError as error:
+            raise UserError(f"init: {first_line(error)}") from error
+        self._first = starts.factors(model) if self.config.quantization == "none" else None
 
     def accelerate(self, model: nn.Module) -> Any:
         """Fuse the layers of the adapted model; fastlora's report, None where PEFT's layers are to stay."""
@@ -81,6 +100,17 @@ class Method:
 
     def finish(self, model: Any) -> None:
         """Make the adapter what is to be saved at the end."""
+        from fastlora.adapters import starts
+
+        if self.config.init in STARTS and self._first is not None:
+            starts.export(model, self._first)
+
+    def save_changed_base(self, model: Any, folder: Path) -> None:
+        """Write the base weights that the start of the adapter has changed, if any."""
+        from fastlora.adapters import starts
+
+        if self.config.init in STARTS and self.config.quantization != "none":
+            starts.save_base(model, folder)
 
 
 class LoraFA(Method):
@@ -163,6 +193,7 @@ class DeltaLora(Method):
         from fastlora.adapters import delta
 
         delta.export(model)
+        super().finish(model)
 
 
 class AdaLora(Method):

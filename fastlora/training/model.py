@@ -331,10 +331,27 @@ def _lora_parts(keys: Iterable[str]) -> Iterable[tuple[str, tuple[str, int]]]:
                 yield key, (part, side)
 
 
+def dense_weights(source: Source) -> dict[str, torch.Tensor]:
+    """The weights (N, K) of the linear layers of a model as they are stored, on the CPU, by the names of the layers."""
+    kwargs: dict[str, Any] = {"dtype": "auto", **source.kwargs}
+    if source.gguf_file is not None:
+        kwargs |= {"quantization_config": transformers().GgufConfig(dequantize=True), "dtype": torch.float32}
+    try:
+        model = transformers().AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
+    except Exception as error:
+        raise _load_error(source, error) from error
+    return {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """``model`` with the adapter of a folder."""
+    """``model`` with the adapter of a folder, and with the base weights that the start of the adapter has changed."""
+    from fastlora.adapters import starts
+
     peft = require("peft")
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter))
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+        if (adapter / starts.FILE).is_file():
+            starts.load_base(adapted, adapter)
+        return adapted
     except Exception as error:
         raise UserError(f"adapter: cannot load {adapter} ({first_line(error)}): use another copy") from error

@@ -162,6 +162,7 @@ def _run(
         method.finish(model)
         with disk_errors(config.output_dir):
             model.save_pretrained(str(adapter))
+            method.save_changed_base(model, adapter)
             (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
     return result
 

@@ -110,9 +110,50 @@ def test_delta_lora_exports_twice_the_rank_of_a_late_start(options: dict[str, An
     assert json.loads((result.adapter_path / "adapter_config.json").read_text())["r"] == 8
 
 
+@pytest.mark.parametrize("init", methods.STARTS)
+def test_starts_that_change_the_base(init: str, options: dict[str, Any], tmp_path: Path) -> None:
+    plain = run(options, max_steps=1)
+    whole = run(options, init=init, output_dir=str(tmp_path / "whole"))
+    assert whole.eval_loss_before is not None
+    assert whole.eval_loss_after is not None
+    assert whole.eval_loss_before == pytest.approx(plain.eval_loss_before, rel=0.05)
+    assert whole.eval_loss_before != plain.eval_loss_before
+    assert whole.eval_loss_after < whole.eval_loss_before
+    base = models.load_base(models.find(options["model"]), device=torch.device("cpu"), dtype=torch.float32)
+    model = models.load_adapter(base, whole.adapter_path)
+    from fastlora.adapters import starts
+
+    rebuilt = methods.make(load(None, options | {"init": init})).adapt(
+        models.load_base(models.find(options["model"]), device=torch.device("cpu"), dtype=torch.float32)
+    )
+    for (name, one), (_, two) in zip(starts.require_layers(model), starts.require_layers(rebuilt), strict=True):
+        assert torch.equal(one.base_layer.weight, two.base_layer.weight), name
+    half = tmp_path / "half"
+    half.mkdir()
+    shutil.copytree(whole.output_dir / "checkpoint-4", half / "checkpoint-4")
+    again = run(options, init=init, output_dir=str(half), resume=True)
+    assert again.eval_loss_after == pytest.approx(whole.eval_loss_after, rel=1e-3)
+
+
+def test_start_on_a_dense_base_is_exported_as_plain_lora(options: dict[str, Any]) -> None:
+    from peft import PeftModel
+
+    result = run(options, init="pissa", quantization="none")
+    assert json.loads((result.adapter_path / "adapter_config.json").read_text())["r"] == 8
+    base = models.load_base(
+        models.find(options["model"]), quantization="none", device=torch.device("cpu"), dtype=torch.float32
+    )
+    ids = torch.arange(12)[None] + 5
+    before = base(input_ids=ids).logits
+    after = PeftModel.from_pretrained(base, str(result.adapter_path))(input_ids=ids).logits
+    assert (after - before).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"init": "loftq", "quantization": "none"}, "is for a quantized base"),
+        ({"init": "pissa", "method": "delta-lora"}, "both move the base"),
         ({"method": "lora+"}, "did you mean lora"),
         ({"method": "dynamic-rank"}, "set eval_steps"),
         ({"method": "dynamic-rank", "eval_steps": 1, "max_r": 2}, "must ascend"),
@@ -133,3 +174,8 @@ def test_what_does_not_go_together(options: dict[str, Any], values: dict[str, An
 def test_adalora_needs_steps(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="raise max_steps"):
         run(options, method="adalora", max_steps=1)
+
+
+def test_a_start_needs_the_rank(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"init: .*lower r"):
+        run(options, init="pissa", r=60)
