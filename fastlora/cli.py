@@ -61,7 +61,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (generate, merge, bench, info, explain, tune):
+    for command in (generate, merge, quantize, dequantize, bench, info, explain, tune):
         app.command()(command)
     return app
 
@@ -163,6 +163,48 @@ def merge(
     _one_of("device", device, ("auto", "cpu", "cuda"))
     with _quiet():
         print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device, mode=mode)}")
+
+
+def quantize(
+    adapter: Annotated[str, typer.Argument(help="adapter folder, or output folder of a run")],
+    output_dir: Annotated[Path, typer.Argument(help="new folder for the quantized adapter")],
+    kind: Annotated[str, typer.Option("--type", help="int8 (one scale a row) or nf4")] = "int8",
+) -> None:
+    """Quantize the factors of a LoRA adapter for serving; report its size and the error of its output."""
+    from fastlora.adapters import quantized
+
+    _one_of("type", kind, quantized.KINDS)
+    print(_converted(adapter, output_dir, lambda folder: quantized.quantize_file(folder, output_dir, kind)))
+    print(f"quantized adapter  {output_dir}")
+
+
+def dequantize(
+    adapter: Annotated[str, typer.Argument(help="folder of a quantized adapter")],
+    output_dir: Annotated[Path, typer.Argument(help="new folder for the adapter, as PEFT reads it")],
+) -> None:
+    """Turn a quantized adapter back into one that PEFT reads."""
+    from fastlora.adapters import quantized
+
+    print(f"adapter  {_converted(adapter, output_dir, lambda folder: quantized.dequantize_file(folder, output_dir))}")
+
+
+def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
+    from fastlora.training import checkpoints
+    from fastlora.training import model as models
+    from fastlora.training.errors import disk_errors
+
+    require("safetensors")
+    folder = models.find_adapter(adapter)
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir: {output_dir} is not empty: name a new folder")
+    checkpoints.make_writable(output_dir, "output_dir")
+    try:
+        with disk_errors(output_dir):
+            return convert(folder)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
 
 
 def bench(

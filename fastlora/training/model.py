@@ -305,8 +305,13 @@ def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None
     """Raises UserError when a layer of ``adapter`` is missing in ``model`` or has another shape there."""
     trained_on = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     advice = f"the adapter was trained on {trained_on!r}: pass --model with that model"
+    from fastlora.adapters import quantized
+
     try:
-        weights = require("peft.utils").load_peft_weights(str(adapter), device="cpu")
+        if (adapter / quantized.FILE).is_file():
+            weights = quantized.weights_of_file(adapter)
+        else:
+            weights = require("peft.utils").load_peft_weights(str(adapter), device="cpu")
     except Exception as error:
         raise UserError(f"adapter: cannot read {adapter} ({first_line(error)}): use another copy") from error
     shapes = linear_shapes(model)
@@ -345,10 +350,12 @@ def dense_weights(source: Source) -> dict[str, torch.Tensor]:
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """``model`` with the adapter of a folder, and with the base weights that the start of the adapter has changed."""
-    from fastlora.adapters import starts
+    from fastlora.adapters import quantized, starts
 
     peft = require("peft")
     try:
+        if (adapter / quantized.FILE).is_file():
+            return quantized.load(model, adapter)
         adapted = peft.PeftModel.from_pretrained(model, str(adapter))
         if (adapter / starts.FILE).is_file():
             starts.load_base(adapted, adapter)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import ops
+from fastlora.adapters.quantized import QuantizedFactor
 from fastlora.adapters.variant import Variant
 from fastlora.integrations.peft.forward import adapters_forward, dora_forward
 from fastlora.linear import adapter_forward, base_weight
@@ -78,6 +79,10 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
         return reason
     for name in ("lora_A", "lora_B"):
         part = modules[name]._modules[adapter]
+        if type(part) is QuantizedFactor:
+            if reason := _intact(part):
+                return f"{name}: {reason}"
+            continue  # looking at its weight would dequantize it
         if type(part) is not nn.Linear:
             return f"{name} is a {type(part).__name__}"
         if reason := _part_reason(name, part):
