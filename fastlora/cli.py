@@ -208,7 +208,7 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
 
 
 def bench(
-    suite: Annotated[str | None, typer.Option(help="layer, goals, cpu or drop-in")] = None,
+    suite: Annotated[str | None, typer.Option(help="layer, goals, cpu, drop-in or methods")] = None,
     report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
     shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
     tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
@@ -216,13 +216,15 @@ def bench(
     modes: Annotated[str | None, typer.Option(help="layer: of fwd, bwd, fwd+bwd and decode (M up to 256)")] = None,
     providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
     graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
-    only: Annotated[str | None, typer.Option(help="drop-in: of errors, loss, update and speed")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="goals: layers so small that a CPU can run them")] = False,
+    only: Annotated[
+        str | None, typer.Option(help="drop-in: of errors, loss, update and speed; methods: of task and shape")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="goals, methods: sizes that only try the suite")] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
 ) -> None:
-    """Measure layers, goals or the PEFT drop-in beside their peers, or turn records into tables and plots."""
+    """Measure layers, goals, methods or the PEFT drop-in beside their peers, or turn records into tables and plots."""
     if report == (suite is not None):
-        raise UserError("give either --suite layer, goals, cpu or drop-in, or --report")
+        raise UserError("give either --suite layer, goals, cpu, drop-in or methods, or --report")
     if report:
         require("matplotlib", "bench")
         from fastlora.bench import report as writer
@@ -235,10 +237,11 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, ("layer", "goals", "cpu", "drop-in"))
+    _one_of("suite", suite, ("layer", "goals", "cpu", "drop-in", "methods"))
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
-    strange += ["--only"] * (only is not None and suite != "drop-in") + ["--quick"] * (quick and suite != "goals")
+    strange += ["--only"] * (only is not None and suite not in ("drop-in", "methods"))
+    strange += ["--quick"] * (quick and suite not in ("goals", "methods"))
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
     for package in ("rich", "bitsandbytes", "peft"):
@@ -259,6 +262,13 @@ def _run_suite(
         return run.goals(quick=quick, out=out)
     if suite == "cpu":
         return run.cpu(out=out)
+    if suite == "methods":
+        for package in ("transformers", "accelerate", "datasets", "pydantic"):
+            require(package)
+        from fastlora.bench import methods
+
+        parts = tuple(methods.PARTS)
+        return run.methods(_listed("only", only, parts, parts), quick=quick, out=out)
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in

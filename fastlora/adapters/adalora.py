@@ -49,6 +49,37 @@ def layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
     return found
 
 
+def penalty(model: nn.Module, adapter: str = "default") -> torch.Tensor:
+    """mean(|A A^T - 1|, |B^T B - 1|) over all layers: PEFT's term, matrices of one shape at once."""
+    by_shape: dict[Any, list[torch.Tensor]] = {}
+    for layer in layers(model, adapter).values():
+        for t in (layer.lora_A[adapter], layer.lora_B[adapter].T):
+            by_shape.setdefault(t.shape, []).append(t)
+    norms = []
+    for group in by_shape.values():
+        t = torch.stack(group)
+        gram = t @ t.mT
+        norms.append(torch.linalg.vector_norm(gram - torch.eye(gram.shape[-1]).to(gram), dim=(1, 2)))
+    return torch.cat(norms).mean()
+
+
+def penalize(model: Any, adapter: str = "default") -> None:
+    """Let the loss of a PEFT model have `penalty` while it trains, and not when it is evaluated.
+
+    In place of PEFT's own, which is in both, and takes a launch for each step of each matrix.
+    """
+    tuner = model.base_model
+    config = model.peft_config[adapter]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        outputs = tuner.model(*args, **kwargs)
+        if tuner.training and config.orth_reg_weight and getattr(outputs, "loss", None) is not None:
+            outputs.loss = outputs.loss + config.orth_reg_weight * penalty(tuner.model, adapter)
+        return outputs
+
+    tuner.forward = forward
+
+
 class Allocator:
     """Shares out the budget. In place of PEFT's ``update_and_allocate``: call `step` after each optimizer's step and
     before the gradients are cleared.

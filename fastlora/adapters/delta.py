@@ -36,6 +36,7 @@ class DeltaLoRA(Variant):
         self.begun = False
         self.start: tuple[torch.Tensor, torch.Tensor] | None = None
         """A_k (R, K) and B_k (N, R); None before the updates begin, and where their product is zero."""
+        self._turned: tuple[Any, torch.Tensor] | None = None
 
     def begin(self, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         """Let the updates begin at these factors."""
@@ -48,28 +49,38 @@ class DeltaLoRA(Variant):
         scale = layer.scaling[adapter]
         if not self.begun:
             return lora_a, lora_b, scale
-        lora_a, lora_b = _Moving.apply(lora_a, lora_b, scale / (scale + self.weight))
+        share = scale / (scale + self.weight)
         if self.start is None:
-            return lora_a, lora_b, scale + self.weight
+            return *_Moving.apply(lora_a, lora_b, None, None, share), scale + self.weight
         start_a, start_b = self.start
         if start_a.device != lora_a.device:
             self.start = start_a, start_b = start_a.to(lora_a.device), start_b.to(lora_a.device)
-        share = -self.weight / (scale + self.weight)
-        # The frozen factors of the stack get gradients that nobody takes: R of its 2 R columns.
-        return torch.cat((lora_a, start_a)), torch.cat((lora_b, share * start_b), 1), scale + self.weight
+        key = (scale, self.weight, id(start_b))
+        if self._turned is None or self._turned[0] != key:
+            self._turned = key, start_b * (-self.weight / (scale + self.weight))
+        return *_Moving.apply(lora_a, lora_b, start_a, self._turned[1], share), scale + self.weight
 
 
 class _Moving(torch.autograd.Function):
-    """A and B whose product also moves the base, a constant for them: ``share`` of their gradients is LoRA's."""
+    """A over A_k, and B beside the frozen ``turned_b``. The product of A and B also moves the base, which is a constant
+    for them: ``share`` of their gradients is LoRA's."""
 
     @staticmethod
-    def forward(ctx: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, share: float) -> Any:
-        ctx.share = share
-        return lora_a.view_as(lora_a), lora_b.view_as(lora_b)
+    def forward(ctx: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, start_a: Any, turned_b: Any, share: float) -> Any:
+        ctx.share, ctx.r = share, lora_a.shape[0]
+        if start_a is None:
+            return lora_a.view_as(lora_a), lora_b.view_as(lora_b)
+        return torch.cat((lora_a, start_a)), torch.cat((lora_b, turned_b), 1)
 
     @staticmethod
     def backward(ctx: Any, da: torch.Tensor | None, db: torch.Tensor | None) -> Any:
-        return None if da is None else da * ctx.share, None if db is None else db * ctx.share, None
+        return (
+            None if da is None else da[: ctx.r] * ctx.share,
+            None if db is None else db[:, : ctx.r] * ctx.share,
+            None,
+            None,
+            None,
+        )
 
 
 def enable(model: nn.Module, weight: float = 1.0, adapter: str = "default") -> list[DeltaLoRA]:

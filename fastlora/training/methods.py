@@ -220,14 +220,8 @@ class AdaLora(Method):
         from fastlora.adapters import adalora
 
         model = super().adapt(model)
-        config, weight = model.peft_config["default"], self.config.orthogonality
         self.allocator = adalora.Allocator(model)
-
-        def penalty_in_training_alone(module: nn.Module, args: Any) -> None:
-            config.orth_reg_weight = weight if module.training else 0.0
-
-        # PEFT adds it to the loss of an evaluation, too, which is then no measure of what the model knows.
-        model.base_model.register_forward_pre_hook(penalty_in_training_alone)
+        adalora.penalize(model)
         return model
 
     def begins(self, model: Any, steps: int) -> None:

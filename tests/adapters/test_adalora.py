@@ -204,8 +204,22 @@ def test_orthogonality_is_in_the_loss_of_a_fused_model() -> None:
         a, b = layer.lora_A["default"], layer.lora_B["default"]
         expected += [(a @ a.T - torch.eye(6)).norm(), (b.T @ b - torch.eye(6)).norm()]
     model.base_model.model.forward = Out().forward
-    got = model.base_model(torch.ones(1)).loss
-    torch.testing.assert_close(got, 0.5 * sum(expected) / 4)
+    want = 0.5 * sum(expected) / 4
+    torch.testing.assert_close(model.base_model(torch.ones(1)).loss, want)
+    torch.testing.assert_close(0.5 * adalora.penalty(model), want)
+    adalora.penalize(model)
+    torch.testing.assert_close(model.train().base_model(torch.ones(1)).loss, want)
+    assert model.eval().base_model(torch.ones(1)).loss == 0
+
+
+def test_gradients_of_the_penalty_are_those_of_peft() -> None:
+    model = made("dense")
+    a, b = (getattr(model.base_model.model.up, part)["default"] for part in ("lora_A", "lora_B"))
+    adalora.penalty(model).backward()
+    got = a.grad.clone(), b.grad.clone()
+    model.zero_grad()
+    (((a @ a.T - torch.eye(6)).norm() + (b.T @ b - torch.eye(6)).norm()) / 4).backward()
+    torch.testing.assert_close(got, (a.grad, b.grad))
 
 
 def test_schedule_without_room() -> None:
