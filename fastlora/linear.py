@@ -228,12 +228,15 @@ def compute_type(
 def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
     """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling,
     lora_variant), on the `base_weight` of its base layer, in the type that `compute_type` says. A variant with
-    ``factors`` (see `fastlora.adapters.variant`) says which A, B and scale stand for the adapter's own.
+    ``factors`` (see `fastlora.adapters.variant`) says which A, B and scale stand for the adapter's own, one with
+    ``run`` computes all of it.
     """
     modules = layer._modules  # as every attribute of a module, but without its search
     dropout = modules["lora_dropout"]._modules[adapter]
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     variant: Any = layer.lora_variant.get(adapter) if layer.lora_variant else None
+    if hasattr(variant, "run"):
+        return variant.run(layer, _autocast(x), adapter, weight, p, backend)
     if hasattr(variant, "factors"):
         lora_a, lora_b, scale = variant.factors(layer, adapter)
     else:

@@ -166,6 +166,8 @@ class Allocator:
             if step > c.tinit and step % c.deltaT == 0:
                 self._mask(self.budget(step))
         elif step == end:
+            if not self.smoothed:  # a schedule so short that nothing was observed before
+                self._observe()
             self._mask(self.budget(step))
             self.smoothed, self.uncertainty = [], []
             remove(self._layers, c.rank_pattern, self.adapter, optimizer)

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import importlib.util
 import io
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ class Task:
     r: int = 8
 
 
-CPU_TASK, GPU_TASK = Task(16, 4, 24, 2e-3), Task(100, 32, 64, 5e-4, 16)
+CPU_TASK, GPU_TASK = Task(12, 4, 16, 2e-3), Task(100, 32, 64, 5e-4, 16)
 DEMO = Path("examples/demo.py")
 
 
@@ -116,6 +117,7 @@ def task(device: torch.device, task: Task | None = None, names: tuple[str, ...] 
         base = demo.prepare_base(folder / "base")
     for name in names or tuple(PLANS):
         yield _trained(name, plan, device, base, folder)
+    shutil.rmtree(folder / "run", ignore_errors=True)
 
 
 def _trained(name: str, plan: Task, device: torch.device, base: Path, folder: Path) -> list[Row]:
@@ -139,7 +141,7 @@ def _trained(name: str, plan: Task, device: torch.device, base: Path, folder: Pa
         batch_size=plan.batch_size,
         max_steps=plan.steps,
         save_steps=10 * plan.steps,
-        eval_steps=max(1, plan.steps // 8) if name == "dynamic-rank" else None,
+        eval_steps=max(1, plan.steps // 4) if name == "dynamic-rank" else None,
         warmup=2,
         seed=7,
         device=device.type,  # type: ignore[arg-type]
