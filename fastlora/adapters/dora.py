@@ -77,12 +77,9 @@ def enable(model: nn.Module, adapter: str = "default") -> int:
         if adapter in layer.lora_variant:
             kind = type(layer.lora_variant[adapter]).__name__
             raise ValueError(f"{name}: adapter {adapter!r} is a {kind}, which cannot be DoRA too: make it without it")
-    layer: Any
     for _, layer in layers:
         lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         norm = dora.weight_norm(base_weight(layer.base_layer), lora_a, lora_b, layer.scaling[adapter], lora_a.dtype)
-        if "lora_magnitude_vector" not in layer._modules:
-            layer.lora_magnitude_vector = nn.ModuleDict()
-        layer.lora_magnitude_vector[adapter] = Magnitude(norm.to(lora_a.dtype))
+        layer.lora_magnitude_vector = nn.ModuleDict({adapter: Magnitude(norm.to(lora_a.dtype))})
         layer.lora_variant[adapter] = DoRA()
     return len(layers)

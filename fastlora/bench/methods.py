@@ -82,7 +82,7 @@ class Task:
     r: int = 8
 
 
-CPU_TASK, GPU_TASK = Task(12, 4, 16, 2e-3), Task(100, 32, 64, 5e-4, 16)
+CPU_TASK, GPU_TASK = Task(10, 4, 8, 2e-3), Task(100, 32, 64, 5e-4, 16)
 DEMO = Path("examples/demo.py")
 
 
