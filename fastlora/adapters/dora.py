@@ -72,7 +72,8 @@ def enable(model: nn.Module, adapter: str = "default") -> int:
     for name, layer in layers:
         if not isinstance(layer, FastLoRALinear):
             raise ValueError(f"{name}: this is a layer of PEFT's: make it with LoraConfig(use_dora=True)")
-        if layer.lora_A[adapter].weight.shape[0] < 1:
+        lora_a: Any = layer.lora_A[adapter].weight
+        if lora_a.shape[0] < 1:
             raise ValueError(f"{name}: DoRA needs a rank of 1 or more")
         if adapter in layer.lora_variant:
             kind = type(layer.lora_variant[adapter]).__name__
