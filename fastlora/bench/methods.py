@@ -35,7 +35,7 @@ class Plan:
 
     options: dict[str, Any]
     in_peft: bool = True
-    """Whether PEFT has the method, to compare with."""
+    """Whether it runs on PEFT's layers (or bitsandbytes' alone), to compare with."""
     bound: float = 1.15
     """Times a step of plain LoRA of the same rank that a step may take."""
 
@@ -57,6 +57,8 @@ PLANS: dict[str, Plan] = {
     "dynamic-rank": Plan({}, in_peft=False),
     "prompt": Plan({"lr": 10.0}),
     "prefix": Plan({"lr": 10.0}),
+    "bottleneck": Plan({}),
+    "layers": Plan({"trained_layers": r".*\.layers\.0\..*(q|k|v|o)_proj", "lr": 0.02}),
 }
 """``lr`` here is a multiple of plain LoRA's."""
 _SAME_STEP = ("rslora", "pissa", "olora", "loftq", "dynamic-rank")

@@ -24,6 +24,8 @@ MethodName = Literal[
     "dynamic-rank",
     "prompt",
     "prefix",
+    "bottleneck",
+    "layers",
 ]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -93,6 +95,9 @@ class TrainConfig(BaseModel):
     shrink_above: float = Field(0.02, gt=0, description="dynamic-rank: improvement to shrink above")
     rank_patience: int = Field(2, ge=1, description="dynamic-rank: evaluations in a row that decide")
     virtual_tokens: int = Field(16, ge=1, description="prompt, prefix: tokens that are learned")
+    trained_layers: str | None = Field(
+        None, description="layers: regular expression for the whole names of the linear layers to train in full"
+    )
     backend: str = Field("auto", description="fastlora backend, or peft to leave PEFT's layers as they are")
 
     lr: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
@@ -163,7 +168,9 @@ class TrainConfig(BaseModel):
         return self
 
     def _check_method(self) -> None:
-        lora = self.method not in ("vera", "adalora", "prompt", "prefix")
+        lora = self.method not in ("vera", "adalora", "prompt", "prefix", "bottleneck", "layers")
+        if (self.method == "layers") != (self.trained_layers is not None):
+            raise ValueError("method layers and trained_layers go together: set both or neither")
         if self.init != "default" and not lora:
             raise ValueError(
                 f"init {self.init} is a start of LoRA's factors, which {self.method} has not: leave it out"

@@ -105,10 +105,13 @@ class Method:
         if self.config.init in STARTS and self._first is not None:
             starts.export(model, self._first)
 
-    def save_changed_base(self, model: Any, folder: Path) -> None:
-        """Write the base weights that the start of the adapter has changed, if any."""
+    def finish_and_save(self, model: Any, folder: Path) -> None:
+        """Write the adapter of a finished run, and the base weights that its start has changed, if any."""
         from fastlora.adapters import starts
 
+        self.finish(model)
+        model.peft_config["default"].base_model_name_or_path = self.config.model
+        model.save_pretrained(str(folder))
         if self.config.init in STARTS and self.config.quantization != "none":
             starts.save_base(model, folder)
 
@@ -333,6 +336,80 @@ class Prefix(_FusedBase):
         return require("peft").PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.config.virtual_tokens)
 
 
+class _OwnFiles(_FusedBase):
+    """Methods that PEFT does not know: the file holds the trained parameters, the configuration how to make them."""
+
+    def put_in(self, model: Any) -> None:
+        """Make the trained parameters in ``model`` and freeze the rest."""
+        raise NotImplementedError
+
+    def adapt(self, model: Any) -> Any:
+        import transformers
+
+        transformers.set_seed(self.config.seed)
+        try:
+            self.put_in(model)
+        except ValueError as error:
+            raise UserError(f"method: {first_line(error)}") from error
+        model._hf_peft_config_loaded = True  # what the trainer asks whether a quantized model may be trained
+        return model
+
+    def save_adapter(self, model: Any, folder: Path) -> None:
+        """Write the trained parameters and how to make their place in a model."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+        save_file(trained, folder / "adapter_model.safetensors", {"format": "pt"})
+        keys = ("method", "r", "trained_layers", "target_modules")
+        values = {"fastlora": {key: getattr(self.config, key) for key in keys}}
+        config = {"base_model_name_or_path": self.config.model, **values}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+    def finish_and_save(self, model: Any, folder: Path) -> None:
+        self.save_adapter(model, folder)
+
+    def before_load(self, model: Any, folder: Path) -> bool:
+        from safetensors.torch import load_file
+
+        state = load_file(folder / "adapter_model.safetensors")
+        parameters = dict(model.named_parameters())
+        if state.keys() != {name for name, p in parameters.items() if p.requires_grad}:
+            raise ValueError("the file is of another model")
+        with torch.no_grad():
+            for name, t in state.items():
+                parameters[name].copy_(t)
+        return True
+
+
+class Bottlenecks(_OwnFiles):
+    def put_in(self, model: Any) -> None:
+        from fastlora.adapters import bottleneck
+
+        names = self.config.target_modules
+        bottleneck.add(model, self.config.r, bottleneck.TARGETS if isinstance(names, str) else tuple(names))
+
+
+class Layers(_OwnFiles):
+    def put_in(self, model: Any) -> None:
+        from fastlora.adapters import layerwise
+
+        assert self.config.trained_layers is not None
+        layerwise.unfreeze(model, self.config.trained_layers)
+
+
+def load_own(model: Any, folder: Path) -> Any:
+    """Put what `bottleneck` or `layers` trained into ``model``. Raises UserError when it does not fit."""
+    values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["fastlora"]
+    method = make(TrainConfig(model="-", data="-", **values))
+    model = method.adapt(model)
+    try:
+        method.before_load(model, folder)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"adapter: cannot load {folder} ({first_line(error)}): use another copy") from error
+    return model
+
+
 METHODS: dict[str, type[Method]] = {
     "lora": Method,
     "lora-fa": LoraFA,
@@ -345,6 +422,8 @@ METHODS: dict[str, type[Method]] = {
     "dynamic-rank": DynamicRank,
     "prompt": Prompt,
     "prefix": Prefix,
+    "bottleneck": Bottlenecks,
+    "layers": Layers,
 }
 """The class of each ``method`` of a configuration."""
 
@@ -372,9 +451,14 @@ class MethodTrainer:
         return self.optimizer
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if isinstance(self.method, _OwnFiles):
+            if self.args.should_save:
+                self.method.save_adapter(self.model, folder)
+            return
         super()._save(output_dir, state_dict)  # type: ignore[misc]
         if self.method is not None:
-            self.method.save(self.model, Path(output_dir or self.args.output_dir))
+            self.method.save(self.model, folder)
 
     def _load_from_checkpoint(self: Any, checkpoint: str, model: Any = None) -> None:
         folder = Path(checkpoint)

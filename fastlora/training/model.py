@@ -354,11 +354,17 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
     peft = require("peft")
     try:
+        if "fastlora" in _read_json(adapter / "adapter_config.json"):
+            from fastlora.training.methods import load_own
+
+            return load_own(model, adapter)
         if (adapter / quantized.FILE).is_file():
             return quantized.load(model, adapter)
         adapted = peft.PeftModel.from_pretrained(model, str(adapter))
         if (adapter / starts.FILE).is_file():
             starts.load_base(adapted, adapter)
         return adapted
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"adapter: cannot load {adapter} ({first_line(error)}): use another copy") from error

@@ -142,7 +142,6 @@ def _run(
         trainer.evaluate()
 
     adapter = config.output_dir / "adapter"
-    model.peft_config["default"].base_model_name_or_path = config.model
     history = list(trainer.state.log_history)
     evaluations = [float(log["eval_loss"]) for log in history if "eval_loss" in log]
     result = TrainResult(
@@ -159,10 +158,8 @@ def _run(
         log_history=history,
     )
     if trainer.is_world_process_zero():
-        method.finish(model)
         with disk_errors(config.output_dir):
-            model.save_pretrained(str(adapter))
-            method.save_changed_base(model, adapter)
+            method.finish_and_save(model, adapter)
             (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
     return result
 

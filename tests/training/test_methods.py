@@ -33,7 +33,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dynamic-rank": {"eval_steps": 1, "rank_patience": 1, "shrink_above": 0.01, "min_r": 2},
     "prompt": {"lr": 0.3},
     "prefix": {"lr": 0.3},
+    "bottleneck": {"r": 8},
+    "layers": {"trained_layers": r"model\.layers\.1\..*_proj", "lr": 0.003},
 }
+NO_LORA = ("prompt", "prefix", "bottleneck", "layers")
 
 
 def run(options: dict[str, Any], **values: Any) -> TrainResult:
@@ -56,16 +59,21 @@ def test_learns_is_loaded_by_peft_and_resumes(method: str, options: dict[str, An
     assert whole.eval_loss_before is not None
     assert whole.eval_loss_after is not None
     assert whole.eval_loss_after < whole.eval_loss_before
-    if method not in ("prompt", "prefix"):
+    if method not in NO_LORA:
         assert whole.layers_replaced == 14
 
     # PEFT alone, on its own layers, has the model that was evaluated.
     base = models.load_base(models.find(options["model"]), device=torch.device("cpu"), dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, str(whole.adapter_path)).eval()
-    assert not any(type(module).__module__.startswith("fastlora") for module in model.modules())
     ids = torch.arange(12)[None] + 5
+    if method in ("bottleneck", "layers"):
+        before = base(input_ids=ids).logits
+        model = models.load_adapter(base, whole.adapter_path).eval()
+        assert (model(input_ids=ids).logits - before).abs().max() > 0.01
+    else:
+        model = PeftModel.from_pretrained(base, str(whole.adapter_path)).eval()
+        assert not any(type(module).__module__.startswith("fastlora") for module in model.modules())
     want = model(input_ids=ids).logits
-    if method not in ("prompt", "prefix"):
+    if method not in NO_LORA:
         assert fastlora.accelerate(model).replaced
         torch.testing.assert_close(model(input_ids=ids).logits, want, rtol=1e-3, atol=1e-3)
 
@@ -152,6 +160,8 @@ def test_start_on_a_dense_base_is_exported_as_plain_lora(options: dict[str, Any]
 @pytest.mark.parametrize(
     ("values", "words"),
     [
+        ({"method": "layers"}, "go together"),
+        ({"trained_layers": "x"}, "go together"),
         ({"init": "loftq", "quantization": "none"}, "is for a quantized base"),
         ({"init": "pissa", "method": "delta-lora"}, "both move the base"),
         ({"method": "lora+"}, "did you mean lora"),
@@ -174,6 +184,21 @@ def test_what_does_not_go_together(options: dict[str, Any], values: dict[str, An
 def test_adalora_needs_steps(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="raise max_steps"):
         run(options, method="adalora", max_steps=1)
+
+
+def test_layers_that_are_not_there(options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no linear layer has a name like"):
+        run(options, method="layers", trained_layers="q_proj")
+    with pytest.raises(UserError, match="no linear layer is called"):
+        run(options, method="bottleneck", target_modules="out_proj")
+
+
+def test_bottlenecks_are_not_compared_by_generate(options: dict[str, Any]) -> None:
+    from fastlora.training.generate import generate
+
+    result = run(options, method="bottleneck", max_steps=1)
+    with pytest.raises(UserError, match="no adapter that can be taken off"):
+        generate(result.adapter_path, ["the sky"], device="cpu")
 
 
 def test_a_start_needs_the_rank(options: dict[str, Any]) -> None:
