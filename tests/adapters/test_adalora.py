@@ -222,6 +222,15 @@ def test_gradients_of_the_penalty_are_those_of_peft() -> None:
     torch.testing.assert_close(got, (a.grad, b.grad))
 
 
+@pytest.mark.parametrize("base", ["dense", "4bit"])
+def test_merging(base: str) -> None:
+    model = made(base)
+    fastlora.accelerate(model)
+    x = batch(torch.float32)[0]
+    want = model.base_model.model(x).detach()
+    torch.testing.assert_close(fastlora.merge(model, "dense")(x), want, rtol=1e-4, atol=1e-4)
+
+
 def test_schedule_without_room() -> None:
     model = made("dense")
     model.peft_config["default"].tfinal = STEPS

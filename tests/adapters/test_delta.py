@@ -181,6 +181,21 @@ def test_merging_gives_the_moved_weight_once() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_nobody_takes_its_factors_for_plain_ones() -> None:
+    """Whoever computes layers together asks by the function that a situation names."""
+    import fastlora
+    from fastlora.integrations.peft.situation import situation
+    from fastlora.linear import adapter_forward
+
+    model = peft_mlp()
+    fastlora.accelerate(model)
+    layer = model.base_model.model.up
+    assert situation(layer)[0] is adapter_forward
+    delta.enable(model, WEIGHT)
+    assert situation(layer)[0] is not adapter_forward
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_export_is_plain_lora(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
 

@@ -132,6 +132,17 @@ def test_merge_disable_and_restore() -> None:
     assert [type(m) for m in model.modules()] == kinds
 
 
+@pytest.mark.parametrize("mode", ["dense", "error-aware"])
+def test_merging_into_4_bits(mode: str) -> None:
+    model = made()
+    fastlora.accelerate(model)
+    x = batch(torch.float32)[0]
+    want = model(x).detach()
+    merged = fastlora.merge(model, mode)(x)
+    tolerance = 1e-4 if mode == "dense" else 0.3
+    torch.testing.assert_close(merged, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+
+
 def test_dropout_acts_in_training_only() -> None:
     model = made("dense", vera_dropout=0.5)
     fastlora.accelerate(model)

@@ -40,15 +40,14 @@ class Fused:
 
 
 class FusedMethod(Fused):
-    """The same for methods other than LoRA, which say in `fastlora_situation` what they compute."""
+    """The same for methods other than LoRA, which say in `fastlora_situation` what `situation` says for LoRA."""
 
     def fastlora_situation(self) -> str | Situation:
-        """As `situation` of a LoRA layer."""
         raise NotImplementedError
 
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not (args or kwargs or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
-            found = self.fastlora_situation()
+            found = situation(self)
             if not isinstance(found, str):
                 run, adapter, weight = found
                 return run(self, x, adapter, weight, self.fastlora_backend)

@@ -139,6 +139,9 @@ def _fused_weight(layer: Any) -> str | Weight:
 
 def situation(layer: Any) -> str | Situation:
     """What the active adapters ask for, or why PEFT's forward runs at the moment."""
+    if (own := getattr(layer, "fastlora_situation", None)) is not None:
+        found: str | Situation = own()
+        return found
     modules = layer._modules
     present = modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in present]
@@ -162,7 +165,19 @@ def situation(layer: Any) -> str | Situation:
         if isinstance(variant := layer.lora_variant.get(first), Variant):
             return f"a {type(variant).__name__} adapter has a bias on lora_B"
         return adapters_forward, active, weight
-    return (dora_forward if _is_dora(layer, first) else adapter_forward), first, weight
+    if _is_dora(layer, first):
+        return dora_forward, first, weight
+    return (variant_forward if _has_other_factors(layer, first) else adapter_forward), first, weight
+
+
+def variant_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
+    """`adapter_forward` of an adapter that is not its A, B and scale alone, which nobody may take in its place."""
+    return adapter_forward(layer, x, adapter, weight, backend)
+
+
+def _has_other_factors(layer: Any, adapter: str) -> bool:
+    quantized = type(layer._modules["lora_A"]._modules[adapter]) is QuantizedFactor
+    return quantized or isinstance(layer.lora_variant.get(adapter), Variant)
 
 
 def _is_dora(layer: Any, adapter: str) -> bool:
