@@ -44,7 +44,7 @@ class Plan:
 PLANS: dict[str, Plan] = {
     "lora": Plan({}),
     "rslora": Plan({"method": "lora", "use_rslora": True, "lr": 0.5}),
-    "pissa": Plan({"method": "lora", "init": "pissa"}),
+    "pissa": Plan({"method": "lora", "init": "pissa", "lr": 0.2}),
     "olora": Plan({"method": "lora", "init": "olora", "lr": 0.2}),
     "loftq": Plan({"method": "lora", "init": "loftq"}),
     "lora-fa": Plan({}),

@@ -90,6 +90,17 @@ def test_learns_is_loaded_by_peft_and_resumes(method: str, options: dict[str, An
     assert [loss for _, loss in half.losses][-4:] == pytest.approx([loss for _, loss in whole.losses][-4:], rel=1e-3)
 
 
+@pytest.mark.parametrize("method", ["lora-fa", "vera", "delta-lora", "adalora", "dylora", "bottleneck", "layers"])
+def test_checkpointing_changes_nothing(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    values = OPTIONS[method] | {"method": method, "max_steps": 4}
+    results = [
+        run(options, **values, gradient_checkpointing=on, lora_dropout=0.1, output_dir=str(tmp_path / str(on)))
+        for on in (False, True)
+    ]
+    losses = [[loss for _, loss in result.losses] for result in results]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_ranks_change_and_the_file_says_so(options: dict[str, Any]) -> None:
     result = run(options, method="dynamic-rank", **OPTIONS["dynamic-rank"])
     config = json.loads((result.adapter_path / "adapter_config.json").read_text())
