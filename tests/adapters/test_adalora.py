@@ -119,6 +119,21 @@ def test_budget_is_that_of_peft(step: int) -> None:
     assert adalora.Allocator(model).budget(step) == want
 
 
+def test_importances_are_those_of_peft() -> None:
+    stock = made("dense")
+    fast = copy.deepcopy(stock)
+    allocator, theirs = adalora.Allocator(fast), stock.base_model.rankallocator
+    steps(stock, 5, lambda step, _: stock.base_model.update_and_allocate(step))
+    steps(fast, 5, allocator.step)
+    parts = [f"{layer}.{part}.default" for layer in ("up", "down") for part in ("lora_A", "lora_E", "lora_B")]
+    for name, smoothed, uncertainty in zip(parts, allocator.smoothed, allocator.uncertainty, strict=True):
+        torch.testing.assert_close(smoothed, theirs.exp_avg_ipt[name], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(uncertainty, theirs.exp_avg_unc[name], rtol=1e-4, atol=1e-8)
+    for layer, got in zip(("up", "down"), allocator.importance(), strict=True):
+        a, e, b = (theirs._element_score(f"{layer}.{part}.default") for part in ("lora_A", "lora_E", "lora_B"))
+        torch.testing.assert_close(got, e.view(-1) + a.mean(1) + b.mean(0), rtol=1e-3, atol=1e-12)
+
+
 def test_removing_keeps_the_function_and_the_moments() -> None:
     model = made("dense")
     allocator = adalora.Allocator(model)
