@@ -4,18 +4,17 @@
     y = h + gelu(h D^T + d) U^T + u                    D (R, N), U (N, R), d (R,), u (N,) learned
 
 U and u start at zero, so that the model starts as it was. Behind the last projections of attention and MLP it is the
-paper's placement. The layer runs on the fused operator of rank 0, the sum is part of the product with U.
+paper's placement. `NF4Linear` runs on the fused operator of rank 0, and so do bitsandbytes' layers after
+`fastlora.integrations.bitsandbytes.fuse`. The sum is part of the product with U.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastlora.linear import NF4Linear, base_weight, factors_forward
+from fastlora.linear import NF4Linear, base_weight
 
 TARGETS = ("o_proj", "down_proj")
 
@@ -23,23 +22,20 @@ TARGETS = ("o_proj", "down_proj")
 class Bottleneck(nn.Module):
     """A linear layer, `NF4Linear` or bitsandbytes' too, with a bottleneck of size ``r`` behind it."""
 
-    def __init__(
-        self, base_layer: nn.Module, r: int, dtype: torch.dtype = torch.float32, backend: str = "auto"
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, r: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         if r < 1:
             raise ValueError(f"r, the size of the bottleneck, must be 1 or more, got {r}")
         weight = base_weight(base_layer)
         n, device = weight.shape[0], weight.device
-        self.base_layer, self.backend, self.r = base_layer.requires_grad_(False), backend, r
+        self.base_layer, self.r = base_layer.requires_grad_(False), r
         self.down, self.up = nn.Linear(n, r, device=device, dtype=dtype), nn.Linear(r, n, device=device, dtype=dtype)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y (..., N) of x (..., K)."""
-        base: Any = self.base_layer
-        h = factors_forward(base, x, None, None, 1.0, 0.0, base_weight(base), self.backend)
+        h = self.base_layer(x)
         flat = h.view(-1, h.shape[-1])
         with torch.autocast(h.device.type, enabled=False):
             inner = F.gelu(F.linear(flat, self.down.weight.to(h.dtype), self.down.bias.to(h.dtype)))
@@ -48,12 +44,7 @@ class Bottleneck(nn.Module):
 
 
 def add(
-    model: nn.Module,
-    r: int = 16,
-    targets: tuple[str, ...] = TARGETS,
-    *,
-    dtype: torch.dtype = torch.float32,
-    backend: str = "auto",
+    model: nn.Module, r: int = 16, targets: tuple[str, ...] = TARGETS, *, dtype: torch.dtype = torch.float32
 ) -> list[str]:
     """Freeze ``model`` and put bottlenecks behind the linear layers that ``targets`` names, by the ends of their names.
 
@@ -68,5 +59,5 @@ def add(
         raise ValueError(f"no linear layer is called {' or '.join(targets)}: name the last projections of the blocks")
     model.requires_grad_(False)
     for name in names:
-        model.set_submodule(name, Bottleneck(model.get_submodule(name), r, dtype, backend))
+        model.set_submodule(name, Bottleneck(model.get_submodule(name), r, dtype))
     return names
