@@ -441,12 +441,16 @@ class FastLoRALinear(nn.Module):
     def to_peft(self) -> Any:
         """A PEFT LoRA layer over the same base layer and parameters. A 4-bit base becomes bitsandbytes' ``Linear4bit``.
 
-        Raises ImportError without PEFT, or without bitsandbytes for a 4-bit base.
+        Raises ImportError without PEFT, or without bitsandbytes for a 4-bit base, and ValueError where a variant of LoRA
+        computes the adapter.
         """
         from peft import LoraConfig
         from peft.tuners import lora
 
         base, name = self.base_layer, self.adapter
+        if name in self.lora_variant:
+            kind = type(self.lora_variant[name]).__name__
+            raise ValueError(f"the adapter is a {kind}, not plain LoRA: export or truncate it first")
         if isinstance(base, NF4Linear):
             base = _to_linear4bit(base)
         kind = lora.Linear if isinstance(base_weight(base), torch.Tensor) else lora.Linear4bit

@@ -98,6 +98,14 @@ def test_gradient_of_x_is_of_all_terms() -> None:
     assert lora_a.shape[0] == 8
 
 
+def test_a_layer_with_a_variant_is_not_given_away_as_plain_lora() -> None:
+    pytest.importorskip("peft")
+    layer = stack()[0]
+    delta.enable(layer, WEIGHT)
+    with pytest.raises(ValueError, match="DeltaLoRA, not plain LoRA"):
+        layer.to_peft()
+
+
 def test_no_product_is_added_where_b_was_zero() -> None:
     model = stack(learned=False)
     delta.enable(model, WEIGHT)
