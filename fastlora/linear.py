@@ -441,8 +441,8 @@ class FastLoRALinear(nn.Module):
     def to_peft(self) -> Any:
         """A PEFT LoRA layer over the same base layer and parameters. A 4-bit base becomes bitsandbytes' ``Linear4bit``.
 
-        Raises ImportError without PEFT, or without bitsandbytes for a 4-bit base, and ValueError where a variant of LoRA
-        computes the adapter.
+        Raises ImportError without PEFT, or without bitsandbytes for a 4-bit base, and ValueError where a variant of
+        LoRA computes the adapter.
         """
         from peft import LoraConfig
         from peft.tuners import lora
