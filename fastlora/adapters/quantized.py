@@ -4,7 +4,7 @@
     nf4    as the base: blocks of 64 elements with one float32 scale each
 
 A quantized factor stands where the ``nn.Linear`` of A or B stood and gives its ``weight`` in the type that the layer
-computes in; it is made for one product and dropped. Files are safetensors with PEFT's configuration beside them.
+computes in; one kernel makes it for one product. Files are safetensors with PEFT's configuration beside them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastlora import ops
 from fastlora.adapters.variant import require_layers
+from fastlora.backends import dense
 from fastlora.nf4 import NF4Weight
 
 KINDS = ("int8", "nf4")
@@ -61,10 +63,13 @@ class QuantizedFactor(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """(rows, columns)"""
-        if self.kind == "int8":
-            return (self.values * self.scales).to(self.dtype)
+        if self.kind == "int8":  # one pass: the product is rounded as it is written
+            return torch.mul(self.values, self.scales, out=torch.empty_like(self.values, dtype=self.dtype))
         shape = (self.out_features, self.in_features)
-        return NF4Weight(self.values, shape, 64, "nf4", self.dtype, absmax=self.scales).dequantize(self.dtype)
+        packed = NF4Weight(self.values, shape, 64, "nf4", self.dtype, absmax=self.scales)
+        if ops.must_dispatch(self.values):
+            return torch.ops.fastlora.dequantize(*ops.weight_args(packed), self.dtype)
+        return dense(packed, self.dtype)
 
     @property
     def nbytes(self) -> int:

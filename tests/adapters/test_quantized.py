@@ -67,6 +67,15 @@ def test_layers_compute_with_what_was_rounded(kind: str, form: str) -> None:
     torch.testing.assert_close(model(x), got, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_compiled(kind: str) -> None:
+    model = stack(dtype=torch.float32)
+    quantized.quantize(model, kind)
+    x = batch(torch.float32)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+
+
 def test_the_error_is_that_of_the_products() -> None:
     model = stack(dtype=torch.float32)
     before = [layer.lora_B["default"].weight @ layer.lora_A["default"].weight for layer in model]
