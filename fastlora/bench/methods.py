@@ -58,7 +58,7 @@ PLANS: dict[str, Plan] = {
     "prompt": Plan({"lr": 10.0}),
     "prefix": Plan({"lr": 10.0}),
     "bottleneck": Plan({}),
-    "layers": Plan({"trained_layers": r".*\.layers\.0\..*(q|k|v|o)_proj", "lr": 0.02}),
+    "layers": Plan({"trained_layers": r".*\.layers\.0\..*(q|k|v|o)_proj", "lr": 0.25}),
 }
 """``lr`` here is a multiple of plain LoRA's."""
 _SAME_STEP = ("rslora", "pissa", "olora", "loftq", "dynamic-rank")
