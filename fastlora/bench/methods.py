@@ -157,7 +157,7 @@ def _trained(name: str, plan: Task, device: torch.device, base: Path, folder: Pa
     case = f"{name}, SmolLM2-135M"
     note = f"r = {config.r}, lr = {config.lr:g}, {plan.steps} steps of {plan.batch_size}"
     values = {
-        "trained parameters": float(parameters),
+        "trained parameters (1000)": parameters / 1e3,
         "step ms": result.step_ms,
         "peak memory MiB": result.peak_memory / 2**20,
         "loss before": result.eval_loss_before,
@@ -296,7 +296,7 @@ def _stepped(name: str, base: Any, plain: Stepper, size: Shape, device: torch.de
     except torch.OutOfMemoryError as error:
         return [Row(case, "step ms", None, note=str(error).splitlines()[0])]
     rows = [
-        Row(case, "trained parameters", float(this.parameters)),
+        Row(case, "trained parameters (1000)", this.parameters / 1e3),
         Row(case, "step ms", times["this"].p50 / 1e3),
     ]
     if "plain" in times:

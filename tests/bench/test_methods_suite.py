@@ -35,14 +35,14 @@ def test_rows_of_the_shape() -> None:
     for row in rows:
         metrics.setdefault(row.case.split(",")[0], set()).add(row.metric)
     assert list(metrics) == list(names)
-    assert metrics["lora"] == {"trained parameters", "step ms", "speed-up over PEFT"}
+    assert metrics["lora"] == {"trained parameters (1000)", "step ms", "speed-up over PEFT"}
     assert metrics["vera"] == metrics["lora"] | {"times plain LoRA"}
-    assert metrics["delta-lora"] == {"trained parameters", "step ms", "times plain LoRA"}
+    assert metrics["delta-lora"] == {"trained parameters (1000)", "step ms", "times plain LoRA"}
     assert all(row.value is not None and row.value > 0 for row in rows)
     by = {(row.case.split(",")[0], row.metric): row for row in rows}
     assert by["vera", "times plain LoRA"].goal == 1.3
     assert "r = 256" in by["vera", "times plain LoRA"].note
-    assert by["lora", "trained parameters"].value == 4 * (4 * 64 + 2 * 96 + 3 * 192)
+    assert by["lora", "trained parameters (1000)"].value == 4 * (4 * 64 + 2 * 96 + 3 * 192) / 1e3
 
 
 def test_fused_and_stock_are_one_model() -> None:
