@@ -61,7 +61,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (generate, merge, bench, info, explain, tune):
+    for command in (generate, merge, quantize, dequantize, bench, info, explain, tune):
         app.command()(command)
     return app
 
@@ -165,8 +165,50 @@ def merge(
         print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device, mode=mode)}")
 
 
+def quantize(
+    adapter: Annotated[str, typer.Argument(help="adapter folder, or output folder of a run")],
+    output_dir: Annotated[Path, typer.Argument(help="new folder for the quantized adapter")],
+    kind: Annotated[str, typer.Option("--type", help="int8 (one scale a row) or nf4")] = "int8",
+) -> None:
+    """Quantize the factors of a LoRA adapter for serving; report its size and the error of its output."""
+    from fastlora.adapters import quantized
+
+    _one_of("type", kind, quantized.KINDS)
+    print(_converted(adapter, output_dir, lambda folder: quantized.quantize_file(folder, output_dir, kind)))
+    print(f"quantized adapter  {output_dir}")
+
+
+def dequantize(
+    adapter: Annotated[str, typer.Argument(help="folder of a quantized adapter")],
+    output_dir: Annotated[Path, typer.Argument(help="new folder for the adapter, as PEFT reads it")],
+) -> None:
+    """Turn a quantized adapter back into one that PEFT reads."""
+    from fastlora.adapters import quantized
+
+    print(f"adapter  {_converted(adapter, output_dir, lambda folder: quantized.dequantize_file(folder, output_dir))}")
+
+
+def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
+    from fastlora.training import checkpoints
+    from fastlora.training import model as models
+    from fastlora.training.errors import disk_errors
+
+    require("safetensors")
+    folder = models.find_adapter(adapter)
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"output_dir: {output_dir} is not empty: name a new folder")
+    checkpoints.make_writable(output_dir, "output_dir")
+    try:
+        with disk_errors(output_dir):
+            return convert(folder)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
+
+
 def bench(
-    suite: Annotated[str | None, typer.Option(help="layer, goals, train, cpu or drop-in")] = None,
+    suite: Annotated[str | None, typer.Option(help="layer, goals, train, methods, cpu or drop-in")] = None,
     report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
     shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
     tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
@@ -174,13 +216,15 @@ def bench(
     modes: Annotated[str | None, typer.Option(help="layer: of fwd, bwd, fwd+bwd and decode (M up to 256)")] = None,
     providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
     graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
-    only: Annotated[str | None, typer.Option(help="train, drop-in: parts, comma-separated")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="goals, train: so small that a CPU can run them")] = False,
+    only: Annotated[str | None, typer.Option(help="train, drop-in, methods: parts, comma-separated")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="goals, train, methods: so small that a CPU can run them")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
 ) -> None:
-    """Measure layers, training steps or goals beside their peers, or turn records into tables and plots."""
+    """Measure layers, training steps, methods or goals beside their peers, or turn records into tables and plots."""
     if report == (suite is not None):
-        raise UserError("give either --suite layer, goals, train, cpu or drop-in, or --report")
+        raise UserError("give either --suite layer, goals, train, methods, cpu or drop-in, or --report")
     if report:
         require("matplotlib", "bench")
         from fastlora.bench import report as writer
@@ -193,11 +237,11 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, ("layer", "goals", "train", "cpu", "drop-in"))
+    _one_of("suite", suite, ("layer", "goals", "train", "methods", "cpu", "drop-in"))
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
-    strange += ["--only"] * (only is not None and suite not in ("drop-in", "train"))
-    strange += ["--quick"] * (quick and suite not in ("goals", "train"))
+    strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods"))
+    strange += ["--quick"] * (quick and suite not in ("goals", "train", "methods"))
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
     for package in ("rich", "bitsandbytes", "peft"):
@@ -227,6 +271,13 @@ def _run_suite(
         names = _listed("only", only, train_step.DEFAULT, train_step.NAMES)
         *before, last = run.train(names, quick=quick, out=out)
         return "\n".join([*(f"{table}\n{path}" for table, path in before), last[0]]), last[1]
+    if suite == "methods":
+        for package in ("transformers", "accelerate", "datasets", "pydantic"):
+            require(package)
+        from fastlora.bench import methods
+
+        parts = tuple(methods.PARTS)
+        return run.methods(_listed("only", only, parts, parts), quick=quick, out=out)
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in

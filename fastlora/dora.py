@@ -129,6 +129,8 @@ def dora_linear(
     w: (N, K), frozen. lora_a: (R, K), lora_b: (N, R), magnitude: (N,), of any floating type. bias: (N,).
     out_dtype: a wider type of y. squares: `row_squares` of w, where known.
     """
+    if lora_a.shape[0] < 1:
+        raise ValueError("DoRA needs a rank of 1 or more: there is no direction to learn")
     norm = weight_norm(w, lora_a, lora_b, scale, x.dtype, backend, squares)
     rest = None
     if dropout_p:

@@ -226,14 +226,37 @@ def compute_type(
 
 
 def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
-    """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling), on the
-    `base_weight` of its base layer, in the type that `compute_type` says.
+    """One adapter of a layer that keeps PEFT's attributes (base_layer, lora_A, lora_B, lora_dropout, scaling,
+    lora_variant), on the `base_weight` of its base layer, in the type that `compute_type` says. A variant with
+    ``factors`` (see `fastlora.adapters.variant`) says which A, B and scale stand for the adapter's own, one with
+    ``run`` computes all of it.
     """
     modules = layer._modules  # as every attribute of a module, but without its search
-    base, dropout = modules["base_layer"], modules["lora_dropout"]._modules[adapter]
-    lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
+    dropout = modules["lora_dropout"]._modules[adapter]
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-    bias, scale = base.bias, layer.scaling[adapter]
+    variant: Any = layer.lora_variant.get(adapter) if layer.lora_variant else None
+    if hasattr(variant, "run"):
+        return variant.run(layer, _autocast(x), adapter, weight, p, backend)
+    if hasattr(variant, "factors"):
+        lora_a, lora_b, scale = variant.factors(layer, adapter)
+    else:
+        lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
+        scale = layer.scaling[adapter]
+    return factors_forward(modules["base_layer"], x, lora_a, lora_b, scale, p, weight, backend)
+
+
+def factors_forward(
+    base: Any,
+    x: torch.Tensor,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scale: float | torch.Tensor,
+    p: float,
+    weight: Weight,
+    backend: str,
+) -> torch.Tensor:
+    """`lora_linear` of a layer ``base``, of `base_weight` ``weight``, in the type that `compute_type` says."""
+    bias = base.bias
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return lora_linear(x, weight, lora_a, lora_b, bias)  # says what is wrong
     x, wide, dtype = compute_type(base, weight, x)
@@ -317,6 +340,7 @@ class FastLoRALinear(nn.Module):
         self.base_layer = base
         device, dtype = weight.device, adapter_dtype or weight.dtype
         name = self.adapter
+        self.lora_variant: dict[str, Any] = {}
         self.r, self.lora_alpha = {name: r}, {name: lora_alpha}
         self.scaling = {name: lora_alpha / (math.sqrt(r) if use_rslora else r)}
         self.lora_dropout = nn.ModuleDict({name: nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()})
@@ -417,12 +441,16 @@ class FastLoRALinear(nn.Module):
     def to_peft(self) -> Any:
         """A PEFT LoRA layer over the same base layer and parameters. A 4-bit base becomes bitsandbytes' ``Linear4bit``.
 
-        Raises ImportError without PEFT, or without bitsandbytes for a 4-bit base.
+        Raises ImportError without PEFT, or without bitsandbytes for a 4-bit base, and ValueError where a variant of
+        LoRA computes the adapter.
         """
         from peft import LoraConfig
         from peft.tuners import lora
 
         base, name = self.base_layer, self.adapter
+        if name in self.lora_variant:
+            kind = type(self.lora_variant[name]).__name__
+            raise ValueError(f"the adapter is a {kind}, not plain LoRA: export or truncate it first")
         if isinstance(base, NF4Linear):
             base = to_linear4bit(base)
         kind = lora.Linear if isinstance(base_weight(base), torch.Tensor) else lora.Linear4bit

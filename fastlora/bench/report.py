@@ -355,6 +355,25 @@ def benchmarks(results: Path) -> str:
     return head + "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items()) + "\n"
 
 
+def methods(results: Path) -> str:
+    """Every method of the committed runs: on the task, and in the shape of a large model."""
+    from fastlora.bench.methods import table
+
+    blocks = []
+    for path in _found(results, "methods.json"):
+        data, rows = record.read(path)
+        if data.get("quick"):
+            continue
+        groups: dict[str, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.case.partition(", ")[2], []).append(row)
+        for setting, group in groups.items():
+            bound = [row for row in group if row.goal is not None]
+            reached = f", {sum(row.ok for row in bound)} of {len(bound)} goals reached" if bound else ""
+            blocks.append(f"{setting}: {_source(path, data)}{reached}.\n\n{table(group)}")
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite methods` writes the record."
+
+
 README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "goals": goals,
     "training": training,
@@ -395,6 +414,11 @@ def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
             stem = docs / PLOTS / name
             bars(rows, f"QLoRA training step, bf16, r = 16, NF4, AdamW, {data['gpu']}", stem)
             written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
+    methods_page = docs / "methods.md"
+    if methods_page.is_file():
+        text = fill(methods_page.read_text(encoding="utf-8"), {"methods": methods(results)})
+        methods_page.write_text(text, encoding="utf-8")
+        written.append(methods_page)
     for path in _found(results, "layer.jsonl"):
         lines = record.read_lines(path)
         for group in _groups(path, lines):

@@ -88,6 +88,20 @@ def drop_in(parts: Iterable[str], *, out: Path | None = None) -> tuple[str, Path
     return record.table(rows), path
 
 
+def methods(parts: Iterable[str], *, quick: bool = False, out: Path | None = None) -> tuple[str, Path]:
+    """Measure the methods beside each other; the table and the record's path. The record grows with every method."""
+    from fastlora.bench import methods as suite
+
+    rows: list[record.Row] = []
+    for part in tracked(parts, "methods"):
+        sizes = (suite.QUICK[part],) if quick else ()
+        for found in suite.PARTS[part](device(), *sizes):
+            rows += found
+            path = record.write("methods", rows, {"quick": quick}, out)
+            print(found[0].case, file=sys.stderr)
+    return record.table(rows), path
+
+
 def cpu(*, out: Path | None = None) -> tuple[str, Path]:
     """Measure the goals on a CPU; the table and the record's path. The record grows with every part."""
     from fastlora.bench import cpu as suite

@@ -12,6 +12,21 @@ from fastlora.training.errors import UserError, near
 
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Quantization = Literal["nf4", "fp4", "none"]
+MethodName = Literal[
+    "lora",
+    "lora-fa",
+    "lora-plus",
+    "dora",
+    "vera",
+    "delta-lora",
+    "adalora",
+    "dylora",
+    "dynamic-rank",
+    "prompt",
+    "prefix",
+    "bottleneck",
+    "layers",
+]
 Device = Literal["auto", "cpu", "cuda"]
 
 FREE_ON_RESUME = frozenset(
@@ -53,6 +68,7 @@ class TrainConfig(BaseModel):
     packing: bool = Field(True, description="pack examples into blocks of max_length")
     prompt_loss: bool = Field(False, description="learn the prompts too, not only the completions")
 
+    method: MethodName = Field("lora", description="what is trained over the frozen base; see docs/methods.md")
     quantization: Quantization = Field("nf4", description="4-bit type of the frozen base weights, or none")
     double_quant: bool = Field(True, description="quantize the block statistics too")
     blocksize: Blocksize = Field(64, description="weights that share one scale")
@@ -63,6 +79,26 @@ class TrainConfig(BaseModel):
         "all-linear", description="names of linear layers, by commas, or all-linear"
     )
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r)")
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = Field(
+        "default", description="where A and B start; pissa, olora and loftq change the base"
+    )
+    lora_fa_correction: bool = Field(False, description="lora-fa: correct the gradient of B for the frozen A")
+    lora_plus_ratio: float = Field(16.0, gt=0, description="lora-plus: B learns so many times as fast as A")
+    vera_save_projection: bool = Field(True, description="vera: save the shared factors, not only their seed")
+    delta_start: int = Field(0, ge=0, description="delta-lora: steps before the base begins to move")
+    delta_weight: float = Field(1.0, gt=0, description="delta-lora: the base moves by this times the change of B A")
+    target_r: int | None = Field(None, ge=1, description="adalora: mean rank at the end [default: r / 2]")
+    orthogonality: float = Field(0.1, ge=0, description="adalora: weight of the penalty that keeps A and B orthogonal")
+    min_r: int = Field(1, ge=1, description="dylora, dynamic-rank: the smallest rank")
+    max_r: int | None = Field(None, ge=1, description="dynamic-rank: the largest rank [default: 4 r]")
+    dylora_frozen: bool = Field(False, description="dylora: only the last row of the sampled rank learns")
+    grow_below: float = Field(0.002, ge=0, description="dynamic-rank: improvement of the evaluation loss to grow below")
+    shrink_above: float = Field(0.02, gt=0, description="dynamic-rank: improvement to shrink above")
+    rank_patience: int = Field(2, ge=1, description="dynamic-rank: evaluations in a row that decide")
+    virtual_tokens: int = Field(16, ge=1, description="prompt, prefix: tokens that are learned")
+    trained_layers: str | None = Field(
+        None, description="layers: regular expression for the whole names of the linear layers to train in full"
+    )
     backend: str = Field("auto", description="fastlora backend, or peft to leave PEFT's layers as they are")
 
     lr: float = Field(2e-4, gt=0, le=1, description="peak learning rate")
@@ -139,11 +175,38 @@ class TrainConfig(BaseModel):
             raise ValueError("offload_checkpoints needs gradient_checkpointing: set both or neither")
         if (self.blocks or self.liger) and self.backend == "peft":
             raise ValueError("blocks and liger belong to fastlora's layers: backend peft has neither")
+        self._check_method()
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: set one of them")
         if self.template not in ("auto", "chat", "plain") and "{" not in self.template:
             raise ValueError(f"template is chat, plain, auto or a format with {{column}}, not {self.template!r}")
         return self
+
+    def _check_method(self) -> None:
+        lora = self.method not in ("vera", "adalora", "prompt", "prefix", "bottleneck", "layers")
+        if (self.method == "layers") != (self.trained_layers is not None):
+            raise ValueError("method layers and trained_layers go together: set both or neither")
+        if self.init != "default" and not lora:
+            raise ValueError(
+                f"init {self.init} is a start of LoRA's factors, which {self.method} has not: leave it out"
+            )
+        if self.init == "loftq" and self.quantization == "none":
+            raise ValueError("init loftq is for a quantized base: set quantization nf4, or init pissa")
+        if self.init in ("pissa", "olora", "loftq") and self.method == "delta-lora":
+            raise ValueError(f"init {self.init} and delta-lora both move the base: choose one")
+        if self.use_rslora and not lora:
+            raise ValueError(f"use_rslora is a scale of LoRA's, which {self.method} has not: leave it out")
+        if self.method == "dynamic-rank":
+            if self.eval_steps is None:
+                raise ValueError("dynamic-rank follows the evaluation loss: set eval_steps")
+            if not self.min_r <= self.r <= (self.max_r or 4 * self.r):
+                raise ValueError(f"min_r, r and max_r must ascend, not {self.min_r}, {self.r}, {self.max_r}")
+            if self.grow_below >= self.shrink_above:
+                raise ValueError("grow_below must be less than shrink_above")
+        if self.method == "dylora" and self.min_r > self.r:
+            raise ValueError(f"min_r must be at most r = {self.r}, not {self.min_r}")
+        if self.method == "adalora" and self.target_r is not None and self.target_r > self.r:
+            raise ValueError(f"target_r must be at most r = {self.r}, which is what training starts with")
 
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load` reads back."""

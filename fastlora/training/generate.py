@@ -140,6 +140,8 @@ def generate(
     dtype = torch.bfloat16 if models.pick_bf16("auto", target) else torch.float32
     base = models.load_base(source, quantization=quantization, device=target, dtype=dtype)
     peft_model = models.load_adapter(base, folder)
+    if not hasattr(peft_model, "disable_adapter"):
+        raise UserError(f"adapter: {folder} is no adapter that can be taken off: only PEFT's and LoRA's are compared")
     models.accelerate(peft_model, backend)
     return compare(peft_model, tokenizer, prompts, sampling, chat)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from fastlora.training.config import TrainConfig, near_files
+from fastlora.training.config import near_files
 from fastlora.training.errors import UserError, first_line, is_disk_full, near, require
 
 if TYPE_CHECKING:
@@ -283,23 +283,6 @@ def quantize_in_place(model: PreTrainedModel, bnb_config: Any, blocksize: int, d
     quantizer.postprocess_model(model)
 
 
-def adapt(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
-    """Wraps ``model`` with a fresh LoRA adapter; ``config.seed`` decides its weights."""
-    peft = require("peft")
-    transformers().set_seed(config.seed)
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            use_rslora=config.use_rslora,
-        ),
-    )
-
-
 def check_backend(backend: str) -> None:
     """Raises UserError for a name that is no backend."""
     from fastlora.backends import BACKENDS
@@ -351,8 +334,13 @@ def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None
     """Raises UserError when a layer of ``adapter`` is missing in ``model`` or has another shape there."""
     trained_on = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     advice = f"the adapter was trained on {trained_on!r}: pass --model with that model"
+    from fastlora.adapters import quantized
+
     try:
-        weights = require("peft.utils").load_peft_weights(str(adapter), device="cpu")
+        if (adapter / quantized.FILE).is_file():
+            weights = quantized.weights_of_file(adapter)
+        else:
+            weights = require("peft.utils").load_peft_weights(str(adapter), device="cpu")
     except Exception as error:
         raise UserError(f"adapter: cannot read {adapter} ({first_line(error)}): use another copy") from error
     shapes = linear_shapes(model)
@@ -377,10 +365,35 @@ def _lora_parts(keys: Iterable[str]) -> Iterable[tuple[str, tuple[str, int]]]:
                 yield key, (part, side)
 
 
+def dense_weights(source: Source) -> dict[str, torch.Tensor]:
+    """The weights (N, K) of the linear layers of a model as they are stored, on the CPU, by the names of the layers."""
+    kwargs: dict[str, Any] = {"dtype": "auto", **source.kwargs}
+    if source.gguf_file is not None:
+        kwargs |= {"quantization_config": transformers().GgufConfig(dequantize=True), "dtype": torch.float32}
+    try:
+        model = transformers().AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
+    except Exception as error:
+        raise _load_error(source, error) from error
+    return {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """``model`` with the adapter of a folder."""
+    """``model`` with the adapter of a folder, and with the base weights that the start of the adapter has changed."""
+    from fastlora.adapters import quantized, starts
+
     peft = require("peft")
     try:
-        return peft.PeftModel.from_pretrained(model, str(adapter))
+        if "fastlora" in _read_json(adapter / "adapter_config.json"):
+            from fastlora.training.methods import load_own
+
+            return load_own(model, adapter)
+        if (adapter / quantized.FILE).is_file():
+            return quantized.load(model, adapter)
+        adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+        if (adapter / starts.FILE).is_file():
+            starts.load_base(adapted, adapter)
+        return adapted
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"adapter: cannot load {adapter} ({first_line(error)}): use another copy") from error

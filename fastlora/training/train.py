@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data, optimizer
+from fastlora.training import checkpoints, data, methods, optimizer
 from fastlora.training import model as models
 from fastlora.training import step as steps
 from fastlora.training.config import TrainConfig
@@ -104,18 +104,20 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
             device=device,
             dtype=torch.bfloat16 if bf16 else torch.float32,
         )
-        model = models.adapt(base, config)
-        report = models.accelerate(model, config.backend, blocks=config.blocks, liger=config.liger)
+        method = methods.make(config)
+        model = method.adapt(base)
+        report = method.accelerate(model)
         if report is not None:
             print(report, flush=True)
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # not all methods wrap it
         if config.gradient_checkpointing:
-            steps.checkpoint_blocks(model.get_base_model(), random=config.step != "cuda_graphs")
+            steps.checkpoint_blocks(inner, random=config.step != "cuda_graphs")
         if config.step == "compile":
             steps.compile_model(model)
         elif config.step == "cuda_graphs":
-            steps.use_causal_attention(model.get_base_model())
+            steps.use_causal_attention(inner)
         checkpoints.write_config(config)
-        return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, callbacks or [])
+        return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, method, callbacks or [])
 
 
 def _run(
@@ -127,19 +129,21 @@ def _run(
     bf16: bool,
     checkpoint: Path | None,
     report: Any,
+    method: methods.Method,
     callbacks: list[Any],
 ) -> TrainResult:
     from fastlora.training.callbacks import FiniteLoss, Meter, Reporter, StopOnSignal
 
     meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
     trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
+    trainer.method = method
     trainer.meter = meter
     if config.offload_checkpoints:
         from fastlora.training.offload import OffloadCheckpoints
 
         trainer.add_callback(OffloadCheckpoints())
     # The meter measures the step without what the callbacks after it do.
-    for callback in (meter, FiniteLoss(), *callbacks, stop, reporter):
+    for callback in (meter, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter):
         trainer.add_callback(callback)
     try:
         with reporter, stop, disk_errors(config.output_dir):
@@ -152,7 +156,6 @@ def _run(
         trainer.evaluate()
 
     adapter = config.output_dir / "adapter"
-    model.peft_config["default"].base_model_name_or_path = config.model
     history = list(trainer.state.log_history)
     evaluations = [float(log["eval_loss"]) for log in history if "eval_loss" in log]
     result = TrainResult(
@@ -170,7 +173,7 @@ def _run(
     )
     if trainer.is_world_process_zero():
         with disk_errors(config.output_dir):
-            model.save_pretrained(str(adapter))
+            method.finish_and_save(model, adapter)
             (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
     return result
 
@@ -216,6 +219,8 @@ def check_step(config: TrainConfig, device: torch.device) -> None:
     """Raises UserError when the step cannot be launched as ``config`` asks."""
     if config.step == "eager":
         return
+    if config.method in methods.CHANGING:
+        raise UserError(f"step: {config.method} changes the layers between steps: set step eager")
     if config.trainer == "trl":
         raise UserError("step: TRL's SFTTrainer looks at masks and losses in every step: set trainer transformers")
     if config.step == "cuda_graphs":
@@ -264,7 +269,7 @@ def make_trainer(
     if fixed:
         tokenizer.padding_side = "right"
     padding: dict[str, Any] = {"padding": "max_length", "max_length": config.max_length} if fixed else {}
-    bases = (steps.StepLauncher, optimizer.FusedClipping, MeteredLog, trainer_class)
+    bases = (methods.MethodTrainer, steps.StepLauncher, optimizer.FusedClipping, MeteredLog, trainer_class)
     trainer = type("MeteredTrainer", bases, {"causal": fixed, "captured": config.step == "cuda_graphs"})(
         model=model,
         args=args,

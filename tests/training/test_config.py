@@ -46,7 +46,7 @@ def test_example_is_valid_and_names_every_field() -> None:
         ({"r": -1}, ["r should be greater than or equal to 1", "-1"]),
         ({"r": 0}, ["r should be greater than or equal to 1"]),
         ({"r": "four"}, ["r should be a valid integer", "four"]),
-        ({"lora_alfa": 8}, ["lora_alfa", "did you mean lora_alpha?"]),
+        ({"lora_alfa": 8}, ["lora_alfa", "did you mean lora_alpha"]),
         ({"quantization": "nf5"}, ["nf4, fp4, none", "did you mean nf4?"]),
         ({"blocksize": "65"}, ["blocksize", "64"]),
         ({"eval_fraction": 1.5}, ["eval_fraction should be less than 1"]),

@@ -10,6 +10,7 @@ where the fused operator computes what PEFT would; in any other situation PEFT's
     layers.py      the fused classes
     blocks.py      layers that compute together
     liger.py       Liger kernels for what is not a linear layer
+    methods.py     those of VeRA and AdaLoRA
     report.py      what became of each layer
     merging.py     merging that keeps what was learned
     convert.py     accelerate, restore, register, fused
@@ -23,6 +24,7 @@ except ImportError as error:
 from fastlora.integrations.peft.convert import accelerate, fused, register, restore, unregister
 from fastlora.integrations.peft.layers import FUSED
 from fastlora.integrations.peft.merging import merge
+from fastlora.integrations.peft.methods import FusedAdaLora as _FusedAdaLora  # noqa: F401  (they join FUSED)
 from fastlora.integrations.peft.report import BlockReport, LayerReport, Report
 
 __all__ = [

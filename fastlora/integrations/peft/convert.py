@@ -9,14 +9,15 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from fastlora import backends
 from fastlora.integrations.peft import blocks as joint
 from fastlora.integrations.peft import liger as liger_kernels
-from fastlora.integrations.peft.layers import Fused, convert, convertible, revert
+from fastlora.integrations.peft.layers import FUSED, Fused, FusedMethod, convert, convertible, revert
 from fastlora.integrations.peft.report import Report, report_layer
-from fastlora.integrations.peft.situation import situation
+from fastlora.integrations.peft.situation import Situation, situation
 
 
 def _check_backend(backend: str) -> None:
@@ -26,14 +27,21 @@ def _check_backend(backend: str) -> None:
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, (LoraLayer, VeraLayer)):
             yield name, module
 
 
-def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool = False) -> Report:
-    """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights.
+def _situation(layer: Any) -> str | Situation:
+    """`situation` of a layer whose class has a fused one, converted or not yet."""
+    kind = FUSED.get(type(layer), type(layer))
+    return kind.fastlora_situation(layer) if issubclass(kind, FusedMethod) else situation(layer)
 
-    model: a PEFT model, or any module with PEFT LoRA layers inside, on a bitsandbytes 4-bit or a dense base.
+
+def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool = False) -> Report:
+    """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights; so, too, the
+    layers of VeRA and AdaLoRA.
+
+    model: a PEFT model, or any module with such layers inside, on a bitsandbytes 4-bit or a dense base.
     backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
     blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`.
     liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model.
@@ -51,7 +59,7 @@ def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False,
     reports, fusible = [], []
     for name, layer in layers:
         able = convertible(layer)
-        found = situation(layer) if able else f"{type(layer).__name__} layers are not linear LoRA layers"
+        found = _situation(layer) if able else f"{type(layer).__name__} layers are not linear LoRA layers"
         reports.append(report_layer(name, layer, backend, found if isinstance(found, str) else None))
         if able:
             fusible.append(layer)

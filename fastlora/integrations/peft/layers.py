@@ -10,7 +10,7 @@ from peft.tuners import lora
 
 from fastlora import ops
 from fastlora.integrations.peft.forward import mixed_forward
-from fastlora.integrations.peft.situation import mixed_situation, situation
+from fastlora.integrations.peft.situation import Situation, mixed_situation, situation
 
 _CACHES = ("fastlora_weight", "fastlora_squares")
 
@@ -64,6 +64,21 @@ class Fused:
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _CACHES}
+
+
+class FusedMethod(Fused):
+    """The same for methods other than LoRA, which say in `fastlora_situation` what `situation` says for LoRA."""
+
+    def fastlora_situation(self) -> str | Situation:
+        raise NotImplementedError
+
+    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not (args or kwargs or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
+            found = situation(self)
+            if not isinstance(found, str):
+                run, adapter, weight = found
+                return run(self, x, adapter, weight, self.fastlora_backend)
+        return super(Fused, self).forward(x, *args, **kwargs)  # type: ignore[misc]
 
 
 class FastLinear(Fused, lora.Linear):

@@ -6,11 +6,15 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from peft.tuners.adalora.layer import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from fastlora import dora, requantize
+from fastlora.adapters import adalora, vera
+from fastlora.adapters.variant import Factors, Variant, factors_of
 from fastlora.backends import dense
 from fastlora.linear import base_weight
 from fastlora.nf4 import NF4Weight
@@ -25,7 +29,7 @@ def merge(
     dtype: torch.dtype | None = None,
     calibration: Iterable[Any] | None = None,
 ) -> Any:
-    """Merge the active adapters of a PEFT model into its base; returns the base model, which changes in place.
+    """Merge the active adapters of a PEFT model (LoRA, AdaLoRA, VeRA) into its base; returns that, changed in place.
 
     mode: what becomes of 4-bit base layers. "requantize": 4-bit again, with the largest element of each block as its
     scale, as PEFT does. "error-aware": 4-bit again, with the scales and codes of `fastlora.requantize.quantize`.
@@ -42,7 +46,7 @@ def merge(
         raise ValueError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
     if calibration is not None and mode != "error-aware":
         raise ValueError(f"calibration is for mode 'error-aware', not for {mode!r}")
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, (LoraLayer, VeraLayer))}
     if not layers or not hasattr(model, "unload"):
         raise ValueError("the model is not a PEFT model with LoRA layers")
     for name, layer in layers.items():
@@ -51,7 +55,8 @@ def merge(
     packed = {name: layer for name, layer in layers.items() if _is_packed(layer.base_layer)}
     for name, layer in packed.items():
         _check_variants(name, layer)
-        if not all(p.isfinite().all() for part in (layer.lora_A, layer.lora_B) for p in part.parameters()):
+        parts = [getattr(layer, part) for part in layer.adapter_layer_names if hasattr(layer, part)]
+        if not all(p.isfinite().all() for part in parts for p in part.parameters()):
             raise ValueError(f"{name}: an adapter is not finite: it seems to be broken")
     moments = _second_moments(model, packed, calibration) if calibration is not None else {}
     for name, layer in layers.items():
@@ -70,12 +75,19 @@ def _is_packed(base: Any) -> bool:
 
 
 def _active(layer: Any) -> list[str]:
-    return [name for name in layer.active_adapters if name in layer.lora_A]
+    present = layer.vera_lambda_d if isinstance(layer, VeraLayer) else layer.lora_A
+    return [name for name in layer.active_adapters if name in present]
+
+
+def _is_dora(layer: Any, name: str) -> bool:
+    return isinstance(getattr(layer, "lora_variant", {}).get(name), DoraLinearVariant)
 
 
 def _check_variants(name: str, layer: Any) -> None:
     active = _active(layer)
-    kinds = [type(layer.lora_variant[adapter]) for adapter in active if adapter in layer.lora_variant]
+    known = getattr(layer, "lora_variant", {})
+    variants = [known[adapter] for adapter in active if adapter in known]
+    kinds = [type(variant) for variant in variants if not isinstance(variant, Variant)]
     if any(kind is not DoraLinearVariant for kind in kinds):
         raise ValueError(f"{name}: {kinds[0].__name__} cannot be merged into a 4-bit base")
     if kinds and len(active) > 1:
@@ -113,17 +125,26 @@ def _second_moments(model: nn.Module, layers: Mapping[str, Any], calibration: It
     return {name: total / total.mean().clamp(min=1e-38) + 1e-4 for name, total in sums.items()}
 
 
+def _factors(layer: Any, name: str, w: NF4Weight) -> Factors:
+    """A, B and the scale of what one adapter of LoRA, of a variant of it, of AdaLoRA or of VeRA adds to w."""
+    if isinstance(layer, VeraLayer):
+        shared = (layer.vera_A[name].to(w.device), layer.vera_B[name].to(w.device))
+        return *vera.factors(layer.vera_lambda_b[name], layer.vera_lambda_d[name], *shared, *w.shape), 1.0
+    return adalora.factors(layer, name) if isinstance(layer, AdaLoraLayer) else factors_of(layer, name)
+
+
 @torch.no_grad()
 def _merged(layer: Any, w: NF4Weight) -> torch.Tensor:
     """W with the active adapters, float32."""
     merged = dense(w, torch.float32)
     for name in _active(layer):
-        lora_a, lora_b = (part[name].weight.float() for part in (layer.lora_A, layer.lora_B))
+        lora_a, lora_b, scale = _factors(layer, name, w)
+        lora_a, lora_b = lora_a.float(), lora_b.float()
         magnitude = None
-        if name in layer.lora_variant:
+        if _is_dora(layer, name):
             magnitude = layer.lora_magnitude_vector[name].weight
-            norm = dora.weight_norm(w, lora_a, lora_b, layer.scaling[name], torch.float32)
-        merged = merged.addmm_(lora_b * layer.scaling[name], lora_a)
+            norm = dora.weight_norm(w, lora_a, lora_b, scale, torch.float32)
+        merged = merged.addmm_(lora_b * scale, lora_a)
         if magnitude is not None:
             merged = merged.mul_((magnitude / norm)[:, None])
     return merged
@@ -136,7 +157,7 @@ def _merge_packed(layer: Any, mode: str, dtype: torch.dtype | None, importance: 
     assert isinstance(w, NF4Weight)
     merged = _merged(layer, w)
     for name in _active(layer):
-        if layer.lora_bias[name]:
+        if getattr(layer, "lora_bias", {}).get(name):
             extra = layer.lora_B[name].bias * layer.scaling[name]
             base.bias = nn.Parameter(extra if base.bias is None else (base.bias + extra).to(base.bias.dtype), False)
     if mode == "dense":

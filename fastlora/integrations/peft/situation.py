@@ -14,6 +14,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import ops
+from fastlora.adapters.quantized import QuantizedFactor
+from fastlora.adapters.variant import Variant
 from fastlora.integrations.peft.forward import adapters_forward, dora_forward
 from fastlora.linear import adapter_forward, base_weight
 from fastlora.nf4 import Weight
@@ -77,6 +79,10 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
         return reason
     for name in ("lora_A", "lora_B"):
         part = modules[name]._modules[adapter]
+        if type(part) is QuantizedFactor:
+            if reason := _intact(part):
+                return f"{name}: {reason}"
+            continue  # looking at its weight would dequantize it
         if type(part) is not nn.Linear:
             return f"{name} is a {type(part).__name__}"
         if reason := _part_reason(name, part):
@@ -89,7 +95,7 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
 
 def _variant_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     variant = layer.lora_variant[adapter]
-    if type(variant) in _COMPUTED_AS_LORA:
+    if type(variant) in _COMPUTED_AS_LORA or isinstance(variant, Variant):
         return None
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} uses {type(variant).__name__}"
@@ -133,6 +139,9 @@ def _fused_weight(layer: Any) -> str | Weight:
 
 def situation(layer: Any) -> str | Situation:
     """What the active adapters ask for, or why PEFT's forward runs at the moment."""
+    if (own := getattr(layer, "fastlora_situation", None)) is not None:
+        found: str | Situation = own()
+        return found
     modules = layer._modules
     present = modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in present]
@@ -148,10 +157,27 @@ def situation(layer: Any) -> str | Situation:
     if len(active) > 1:
         if any(_is_dora(layer, name) for name in active):
             return "DoRA is active together with other adapters"
+        for name in active:
+            if isinstance(variant := layer.lora_variant.get(name), Variant):
+                return f"a {type(variant).__name__} adapter is active together with other adapters"
         return adapters_forward, active, weight
     if layer.lora_bias[first]:
+        if isinstance(variant := layer.lora_variant.get(first), Variant):
+            return f"a {type(variant).__name__} adapter has a bias on lora_B"
         return adapters_forward, active, weight
-    return (dora_forward if _is_dora(layer, first) else adapter_forward), first, weight
+    if _is_dora(layer, first):
+        return dora_forward, first, weight
+    return (variant_forward if _has_other_factors(layer, first) else adapter_forward), first, weight
+
+
+def variant_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
+    """`adapter_forward` of an adapter that is not its A, B and scale alone, which nobody may take in its place."""
+    return adapter_forward(layer, x, adapter, weight, backend)
+
+
+def _has_other_factors(layer: Any, adapter: str) -> bool:
+    quantized = type(layer._modules["lora_A"]._modules[adapter]) is QuantizedFactor
+    return quantized or isinstance(layer.lora_variant.get(adapter), Variant)
 
 
 def _is_dora(layer: Any, adapter: str) -> bool:
@@ -166,7 +192,7 @@ def mixed_situation(layer: Any, names: list[str]) -> str | tuple[list[str], Weig
     if isinstance(weight, str):
         return weight
     for name in groups:
-        if _is_dora(layer, name):
+        if _is_dora(layer, name) or isinstance(layer.lora_variant.get(name), Variant):
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if reason := _adapter_reason(layer, modules, name):
             return reason

@@ -1,0 +1,112 @@
+"""The suite of the methods: rows, tables, the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("peft")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("pydantic")
+
+from fastlora.bench import methods, record, report
+from fastlora.bench.record import Row
+from fastlora.training.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CPU = torch.device("cpu")
+
+
+def test_plans_are_of_every_method() -> None:
+    from fastlora.training.methods import METHODS
+
+    named = {plan.options.get("method", name) for name, plan in methods.PLANS.items()}
+    assert named == set(METHODS)
+
+
+def test_rows_of_the_shape() -> None:
+    names = ("lora", "vera", "delta-lora", "bottleneck")
+    rows = [row for found in methods.shape(CPU, methods.SMALL, names) for row in found]
+    metrics: dict[str, set[str]] = {}
+    for row in rows:
+        metrics.setdefault(row.case.split(",")[0], set()).add(row.metric)
+    assert list(metrics) == list(names)
+    assert metrics["lora"] == {"trained parameters (1000)", "step ms", "speed-up over PEFT"}
+    assert metrics["vera"] == metrics["lora"] | {"times plain LoRA"}
+    assert metrics["delta-lora"] == {"trained parameters (1000)", "step ms", "times plain LoRA"}
+    assert all(row.value is not None and row.value > 0 for row in rows)
+    by = {(row.case.split(",")[0], row.metric): row for row in rows}
+    assert by["vera", "times plain LoRA"].goal == 1.3
+    assert "r = 256" in by["vera", "times plain LoRA"].note
+    assert by["lora", "trained parameters (1000)"].value == 4 * (4 * 64 + 2 * 96 + 3 * 192) / 1e3
+
+
+def test_fused_and_stock_are_one_model() -> None:
+    base = methods.base_model(methods.SMALL, CPU)
+    for name in ("adalora", "prefix", "vera"):
+        stepper = methods.Stepper(name, base, methods.SMALL, CPU)
+        stepper.model.eval()
+        losses = []
+        for on in (True, False, True):
+            stepper.fused(on)
+            ours = any(type(m).__module__.startswith("fastlora") for m in stepper.model.modules())
+            assert ours == on
+            losses.append(stepper.model(input_ids=stepper.ids, labels=stepper.ids).loss.item())
+        assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        Row("lora, here", "step ms", 12.0),
+        Row("vera, here", "step ms", 1234.5),
+        Row("vera, here", "times plain LoRA", 1.5, 1.3),
+    ]
+    text = methods.table(rows)
+    assert "| lora | 12 | - |" in text
+    assert "| vera | 1,234 | **1.5** |" in text
+    record.write("methods", rows, {"quick": False}, tmp_path / "results")
+    assert "0 of 1 goals reached" in report.methods(tmp_path / "results")
+    (tmp_path / "README.md").write_text(
+        "".join(f"<!-- {name}:begin -->\n<!-- {name}:end -->\n" for name in report.README_BLOCKS)
+    )
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "methods.md"
+    page.write_text("<!-- methods:begin -->\nold\n<!-- methods:end -->\n")
+    assert page in report.write(tmp_path / "results", tmp_path / "docs", tmp_path / "README.md")
+    assert "| vera |" in page.read_text()
+    assert "old" not in page.read_text()
+    quick = tmp_path / "quick"
+    record.write("methods", rows, {"quick": True}, quick)
+    assert report.methods(quick).startswith("Not measured yet")
+
+
+def test_the_task_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="in a checkout"):
+        next(methods.task(CPU))
+
+
+@pytest.mark.parametrize("arguments", [["--suite", "methods", "--only", "goals"], ["--suite", "cpu", "--only", "task"]])
+def test_command_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from fastlora.cli import main
+
+    assert main(["bench", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastlora.cli import main
+
+    def shape(device: Any, *size: Any) -> Any:
+        assert size == (methods.SMALL,)
+        yield [Row("lora, x", "step ms", 1.0)]
+
+    monkeypatch.setitem(methods.PARTS, "shape", shape)
+    assert main(["bench", "--suite", "methods", "--only", "shape", "--quick", "--out", str(tmp_path)]) == 0
+    assert "lora, x" in capsys.readouterr().out
+    (path,) = tmp_path.glob("*/methods.json")
+    assert json.loads(path.read_text())["quick"] is True
