@@ -127,18 +127,18 @@ def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, back
         _dropout_p(modules, adapter),
         wide,
         backend,
-        _row_squares(layer, base.weight, weight),
+        _row_norms(layer, base.weight, weight),
     )
     return y.to(dtype)
 
 
-def _row_squares(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor | None:
-    """`dora.row_squares` of a packed weight, kept on the layer for as long as the weight stays what it is."""
+def _row_norms(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor | None:
+    """`dora.row_norms` of a packed weight, kept on the layer for as long as the weight stays what it is."""
     known = layer.__dict__.get("fastlora_weight")
     if known is None or known[1] is not weight:  # a dense weight, or one that a compiler traces
         return None
     key = (weight, packed._version, known[3]._version)
-    squares = layer.__dict__.get("fastlora_squares")
-    if squares is None or squares[0] != key:
-        squares = layer.__dict__["fastlora_squares"] = (key, dora.row_squares(weight))
-    return squares[1]
+    norms = layer.__dict__.get("fastlora_norms")
+    if norms is None or norms[0] != key:
+        norms = layer.__dict__["fastlora_norms"] = (key, dora.row_norms(weight))
+    return norms[1]
