@@ -70,6 +70,13 @@ class Fused(metaclass=_Named):
                     return mixed_forward(self, x, names, *mixed, self.fastlora_backend)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
 
+    def _get_name(self) -> str:
+        return self.stock.__name__
+
+    def extra_repr(self: Any) -> str:
+        given = super().extra_repr()  # type: ignore[misc]
+        return f"{given}{', ' if given else ''}fused, backend={self.fastlora_backend!r}"
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _CACHES}
 
