@@ -166,7 +166,7 @@ def merge(
 
 
 def bench(
-    suite: Annotated[str | None, typer.Option(help="layer, goals, train, cpu or drop-in")] = None,
+    suite: Annotated[str | None, typer.Option(help="layer, goals, train, cpu, drop-in, merge or runs")] = None,
     report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
     shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
     tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
@@ -180,7 +180,7 @@ def bench(
 ) -> None:
     """Measure layers, training steps or goals beside their peers, or turn records into tables and plots."""
     if report == (suite is not None):
-        raise UserError("give either --suite layer, goals, train, cpu or drop-in, or --report")
+        raise UserError("give either --suite layer, goals, train, cpu, drop-in, merge or runs, or --report")
     if report:
         require("matplotlib", "bench")
         from fastlora.bench import report as writer
@@ -193,7 +193,7 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, ("layer", "goals", "train", "cpu", "drop-in"))
+    _one_of("suite", suite, ("layer", "goals", "train", "cpu", "drop-in", "merge", "runs"))
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite not in ("drop-in", "train"))
@@ -227,6 +227,10 @@ def _run_suite(
         names = _listed("only", only, train_step.DEFAULT, train_step.NAMES)
         *before, last = run.train(names, quick=quick, out=out)
         return "\n".join([*(f"{table}\n{path}" for table, path in before), last[0]]), last[1]
+    if suite == "merge":
+        for package in ("transformers", "yaml", "gguf"):
+            require(package, "demo")
+        return run.merge(out=out)
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in
