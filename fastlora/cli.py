@@ -231,6 +231,10 @@ def _run_suite(
         for package in ("transformers", "yaml", "gguf"):
             require(package, "demo")
         return run.merge(out=out)
+    if suite == "runs":
+        for package in ("transformers", "accelerate"):
+            require(package, "train")
+        return run.runs(out=out)
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in

@@ -132,3 +132,11 @@ def merge(*, out: Path | None = None) -> tuple[str, Path]:
 
     rows = suite.rows(device())
     return record.table(rows), record.write("merge", rows, {}, out)
+
+
+def runs(*, out: Path | None = None) -> tuple[str, Path]:
+    """Train whole models beside PEFT; the table and the record's path."""
+    from fastlora.bench import runs as suite
+
+    rows, curves = suite.measure(device())
+    return record.table(rows), record.write("runs", rows, {"loss_curves": curves}, out)

@@ -47,12 +47,12 @@ def unpacked(model: Any) -> Any:
 # -- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def sft_losses(model: Any, tokenizer: Any, folder: Path, device: str, **arguments: Any) -> list[float]:
+def sft_losses(model: Any, tokenizer: Any, folder: Path, device: str) -> list[float]:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = torch.randint(5, 128, (12, 10), generator=torch.Generator().manual_seed(2)).tolist()
     settings = trl.SFTConfig(
         str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, report_to=[],
-        disable_tqdm=True, use_cpu=device == "cpu", dataloader_pin_memory=False, save_strategy="no", seed=0, **arguments,
+        disable_tqdm=True, use_cpu=device == "cpu", dataloader_pin_memory=False, save_strategy="no", seed=0,
     )  # fmt: skip
     data = datasets.Dataset.from_dict({"input_ids": rows})
     trainer = trl.SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
