@@ -68,7 +68,7 @@ def test_merge(tiny: None) -> None:
     model = runs._random_model(CPU, SHAPE, torch.float32)
     found = merge.measure(model, rows[:16], rows[:8], plan, CPU, "tiny")
     values = {row.metric: row.value for row in found}
-    assert values["loss, adapter beside the base"] < 0.9 * values["loss, base"]
+    assert values["loss, adapter beside the base"] < 0.95 * values["loss, base"]
     assert values["KL divergence, dense, float32"] < 1e-6
     assert values["KL divergence, dense, float32"] < values["KL divergence, dense, bfloat16"]
     assert values["KL divergence, dense, bfloat16"] < values["KL divergence, requantize"]

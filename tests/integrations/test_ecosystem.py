@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import socket
 import warnings
@@ -173,6 +174,8 @@ def zero3(rank: int, port: int, folder: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
+    # Shared memory for reductions, which would be compiled first.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", verbose=False)
     try:
         single, model = (peft_models.llama("dense") for _ in range(2))
@@ -186,19 +189,25 @@ def zero3(rank: int, port: int, folder: str) -> None:
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 1e9,
         }
         learned = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(learned, lr=1.0), config=settings)
         assert paths_of(model) == {"the base weight is partitioned by DeepSpeed"}
         ids = tokens().chunk(WORLD)[rank]
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        with torch.no_grad():
+            before = peft_models.llama("dense")(input_ids=ids, labels=ids).loss
+        loss = engine(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(loss.detach(), before)
+        engine.backward(loss)
         engine.step()
         after = dict(single.named_parameters())
         for name, p in model.named_parameters():
-            with deepspeed.zero.GatheredParameters(p):
-                torch.testing.assert_close(p.data, after[name].data, rtol=1e-4, atol=1e-5, msg=name)
-                if name in grads:
-                    assert not torch.equal(p.data, want[name]), name
+            if name in grads:
+                with deepspeed.zero.GatheredParameters(p):
+                    moved, expected = p.data - want[name], after[name].data - want[name]
+                    scale = expected.abs().max().item()
+                    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6 + 1e-4 * scale, msg=name)
         Path(folder, f"done-{rank}").touch()
     finally:
         torch.distributed.destroy_process_group()
