@@ -183,13 +183,17 @@ def dora_linear(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
     norms: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y (..., N) of x (..., K) for arguments that fit, computed in the type of x.
 
     w: (N, K), frozen. lora_a: (R, K), lora_b: (N, R), magnitude: (N,), of any floating type. bias: (N,).
-    out_dtype: a wider type of y. norms: `row_norms` of w, where known.
+    out_dtype: a wider type of y. norms: `row_norms` of w, where known. norm: `weight_norm`, where known.
     """
-    norm, gain = _norm_and_gain(w, lora_a, lora_b, magnitude, scale, x.dtype, backend, norms)
+    if norm is None:
+        norm, gain = _norm_and_gain(w, lora_a, lora_b, magnitude, scale, x.dtype, backend, norms)
+    else:
+        gain = magnitude.detach() / norm
     rest = None
     if dropout_p:
         dropped = F.dropout(x, dropout_p)

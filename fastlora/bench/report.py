@@ -213,6 +213,8 @@ def bars(rows: list[Row], title: str, stem: Path) -> None:
         axes[0].set_title(title)
         figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncols=4, loc="outside lower center")
         _save(figure, stem)
+
+
 def _whole(results: Path, suite: str, picture: bool) -> str:
     """Every row of the records of a suite, and with ``picture`` its plot."""
     blocks = []

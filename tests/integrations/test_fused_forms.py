@@ -271,3 +271,34 @@ def test_generation_with_a_cache(form: str, make_llama: Maker, ids: torch.Tensor
         names = ["default", "__base__"]
         want = stock.generate(input_ids=ids, adapter_names=names, num_beams=2, **arguments)
         assert torch.equal(fast.generate(input_ids=ids, adapter_names=names, num_beams=2, **arguments), want)
+
+
+def test_dora_caching(device: str) -> None:
+    """PEFT's context keeps the norms during evaluation, and drops them in training."""
+    from peft.helpers import DoraCaching
+
+    stock, fast = (make("dora", "4bit", device=device).eval() for _ in range(2))
+    accelerate(fast)
+    magnitudes = [layer.lora_magnitude_vector["default"] for layer in surface.lora_layers(fast)]
+    before = surface.output(fast)
+    assert not any(m._dora_cache for m in magnitudes)
+    with DoraCaching():
+        for _ in range(2):
+            torch.testing.assert_close(surface.output(fast), before)
+        assert all(m._dora_cache for m in magnitudes)
+        with torch.no_grad():
+            for layer in surface.lora_layers(fast):
+                layer.lora_B["default"].weight.mul_(2)
+        kept = surface.output(fast)
+        fast.train()
+        assert not any(m._dora_cache for m in magnitudes)
+        for layer in surface.lora_layers(stock):
+            layer.lora_B["default"].weight.data.mul_(2)
+        torch.testing.assert_close(surface.output(fast), surface.output(stock), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(kept, surface.output(fast))
+    fast.eval()
+    with DoraCaching():
+        surface.output(fast)
+    assert all(m._dora_cache for m in magnitudes)
+    surface.output(fast)  # outside of the context
+    assert not any(m._dora_cache for m in magnitudes)
