@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora import backends
+from fastlora.bench import record
 
 BASES = {"dense": "`nn.Linear`", "4bit": "`bnb.nn.Linear4bit`", "conv1d": "transformers' `Conv1D`"}
 Results = dict[str, torch.Tensor]
@@ -482,10 +483,24 @@ def backend_table() -> str:
 DOCUMENT = Path(__file__).parents[2] / "docs" / "drop-in.md"
 
 
+def merge_table() -> str:
+    """What each way of merging keeps of a fine-tune, from the committed record of ``fastlora bench --suite merge``."""
+    path = DOCUMENT.parents[1] / "bench" / "results" / "cpu" / "merge.json"
+    _, rows = record.read(path)
+    values = {row.metric: row.value for row in rows}
+    lines = [("", "loss", "KL divergence from the adapter beside its base"), ("---",) * 3]
+    for metric, value in values.items():
+        kind, _, way = metric.partition(", ")
+        if kind == "loss":
+            moved = values.get(f"KL divergence, {way}")
+            lines.append((way, f"{value:.3f}", "" if moved is None else f"{moved:.2g}"))
+    return f"{rows[0].case}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def documented() -> str:
     """docs/drop-in.md with the tables as they must be."""
     text = DOCUMENT.read_text()
-    for name, content in (("surface", table()), ("backends", backend_table())):
+    for name, content in (("surface", table()), ("backends", backend_table()), ("merge", merge_table())):
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         head, _, rest = text.partition(begin)
         text = head + begin + "\n" + content + "\n" + end + rest.partition(end)[2]
