@@ -1,4 +1,4 @@
-# make demo | test | lint | build | clean. Every target makes .venv first; a second call is quick.
+# make demo | test | peft-tests | lint | build | clean. Every target makes .venv first; a second call is quick.
 # With a CUDA build of torch wanted instead of the pinned one: make demo TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,13 +14,19 @@ CONSTRAINTS := $(VENV)/constraints.txt
 endif
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test lint build clean
+.PHONY: demo test peft-tests lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test $(VENV)/.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+# PEFT's own test files with and without fused layers: half an hour and more.
+peft-tests: $(VENV)/.test $(VENV)/.build
+	$(PIP) parameterized scipy scikit-learn attrs
+	$(PIP) --no-deps diffusers
+	$(BIN)/python tests/peft_suite/run.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -207,8 +207,12 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
         raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
 
 
+SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs")
+"""What `bench` measures."""
+
+
 def bench(
-    suite: Annotated[str | None, typer.Option(help="layer, goals, train, methods, cpu or drop-in")] = None,
+    suite: Annotated[str | None, typer.Option(help=", ".join(SUITES))] = None,
     report: Annotated[bool, typer.Option("--report", help="write docs/benchmarks.md, plots and README tables")] = False,
     shapes: Annotated[str | None, typer.Option(help="layer: models, or MODEL PROJECTION, comma-separated")] = None,
     tokens: Annotated[str | None, typer.Option(help="layer: values of M, comma-separated")] = None,
@@ -224,7 +228,7 @@ def bench(
 ) -> None:
     """Measure layers, training steps, methods or goals beside their peers, or turn records into tables and plots."""
     if report == (suite is not None):
-        raise UserError("give either --suite layer, goals, train, methods, cpu or drop-in, or --report")
+        raise UserError(f"give either --suite {', '.join(SUITES)}, or --report")
     if report:
         require("matplotlib", "bench")
         from fastlora.bench import report as writer
@@ -237,7 +241,7 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, ("layer", "goals", "train", "methods", "cpu", "drop-in"))
+    _one_of("suite", suite, SUITES)
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods"))
@@ -278,6 +282,14 @@ def _run_suite(
 
         parts = tuple(methods.PARTS)
         return run.methods(_listed("only", only, parts, parts), quick=quick, out=out)
+    if suite == "merge":
+        for package in ("transformers", "yaml", "gguf"):
+            require(package, "demo")
+        return run.merge(out=out)
+    if suite == "runs":
+        for package in ("transformers", "accelerate"):
+            require(package, "train")
+        return run.runs(out=out)
     if suite == "drop-in":
         require("transformers", "bench")
         from fastlora.bench import drop_in

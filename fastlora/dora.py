@@ -4,7 +4,8 @@
     y  = (m / n) * (x W^T + scale * (x A^T) B^T) + bias                                  (M, N)
     dm = sum over M of dy * (y - bias) / m
 
-With dropout, x above is dropout(x) and y gets (x - dropout(x)) W^T on top: the base product sees all of x.
+With dropout, x above is dropout(x) and y gets (x - dropout(x)) W^T on top: the base product sees all of x. Beyond LoRA
+it costs one pass over y, one over dy with what y was before its factors, and the norms.
 
 Neither W nor B A is ever made in full for the norms:
 
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastlora import ops
+from fastlora import backends, ops
 from fastlora.linear import _run
 from fastlora.nf4 import NF4Weight, Weight, code_table
 
@@ -28,43 +29,55 @@ _CHUNK = 1 << 22
 """Bytes or elements handled at once: it bounds the float32 temporaries."""
 
 
-def row_squares(w: Weight) -> torch.Tensor:
-    """(N,): the sum of squares of each row of w (N, K), in float32 (float64 for a float64 weight)."""
+def row_norms(w: Weight) -> torch.Tensor:
+    """(N,): the norm of each row of w (N, K), in float32 (float64 for a float64 weight)."""
     if isinstance(w, torch.Tensor):
-        return torch.linalg.vector_norm(w.detach(), dim=1, dtype=_accumulator(w.dtype)).square()
-    return torch.ops.fastlora.row_squares(*ops.weight_args(w))
+        return torch.linalg.vector_norm(w.detach(), dim=1, dtype=_accumulator(w.dtype))
+    return torch.ops.fastlora.row_norms(*ops.weight_args(w))
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _packed_row_squares(*args: Any) -> torch.Tensor:
+def _packed_row_norms(*args: Any) -> torch.Tensor:
     w = ops._weight(args, torch.float32)
     assert isinstance(w, NF4Weight)
     n, k = w.shape
     if k % w.blocksize:  # a block may straddle rows
         step = max(1, _CHUNK // k)
         parts = [w.dequantize(torch.float32, (i, min(i + step, n))).square().sum(1) for i in range(0, n, step)]
-        return torch.cat(parts)
+        return torch.cat(parts).sqrt()
     code = code_table(w.quant_type, w.device).square()
     byte = torch.arange(256, device=w.device)
     both = code[byte >> 4] + code[byte & 15]
     packed, size = w.w_packed.view(-1), w.blocksize // 2
     step = max(1, _CHUNK // size)
     sums = [both[packed[i * size : (i + step) * size].int()].view(-1, size).sum(1) for i in range(0, w.blocks, step)]
-    return (torch.cat(sums) * w.flat_absmax().square()).view(n, -1).sum(1)
+    return (torch.cat(sums) * w.flat_absmax().square()).view(n, -1).sum(1).sqrt()
 
 
 _LIB = torch.library.Library("fastlora", "FRAGMENT")
-_LIB.define(f"row_squares({ops._WEIGHT}) -> Tensor", tags=ops._TAGS)
+_LIB.define(f"row_norms({ops._WEIGHT}) -> Tensor", tags=ops._TAGS)
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("row_squares", _packed_row_squares, _device)
+    _LIB.impl("row_norms", _packed_row_norms, _device)
 
 
-@torch.library.register_fake("fastlora::row_squares", lib=_LIB)
+@torch.library.register_fake("fastlora::row_norms", lib=_LIB)
 def _(w: torch.Tensor, *args: Any) -> torch.Tensor:
     return w.new_empty(args[5], dtype=torch.float32)
+
+
+def _columns(t: torch.Tensor, backend: str) -> Any:
+    """The module of the Triton kernels where they compute what follows; None where PyTorch's own do."""
+    if t.dtype == torch.float64 or ops.must_dispatch(t):
+        return None
+    machine = backends.this_machine()
+    if machine.triton is not None or not (t.is_cuda or (backend == "triton" and machine.triton_interpreted)):
+        return None
+    from fastlora.kernels import columns
+
+    return columns
 
 
 @torch.no_grad()
@@ -75,40 +88,87 @@ def weight_norm(
     scale: float | torch.Tensor,
     dtype: torch.dtype,
     backend: str = "auto",
-    squares: torch.Tensor | None = None,
+    norms: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(N,): the norm of each row of w + scale * lora_b lora_a, in float32 or wider.
 
-    dtype: the type that the adapters and the base product have in the layer. squares: `row_squares` of w, where known.
+    dtype: the type that the adapters and the base product have in the layer. norms: `row_norms` of w, where known.
     """
-    total = row_squares(w) if squares is None else squares
+    return _norm_and_gain(w, lora_a, lora_b, None, scale, dtype, backend, norms)[0]
+
+
+@torch.no_grad()
+def _norm_and_gain(
+    w: Weight,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    scale: float | torch.Tensor,
+    dtype: torch.dtype,
+    backend: str,
+    norms: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight_norm`, and magnitude (N,), by default all ones, over it."""
+    of_w = row_norms(w) if norms is None else norms
     wide = _accumulator(dtype)
-    a, b = lora_a.to(dtype), lora_b.to(dtype).to(wide)
+    a, b = lora_a.to(dtype).contiguous(), lora_b.to(dtype)
     out_dtype = wide if wide != dtype else None
-    cross = ops.lora_linear(a.contiguous(), w, None, None, None, out_dtype, 1.0, 0.0, None, backend)
-    a = a.to(wide)
+    cross = ops.lora_linear(a, w, None, None, None, out_dtype, 1.0, 0.0, None, backend)
     with ops._without_autocast(a.device.type):
-        inner = cross.T.mul(2 * scale).add(scale * scale * (b @ (a @ a.T)))
-    return total.add((inner * b).sum(1)).clamp(min=0).sqrt()
+        exact = a.is_cuda and dtype.itemsize == 2
+        gram = torch.mm(a, a.T, out_dtype=wide) if exact else a.to(wide) @ a.T.to(wide)
+        columns = None if isinstance(scale, torch.Tensor) else _columns(b, backend)
+        if columns is not None:
+            magnitude = torch.ones_like(of_w) if magnitude is None else magnitude
+            return columns.row_norm(cross, gram, b, of_w, magnitude, scale)
+        b = b.to(wide)
+        inner = cross.T.mul(2 * scale).add(scale * scale * (b @ gram))
+    change = (inner * b).sum(1)
+    # Rounding may leave the square of a row that the adapter cancels below zero. A row that it does not change keeps
+    # its norm to the bit, so that an untrained adapter changes nothing.
+    norm = torch.where(change == 0, of_w, of_w.square().add(change).clamp(min=0).sqrt())
+    return norm, (1 if magnitude is None else magnitude) / norm
 
 
-class _Magnitude(torch.autograd.Function):
-    """z * magnitude / norm, of the type of z, for z (M, N)."""
+class _Scaled(torch.autograd.Function):
+    """(z - bias) * gain + bias + rest, of the type of z (M, N), rounded once; gain = magnitude / norm."""
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, magnitude, norm)
-        return torch.mul(z, magnitude / norm, out=torch.empty_like(z))
+    def forward(
+        ctx: Any,
+        z: torch.Tensor,
+        magnitude: torch.Tensor,
+        bias: torch.Tensor | None,
+        rest: torch.Tensor | None,
+        norm: torch.Tensor,
+        gain: torch.Tensor,
+        columns: Any,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(z if ctx.needs_input_grad[1] else None, norm, gain, bias)
+        ctx.columns, ctx.magnitude_dtype = columns, magnitude.dtype
+        if columns is not None:
+            return columns.scaled(z, gain, bias, rest)
+        if bias is None and rest is None:
+            return torch.mul(z, gain, out=torch.empty_like(z))
+        # So arranged, a gain of 1 leaves z as it is.
+        y = z * gain if bias is None else torch.addcmul((1 - gain) * bias, z, gain)
+        return (y if rest is None else y + rest).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        z, magnitude, norm = ctx.saved_tensors
-        need_dz, need_magnitude, _ = ctx.needs_input_grad
-        dz = torch.mul(dy, magnitude / norm).to(dy.dtype) if need_dz else None
-        if not need_magnitude:
-            return dz, None, None
-        dm = torch.sum(dy * z, 0, dtype=norm.dtype) / norm
-        return dz, dm.to(magnitude.dtype), None
+        z, norm, gain, bias = ctx.saved_tensors
+        need_dz, need_magnitude, need_bias, need_rest = ctx.needs_input_grad[:4]
+        dz = sums = dbias = None
+        if ctx.columns is not None and (need_dz or need_magnitude):
+            dz, sums = ctx.columns.scaled_gradients(dy, z, gain, bias, need_dz)
+        elif ctx.columns is None:
+            dz = torch.mul(dy, gain).to(dy.dtype) if need_dz else None
+            if need_magnitude:
+                sums = torch.sum(dy * (z if bias is None else z - bias), 0, dtype=norm.dtype)
+        dm = None if sums is None else (sums / norm).to(ctx.magnitude_dtype)
+        if need_bias:
+            dbias = torch.sum(dy, 0, dtype=norm.dtype).to(bias.dtype)
+        return dz, dm, dbias, dy if need_rest else None, None, None, None
 
 
 def dora_linear(
@@ -122,23 +182,28 @@ def dora_linear(
     dropout_p: float = 0.0,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
-    squares: torch.Tensor | None = None,
+    norms: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """y (..., N) of x (..., K) for arguments that fit, computed in the type of x.
 
     w: (N, K), frozen. lora_a: (R, K), lora_b: (N, R), magnitude: (N,), of any floating type. bias: (N,).
-    out_dtype: a wider type of y. squares: `row_squares` of w, where known.
+    out_dtype: a wider type of y. norms: `row_norms` of w, where known. norm: `weight_norm`, where known.
     """
     if lora_a.shape[0] < 1:
         raise ValueError("DoRA needs a rank of 1 or more: there is no direction to learn")
-    norm = weight_norm(w, lora_a, lora_b, scale, x.dtype, backend, squares)
+    if norm is None:
+        norm, gain = _norm_and_gain(w, lora_a, lora_b, magnitude, scale, x.dtype, backend, norms)
+    else:
+        gain = magnitude.detach() / norm
     rest = None
     if dropout_p:
         dropped = F.dropout(x, dropout_p)
         rest = _run(x - dropped, w, None, None, bias, 1.0, 0.0, out_dtype, backend)
-        x = dropped
-    z = _run(x, w, lora_a, lora_b, None, scale, 0.0, out_dtype, backend)
-    y = _Magnitude.apply(z.view(-1, z.shape[-1]), magnitude, norm).view(z.shape)
-    if rest is not None:
-        return rest + y
-    return y if bias is None else y + bias.to(y.dtype)
+        rest = rest.view(-1, rest.shape[-1])
+        x, bias = dropped, None
+    # The gradient of the bias is taken from y, where it is whole.
+    constant = None if bias is None else bias.detach()
+    z = _run(x, w, lora_a, lora_b, constant, scale, 0.0, out_dtype, backend)
+    flat = z.view(-1, z.shape[-1])
+    return _Scaled.apply(flat, magnitude, bias, rest, norm, gain, _columns(flat, backend)).view(z.shape)

@@ -24,11 +24,12 @@ def definition(problem: Problem, magnitude: torch.Tensor, mask: torch.Tensor | N
     delta = p.scale * (b.to(x.dtype) @ a.to(x.dtype))
     gain = (m / (w + delta).norm(dim=1).detach()).to(x.dtype)
     inner = x if mask is None else x * mask.to(x.dtype)
-    y = gain * (inner @ w.T + p.scale * (inner @ a.to(x.dtype).T @ b.to(x.dtype).T))
-    if mask is not None:
-        y = y + (x @ w.T - inner @ w.T)
-    for bias in rest:
-        y = y + bias.to(x.dtype)
+    bias = rest[0].to(x.dtype) if rest else 0
+    lora = p.scale * (inner @ a.to(x.dtype).T @ b.to(x.dtype).T)
+    if mask is None:  # as PEFT, which takes the bias off the rounded output of the base layer
+        y = gain * (inner @ w.T + bias - bias + lora) + bias
+    else:
+        y = gain * (inner @ w.T + lora) + (x @ w.T - inner @ w.T) + bias
     y.backward(p.dy)
     return {"y": y.detach(), **{name: t.grad for name, t in zip(("dx", "da", "db", "dm", "dbias"), leaves)}}  # noqa: B905
 
@@ -78,15 +79,15 @@ def test_output_and_gradients(dtype: torch.dtype, base: str, bias: bool, dropout
         ((300, 256), 256, "nf4", True),
     ],
 )
-def test_row_squares(
+def test_row_norms(
     monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], blocksize: int, quant_type: str, nested: bool
 ) -> None:
     w = NF4Weight.quantize(torch.randn(shape), blocksize=blocksize, quant_type=quant_type, nested=nested)
-    expected = w.dequantize(torch.float64).square().sum(1)
-    torch.testing.assert_close(dora.row_squares(w).double(), expected, rtol=1e-6, atol=0)
+    expected = w.dequantize(torch.float64).norm(dim=1)
+    torch.testing.assert_close(dora.row_norms(w).double(), expected, rtol=1e-6, atol=0)
     monkeypatch.setattr(dora, "_CHUNK", 200)  # many chunks
-    torch.testing.assert_close(dora.row_squares(w).double(), expected, rtol=1e-6, atol=0)
-    torch.library.opcheck(torch.ops.fastlora.row_squares.default, dora.ops.weight_args(w))
+    torch.testing.assert_close(dora.row_norms(w).double(), expected, rtol=1e-6, atol=0)
+    torch.library.opcheck(torch.ops.fastlora.row_norms.default, dora.ops.weight_args(w))
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "dense"])
@@ -124,10 +125,21 @@ def test_neither_w_nor_the_update_is_made_for_the_norm() -> None:
                 largest = max(largest, out.numel())
             return out
 
-    squares = dora.row_squares(problem.w)
+    norms = dora.row_norms(problem.w)
     with Watch():
-        dora.weight_norm(problem.w, problem.lora_a, problem.lora_b, 1.0, torch.float32, squares=squares)
+        dora.weight_norm(problem.w, problem.lora_a, problem.lora_b, 1.0, torch.float32, norms=norms)
     assert largest <= 2 * 4096
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_an_untrained_adapter_changes_nothing(bias: bool) -> None:
+    problem = make_problem(10, 1000, 1000, 8, quant_type=None, bias=bias)
+    assert problem.lora_b is not None
+    w, b = problem.w, torch.zeros_like(problem.lora_b)
+    assert isinstance(w, torch.Tensor)
+    magnitude = torch.linalg.norm(w, dim=1)
+    y = dora.dora_linear(problem.x, w, problem.lora_a, b, magnitude, problem.bias, 2.0)
+    assert torch.equal(y, F.linear(problem.x, w, problem.bias))
 
 
 def test_only_the_magnitude_learns() -> None:

@@ -29,19 +29,19 @@ class Magnitude(nn.Module):
 
 
 class DoRA:
-    """One layer's adapter computed as DoRA. Keeps what is known of a packed base: the squares of its rows."""
+    """One layer's adapter computed as DoRA. Keeps what is known of a packed base: the norms of its rows."""
 
     def __init__(self) -> None:
-        self._squares: tuple[Any, torch.Tensor] | None = None
+        self._norms: tuple[Any, torch.Tensor] | None = None
 
-    def squares(self, base: Any, weight: Weight) -> torch.Tensor | None:
-        """`fastlora.dora.row_squares` of a packed weight, taken once."""
+    def norms(self, base: Any, weight: Weight) -> torch.Tensor | None:
+        """`fastlora.dora.row_norms` of a packed weight, taken once."""
         if not isinstance(weight, NF4Weight):
             return None
         key = (base.weight.data_ptr(), base.weight._version)
-        if self._squares is None or self._squares[0] != key:
-            self._squares = key, dora.row_squares(weight)
-        return self._squares[1]
+        if self._norms is None or self._norms[0] != key:
+            self._norms = key, dora.row_norms(weight)
+        return self._norms[1]
 
     def run(self, layer: Any, x: torch.Tensor, adapter: str, weight: Weight, p: float, backend: str) -> torch.Tensor:
         """y (..., N) of x (..., K)."""
@@ -57,7 +57,7 @@ class DoRA:
             p,
             None,
             backend,
-            self.squares(base, weight),
+            self.norms(base, weight),
         )
 
 

@@ -138,3 +138,19 @@ def train(parts: Iterable[str], *, quick: bool = False, out: Path | None = None)
             print(f"train: {suite.line(one)}", file=sys.stderr, flush=True)
             path = record.write(file, list(suite.by_case(part, found)), {"quick": quick}, out)
         yield record.table(list(suite.by_case(part, found))), path
+
+
+def merge(*, out: Path | None = None) -> tuple[str, Path]:
+    """Measure what each way of merging keeps of a fine-tune; the table and the record's path."""
+    from fastlora.bench import merge as suite
+
+    rows = suite.rows(device())
+    return record.table(rows), record.write("merge", rows, {}, out)
+
+
+def runs(*, out: Path | None = None) -> tuple[str, Path]:
+    """Train whole models beside PEFT; the table and the record's path."""
+    from fastlora.bench import runs as suite
+
+    rows, curves = suite.measure(device())
+    return record.table(rows), record.write("runs", rows, {"loss_curves": curves}, out)

@@ -16,6 +16,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
+from fastlora import backends
+from fastlora.bench import record
 
 BASES = {"dense": "`nn.Linear`", "4bit": "`bnb.nn.Linear4bit`", "conv1d": "transformers' `Conv1D`"}
 Results = dict[str, torch.Tensor]
@@ -56,18 +58,23 @@ def make(
     dtype: torch.dtype = torch.float32,
     base_bias: bool = True,
     autocast_adapter_dtype: bool = True,
+    device: str = "cpu",
     **fields: Any,
 ) -> Any:
     """One and the same adapted `Tiny` at every call."""
     torch.manual_seed(0)
-    model = Tiny(base, dtype, base_bias)
+    model = Tiny(base, dtype, base_bias).to(device)
     torch.manual_seed(1)
     return peft.get_peft_model(model, config(base, **fields), autocast_adapter_dtype=autocast_adapter_dtype)
 
 
+def place(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
 def inputs(model: nn.Module) -> torch.Tensor:
     dtype = next(p.dtype for name, p in model.named_parameters() if "head" in name)
-    return torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(7)).to(dtype)
+    return torch.randn(4, 6, 64, generator=torch.Generator().manual_seed(7)).to(place(model), dtype)
 
 
 def output(model: nn.Module, **kwargs: Any) -> torch.Tensor:
@@ -132,7 +139,7 @@ def rescaled(model: Any, base: str) -> Results:
             lambda m: m.scale_layer(2.0),
             lambda m: m.unscale_layer(),
             lambda m: m.set_scale("default", 0.3),
-            lambda m: m.scaling.update(default=torch.tensor(0.7)),
+            lambda m: m.scaling.update(default=torch.tensor(0.7, device=place(m))),
         )
     ):
         for layer in lora_layers(model):
@@ -193,7 +200,7 @@ def reloaded(model: Any, base: str) -> Results:
 
 
 def eva(model: Any, base: str) -> Results:
-    data = list(torch.randn(8, 1, 32, 64, generator=torch.Generator().manual_seed(3)))
+    data = list(torch.randn(8, 1, 32, 64, generator=torch.Generator().manual_seed(3)).to(place(model)))
     peft.initialize_lora_eva_weights(
         model,
         data,
@@ -204,15 +211,16 @@ def eva(model: Any, base: str) -> Results:
     )
     with torch.no_grad():
         for layer in lora_layers(model):
-            layer.lora_B["default"].weight.normal_(generator=torch.Generator().manual_seed(2))
+            b = layer.lora_B["default"].weight
+            b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(2)))
     return train(model)
 
 
-def preprocessed(base: str, init: str, **fields: Any) -> tuple[Any, Any]:
+def preprocessed(base: str, init: str, device: torch.device) -> tuple[Any, Any]:
     """The base model and the configuration after what CorDA or LoRA-GA do before adapters are made."""
     torch.manual_seed(0)
-    model = Tiny(base)
-    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(3))
+    model = Tiny(base).to(device)
+    x = torch.randn(256, 64, generator=torch.Generator().manual_seed(3)).to(device)
     if init == "corda":
         from peft.tuners.lora.corda import preprocess_corda
 
@@ -231,7 +239,7 @@ def preprocessed(base: str, init: str, **fields: Any) -> tuple[Any, Any]:
 def after_preprocessing(model: Any, base: str, init: str) -> Results:
     """On models of its own; as fused as ``model`` is."""
     fused = "fastlora_backend" in first(model).__dict__
-    own, given = preprocessed(base, init)
+    own, given = preprocessed(base, init, place(model))
     torch.manual_seed(1)
     own = peft.get_peft_model(own, fastlora.register(given) if fused else given)
     return train(own)
@@ -246,8 +254,31 @@ def evaluation(model: Any, base: str) -> Results:
 
 
 def autocast(model: Any, base: str) -> Results:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(place(model).type, torch.bfloat16):
         return {"y": output(model)}
+
+
+def arrow(model: Any, base: str) -> Results:
+    """A router over two adapters that were trained and saved before; as fused as ``model`` is."""
+    from peft.tuners.lora.config import ArrowConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        add(model, base, r=8)
+        model.save_pretrained(folder)
+        torch.manual_seed(0)
+        own = Tiny(base).to(place(model))
+        routed = peft.tuners.lora.arrow.create_arrow_model(
+            own, [folder, f"{folder}/other"], ArrowConfig(top_k=2, rng_seed=0)
+        )
+    if "fastlora_backend" in first(model).__dict__:
+        fastlora.accelerate(routed)
+    return {"y": output(routed.eval())}
+
+
+def parameters_too(model: Any, base: str) -> Results:
+    """A wrapper of a parameter beside layers."""
+    assert base == "4bit" or {type(layer).__name__ for layer in lora_layers(model)} >= {"ParamWrapper"}
+    return train(model)
 
 
 def trained_bias(model: Any, base: str) -> Results:
@@ -291,6 +322,10 @@ class Feature:
 
     needs: str | None = None
     """A package that PEFT needs for it and does not install."""
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of `make`."""
+    gpu: bool = False
+    """PEFT itself does it only on a GPU."""
 
     def cell(self, base: str) -> str:
         return self.cells.get(base, self.cells.get("", "fused"))
@@ -300,8 +335,11 @@ PEFT = "PEFT: "
 REFUSED = "refused by PEFT: "
 FEATURES = [
     Feature("one adapter"),
-    Feature("base without bias"),
+    Feature("base without bias", model={"base_bias": False}),
     Feature("autocast", autocast),
+    Feature("bfloat16 with `autocast_adapter_dtype=True`", model={"dtype": torch.bfloat16}),
+    Feature("bfloat16 with `autocast_adapter_dtype=False`",
+            model={"dtype": torch.bfloat16, "autocast_adapter_dtype": False}),
     Feature("`use_rslora`", fields={"use_rslora": True}),
     Feature("`rank_pattern`, `alpha_pattern`", fields={"rank_pattern": {"up": 2}, "alpha_pattern": {"down": 3}}),
     Feature("`layers_to_transform`", fields={"layers_to_transform": [1], "layers_pattern": "layers"}),
@@ -351,8 +389,34 @@ FEATURES = [
             ("lora_ga", None, {"4bit": REFUSED + "LoRA-GA does not support quantized models"}),
         )
     ),
+    Feature("`init_lora_weights='loftq'` (in PEFT on a GPU only)", fields={
+                "init_lora_weights": "loftq", "loftq_config": peft.LoftQConfig()},
+            cells={"4bit": REFUSED + "mat1 and mat2 shapes cannot be multiplied",
+                   "conv1d": REFUSED + "mat1 and mat2 shapes cannot be multiplied"}, needs="scipy", gpu=True),
     Feature("`init_lora_weights='mica'`", fields={"init_lora_weights": "mica"},
             cells={"4bit": REFUSED + "Please initialize MiCA under float32"}),
+    Feature("`trainable_token_indices`, `exclude_modules`", fields={
+                "trainable_token_indices": {"head": [0, 1]}, "exclude_modules": ["layers.0.down"]}),
+    Feature("`target_parameters` beside layers", parameters_too,
+            fields={"target_parameters": ["layers.0.up.weight"], "target_modules": ["down"]},
+            cells={"conv1d": REFUSED + "does not work with fan_in_fan_out"}),
+    Feature("`runtime_config.ephemeral_gpu_offload`", fields={
+                "runtime_config": peft.tuners.lora.config.LoraRuntimeConfig(ephemeral_gpu_offload=True)}),
+    Feature("`use_qalora` (for GPTQ bases)", fields={"use_qalora": True},
+            cells={"": "fused, as the plain LoRA that PEFT makes"}),
+    Feature("`kasa_config`", fields={"kasa_config": peft.tuners.lora.config.KasaConfig()},
+            cells={"": PEFT + "adapter 'default' uses KasaLinearVariant",
+                   "4bit": "fused, as the plain LoRA that PEFT makes",
+                   "conv1d": REFUSED + "KaSA does not support"}),
+    Feature("`monteclora_config`", evaluation, fields={"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
+            cells={"": PEFT + "adapter 'default' uses MontecloraLinearVariant",
+                   "4bit": "fused, as the plain LoRA that PEFT makes"}),
+    Feature("`velora_config`", evaluation, fields={"velora_config": peft.tuners.lora.config.VeloraConfig()},
+            cells={"": PEFT + "adapter 'default' uses VeloraLinearVariant",
+                   "4bit": REFUSED + "Linear4bit does not support VeLoRA"}),
+    Feature("Arrow routing", arrow, cells={
+        "": PEFT + "adapter 'arrow_router' uses ArrowLinearVariant",
+        "conv1d": PEFT + "adapter 'arrow_router' uses ArrowLinearVariant"}),
     Feature("`use_bdlora`", fields={"use_bdlora": peft.tuners.lora.config.BdLoraConfig(
                 nblocks=2, target_modules_bd_a=["up"], match_strict=False)},
             cells={"": PEFT + "adapter 'default' uses BdLoraLinearVariant",
@@ -370,14 +434,77 @@ def table() -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One row of the table of backends."""
+
+    name: str
+    base: str
+    dtype: torch.dtype
+    dropout_p: float = 0.0
+
+    def cell(self, backend: str) -> str:
+        """What the backend says of such layers, where all that it needs is installed."""
+        device = "cuda" if backend in ("cuda", "triton") else "cpu"
+        format_ = (
+            {"quant_type": "nf4"} if self.base == "4bit" else {"quant_type": None, "blocksize": 0, "nested": False}
+        )
+        dropout = bool(self.dropout_p)
+        problem = backends.Problem(2048, 128, 64, 8, device_type=device, dtype=self.dtype, dropout=dropout, **format_)
+        reasons = backends.BACKENDS[backend].unsupported(problem, backends.Machine(None, None, None, (9, 0)))
+        return f"refused: {reasons[0]}" if reasons else "fused"
+
+
+BACKENDS = ("cuda", "triton", "cpu", "torch", "reference")
+KINDS = [
+    Kind("`Linear4bit`, bfloat16", "4bit", BF16),
+    Kind("`Linear4bit`, float16", "4bit", FP16),
+    Kind("`Linear4bit`, float32", "4bit", FP32),
+    Kind("`Linear4bit`, bfloat16, dropout in training", "4bit", BF16, 0.3),
+    Kind("`nn.Linear`, bfloat16", "dense", BF16),
+    Kind("`nn.Linear`, float32", "dense", FP32),
+    Kind("`nn.Linear`, float32, dropout in training", "dense", FP32, 0.3),
+    Kind("`nn.Linear`, float64", "dense", FP64),
+    Kind("`Conv1D`, bfloat16", "conv1d", BF16),
+    Kind("`Conv1D`, float32", "conv1d", FP32),
+]
+
+
+def backend_table() -> str:
+    """The second table of docs/drop-in.md."""
+    rows = [("base, type", *(f"`{name}`" for name in BACKENDS)), ("---",) * (len(BACKENDS) + 1)]
+    rows += [(kind.name, *(kind.cell(name) for name in BACKENDS)) for kind in KINDS]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 DOCUMENT = Path(__file__).parents[2] / "docs" / "drop-in.md"
-BEGIN, END = "<!-- surface: begin -->", "<!-- surface: end -->"
+
+
+def merge_table() -> str:
+    """What each way of merging keeps of a fine-tune, from the committed record of ``fastlora bench --suite merge``."""
+    path = DOCUMENT.parents[1] / "bench" / "results" / "cpu" / "merge.json"
+    _, rows = record.read(path)
+    values = {row.metric: row.value for row in rows}
+    lines = [("", "loss", "KL divergence from the adapter beside its base"), ("---",) * 3]
+    for metric, value in values.items():
+        kind, _, way = metric.partition(", ")
+        if kind == "loss":
+            moved = values.get(f"KL divergence, {way}")
+            lines.append((way, f"{value:.3f}", "" if moved is None else f"{moved:.2g}"))
+    return f"{rows[0].case}:\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def documented() -> str:
-    """docs/drop-in.md with the table as it must be."""
-    head, _, rest = DOCUMENT.read_text().partition(BEGIN)
-    return head + BEGIN + "\n" + table() + "\n" + END + rest.partition(END)[2]
+    """docs/drop-in.md with the tables as they must be."""
+    text = DOCUMENT.read_text()
+    for name, content in (("surface", table()), ("backends", backend_table()), ("merge", merge_table())):
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        head, _, rest = text.partition(begin)
+        text = head + begin + "\n" + content + "\n" + end + rest.partition(end)[2]
+    return text
 
 
 if __name__ == "__main__":

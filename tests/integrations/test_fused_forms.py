@@ -32,8 +32,8 @@ FORMS = {
 }
 
 
-def make(form: str, base: str, dtype: torch.dtype = FP32, **fields: Any) -> Any:
-    model = surface.make(base, dtype, autocast_adapter_dtype=dtype == FP32, **FORMS[form], **fields)
+def make(form: str, base: str, dtype: torch.dtype = FP32, device: str = "cpu", **fields: Any) -> Any:
+    model = surface.make(base, dtype, autocast_adapter_dtype=dtype == FP32, device=device, **FORMS[form], **fields)
     if form == "two":
         surface.add(model, base, **fields)
         model.base_model.set_adapter(["default", "other"])
@@ -48,7 +48,7 @@ def one_layer(model: Any, x: torch.Tensor, dy: torch.Tensor, autocast: bool = Fa
     """Output and gradients of the first adapted layer."""
     layer = surface.first(model)
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", BF16, enabled=autocast):
+    with torch.autocast(x.device.type, BF16, enabled=autocast):
         y = layer(x)
     y.backward(dy.to(y.dtype))
     grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
@@ -71,15 +71,15 @@ def in_double(model: Any) -> Any:
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("base", surface.BASES)
 @pytest.mark.parametrize("form", FORMS)
-def test_error_against_float64(form: str, base: str, dtype: torch.dtype) -> None:
-    stock = make(form, base, dtype)
+def test_error_against_float64(form: str, base: str, dtype: torch.dtype, device: str) -> None:
+    stock = make(form, base, dtype, device)
     if form == "dora":
         with torch.no_grad():
             for layer in surface.lora_layers(stock):
                 layer.lora_magnitude_vector["default"].weight.mul_(1.3)
     fast, truth = copy.deepcopy(stock), in_double(stock)
     assert not accelerate(fast).skipped
-    x, dy = torch.randn(32, 64).to(dtype), torch.randn(32, 128).to(dtype)
+    x, dy = torch.randn(32, 64).to(device, dtype), torch.randn(32, 128).to(device, dtype)
     plain, actual = one_layer(stock, x, dy), one_layer(fast, x, dy)
     wanted = one_layer(truth, x.double(), dy.double())
     assert actual.keys() == plain.keys() == wanted.keys()
@@ -90,8 +90,8 @@ def test_error_against_float64(form: str, base: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("storage", [torch.uint8, BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("form", FORMS)
-def test_any_format_and_storage(form: str, quant_type: str, storage: torch.dtype) -> None:
-    stock = make(form, "4bit")
+def test_any_format_and_storage(form: str, quant_type: str, storage: torch.dtype, device: str) -> None:
+    stock = make(form, "4bit", device=device)
     for layer in surface.lora_layers(stock):
         base = layer.base_layer
         dense = NF4Weight.from_bitsandbytes(base.weight).dequantize(FP32)
@@ -113,8 +113,10 @@ SETUPS = [(BF16, BF16, True), (BF16, FP32, True), (FP32, FP32, True), (FP32, FP3
 
 @pytest.mark.parametrize(("x_dtype", "adapter_dtype", "autocast"), SETUPS, ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_types_are_those_of_peft(form: str, x_dtype: torch.dtype, adapter_dtype: torch.dtype, autocast: bool) -> None:
-    stock = make(form, "4bit", BF16)
+def test_types_are_those_of_peft(
+    form: str, x_dtype: torch.dtype, adapter_dtype: torch.dtype, autocast: bool, device: str
+) -> None:
+    stock = make(form, "4bit", BF16, device)
     for layer in surface.lora_layers(stock):
         layer.lora_A.to(adapter_dtype)
         layer.lora_B.to(adapter_dtype)
@@ -122,7 +124,7 @@ def test_types_are_those_of_peft(form: str, x_dtype: torch.dtype, adapter_dtype:
     fast = copy.deepcopy(stock)
     bias = copy.deepcopy(surface.first(fast).base_layer.bias)
     accelerate(fast)
-    x, dy = torch.randn(16, 64).to(x_dtype), torch.randn(16, 128)
+    x, dy = torch.randn(16, 64).to(device, x_dtype), torch.randn(16, 128, device=device)
     want, got = one_layer(stock, x, dy, autocast), one_layer(fast, x, dy, autocast)
     assert {name: t.dtype for name, t in got.items()} == {name: t.dtype for name, t in want.items()}
     for name, t in want.items():
@@ -132,12 +134,12 @@ def test_types_are_those_of_peft(form: str, x_dtype: torch.dtype, adapter_dtype:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_scaling_as_a_tensor(form: str) -> None:
-    stock, fast = make(form, "4bit"), make(form, "4bit")
+def test_scaling_as_a_tensor(form: str, device: str) -> None:
+    stock, fast = make(form, "4bit", device=device), make(form, "4bit", device=device)
     accelerate(fast)
     for model in (stock, fast):
         for layer in surface.lora_layers(model):
-            layer.scaling["default"] = torch.tensor(0.3)
+            layer.scaling["default"] = torch.tensor(0.3, device=device)
     want = surface.train(stock)
     for name, t in surface.train(fast).items():
         torch.testing.assert_close(t, want[name], rtol=1e-4, atol=1e-5 * want[name].abs().max().item(), msg=name)
@@ -246,13 +248,13 @@ def test_torch_compile_of_the_model(form: str, base: str, make_llama: Maker, ids
 
 @pytest.mark.parametrize("base", surface.BASES)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_layer_compiles_without_graph_breaks(form: str, base: str) -> None:
+def test_a_layer_compiles_without_graph_breaks(form: str, base: str, device: str) -> None:
     import torch._dynamo
 
     torch._dynamo.reset()
-    fast = make(form, base, lora_dropout=0.0)
+    fast = make(form, base, device=device, lora_dropout=0.0)
     accelerate(fast)
-    layer, x = surface.first(fast), torch.randn(5, 64)
+    layer, x = surface.first(fast), torch.randn(5, 64, device=device)
     expected = layer(x)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), expected)
     torch._dynamo.reset()
@@ -269,3 +271,34 @@ def test_generation_with_a_cache(form: str, make_llama: Maker, ids: torch.Tensor
         names = ["default", "__base__"]
         want = stock.generate(input_ids=ids, adapter_names=names, num_beams=2, **arguments)
         assert torch.equal(fast.generate(input_ids=ids, adapter_names=names, num_beams=2, **arguments), want)
+
+
+def test_dora_caching(device: str) -> None:
+    """PEFT's context keeps the norms during evaluation, and drops them in training."""
+    from peft.helpers import DoraCaching
+
+    stock, fast = (make("dora", "4bit", device=device).eval() for _ in range(2))
+    accelerate(fast)
+    magnitudes = [layer.lora_magnitude_vector["default"] for layer in surface.lora_layers(fast)]
+    before = surface.output(fast)
+    assert not any(m._dora_cache for m in magnitudes)
+    with DoraCaching():
+        for _ in range(2):
+            torch.testing.assert_close(surface.output(fast), before)
+        assert all(m._dora_cache for m in magnitudes)
+        with torch.no_grad():
+            for layer in surface.lora_layers(fast):
+                layer.lora_B["default"].weight.mul_(2)
+        kept = surface.output(fast)
+        fast.train()
+        assert not any(m._dora_cache for m in magnitudes)
+        for layer in surface.lora_layers(stock):
+            layer.lora_B["default"].weight.data.mul_(2)
+        torch.testing.assert_close(surface.output(fast), surface.output(stock), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(kept, surface.output(fast))
+    fast.eval()
+    with DoraCaching():
+        surface.output(fast)
+    assert all(m._dora_cache for m in magnitudes)
+    surface.output(fast)  # outside of the context
+    assert not any(m._dora_cache for m in magnitudes)

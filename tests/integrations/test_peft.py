@@ -23,6 +23,7 @@ transformers = pytest.importorskip("transformers")
 from fastlora import NF4Weight, reference  # noqa: E402
 from fastlora.integrations.peft import FUSED, Report, accelerate, restore  # noqa: E402
 from fastlora.integrations.peft import layers as layers_module  # noqa: E402
+from fastlora.integrations.peft.layers import Fused  # noqa: E402
 from fastlora.linear import base_weight  # noqa: E402
 
 pytestmark = [
@@ -76,6 +77,7 @@ def grads(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def step(model: Any, ids: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
+    ids = ids.to(model.device)
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     return loss.detach()
@@ -83,7 +85,7 @@ def step(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def logits(model: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=ids, **kwargs).logits
+        return model(input_ids=ids.to(next(model.parameters()).device), **kwargs).logits
 
 
 def assert_same_training(fast: Any, stock: Any, ids: torch.Tensor) -> None:
@@ -96,9 +98,9 @@ def assert_same_training(fast: Any, stock: Any, ids: torch.Tensor) -> None:
 
 
 @pytest.fixture(params=BASES)
-def pair(request: pytest.FixtureRequest, make_llama: Maker) -> tuple[Any, Any]:
+def pair(request: pytest.FixtureRequest, make_llama: Maker, device: str) -> tuple[Any, Any]:
     """The same model twice: stock, and accelerated."""
-    stock, fast = make_llama(request.param), make_llama(request.param)
+    stock, fast = (make_llama(request.param).to(device) for _ in range(2))
     accelerate(fast)
     return stock, fast
 
@@ -133,7 +135,7 @@ SETUPS = {
 
 @pytest.mark.parametrize("setup", SETUPS)
 @pytest.mark.parametrize("base", BASES)
-def test_error_against_float64(base: str, setup: str, calls: list[str]) -> None:
+def test_error_against_float64(base: str, setup: str, calls: list[str], device: str) -> None:
     """On a bf16 base: the type and the gradients' types are PEFT's, the output's error is at most PEFT's."""
     x_dtype, adapter_dtype, autocast = SETUPS[setup]
     if base == "dense" and x_dtype == FP32 and not autocast:
@@ -141,13 +143,13 @@ def test_error_against_float64(base: str, setup: str, calls: list[str]) -> None:
     stock = lora_layer(base, bias=True, dtype=BF16)
     stock["layer"].lora_A.to(adapter_dtype)
     stock["layer"].lora_B.to(adapter_dtype)
-    fast = copy.deepcopy(stock)
+    fast = copy.deepcopy(stock.to(device))
     accelerate(fast)
-    x0, dy = torch.randn(128, 64).to(x_dtype), torch.randn(128, 96)
+    x0, dy = torch.randn(128, 64).to(device, x_dtype), torch.randn(128, 96, device=device)
 
     def run(model: Any) -> dict[str, torch.Tensor]:
         x = x0.clone().requires_grad_()
-        with torch.autocast("cpu", BF16, enabled=autocast):
+        with torch.autocast(device, BF16, enabled=autocast):
             y = model["layer"](x)
         y.backward(dy.to(y.dtype))
         a, b = model["layer"].lora_A["default"].weight, model["layer"].lora_B["default"].weight
@@ -179,13 +181,13 @@ def test_error_against_float64(base: str, setup: str, calls: list[str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_compute_dtype_holds_under_autocast(dtype: torch.dtype) -> None:
+def test_compute_dtype_holds_under_autocast(dtype: torch.dtype, device: str) -> None:
     """bitsandbytes computes in its layer's compute_dtype whatever autocast says."""
-    model = lora_layer("4bit", dtype=FP32)
+    model = lora_layer("4bit", dtype=FP32).to(device)
     accelerate(model)
-    x = torch.randn(5, 64).to(dtype)
+    x = torch.randn(5, 64).to(device, dtype)
     expected = model["layer"](x)
-    with torch.autocast("cpu", BF16):
+    with torch.autocast(device, BF16):
         y = model["layer"](x)
     assert y.dtype == dtype
     assert torch.equal(y, expected)
@@ -193,12 +195,12 @@ def test_compute_dtype_holds_under_autocast(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_bias_of_the_base_keeps_its_type(dtype: torch.dtype, base: str) -> None:
+def test_bias_of_the_base_keeps_its_type(dtype: torch.dtype, base: str, device: str) -> None:
     """PEFT on bitsandbytes casts the bias in place to the type that it computes in."""
-    model = lora_layer(base, bias=True, dtype=BF16)
+    model = lora_layer(base, bias=True, dtype=BF16).to(device)
     model["layer"].base_layer.bias.data = model["layer"].base_layer.bias.data.float()
     accelerate(model)
-    y = model["layer"](torch.randn(3, 64, dtype=dtype))
+    y = model["layer"](torch.randn(3, 64, dtype=dtype, device=device))
     assert y.dtype == dtype
     assert model["layer"].base_layer.bias.dtype == FP32
 
@@ -244,7 +246,7 @@ def test_scaling_may_be_a_tensor_and_may_change(pair: tuple[Any, Any], ids: torc
     stock, fast = pair
     for model in pair:
         for layer in layers(model).values():
-            layer.scaling["default"] = torch.tensor(0.3)
+            layer.scaling["default"] = torch.tensor(0.3, device=layer.lora_A["default"].weight.device)
     torch.testing.assert_close(logits(fast, ids), logits(stock, ids))
     before = logits(fast, ids)
     for model in pair:
@@ -655,6 +657,7 @@ def test_copies(how: str, make_llama: Maker, ids: torch.Tensor, calls: list[str]
 
 def test_greedy_generation(pair: tuple[Any, Any], ids: torch.Tensor, calls: list[str]) -> None:
     stock, fast = (model.eval() for model in pair)
+    ids = ids.to(stock.device)
     arguments = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(fast.generate(input_ids=ids, **arguments), stock.generate(input_ids=ids, **arguments))
     assert calls
@@ -766,6 +769,7 @@ def test_torch_compile(pair: tuple[Any, Any], ids: torch.Tensor, calls: list[str
     import torch._dynamo
 
     stock, fast = pair
+    ids = ids.to(stock.device)
     torch._dynamo.reset()
     compiled = torch.compile(fast, backend="aot_eager")
     loss = compiled(input_ids=ids, labels=ids).loss
@@ -959,3 +963,15 @@ def test_shapes_of_x(calls: list[str]) -> None:
     assert layer(problem.x[0]).shape == (96,)
     assert layer(problem.x[:0]).shape == (0, 96)
     assert len(calls) == 5
+
+
+def test_layers_read_as_those_of_peft() -> None:
+    """PEFT's messages and users' scripts know the layers by these names."""
+    model = lora_layer("dense")
+    stock = repr(model["layer"])
+    accelerate(model, "torch")
+    assert repr(type(model["layer"])) == "<class 'peft.tuners.lora.layer.Linear'>"
+    assert repr(Fused).endswith("layers.Fused'>")
+    lines = repr(model["layer"]).splitlines()
+    assert lines.pop(1) == "  fused, backend='torch'"
+    assert lines == stock.splitlines()

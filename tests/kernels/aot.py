@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora import kernels
 from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
-from fastlora.kernels import config, gated, launch, split, stacked
+from fastlora.kernels import columns, config, gated, launch, split, stacked
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
@@ -203,17 +203,43 @@ def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
                 gated.backward_project(gate, up, dh, activation, b, parts, in_place=True)
 
 
+def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:
+    """What DoRA adds to a layer."""
+    for m, n, r in [(300, 512, 16), (3, 70, 5)]:
+        compiler.case = f"columns {m}x{n} r={r} {dtype}"
+        z, gain = torch.empty(m, n, dtype=dtype), torch.empty(n)
+        for bias, rest in ((None, None), (gain.to(dtype), None), (gain, z)):
+            columns.scaled(z, gain, bias, rest)
+        for given, need_dz in ((z, True), (None, True), (z, False)):
+            columns.scaled_gradients(z, given, gain, None, need_dz)
+        columns.scaled_gradients(z, z, gain, gain.to(dtype), True)
+        b = torch.empty(n, r, dtype=dtype)
+        columns.row_norm(torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
+
+
 def main(capability: str, *dtypes: str) -> None:
     major, minor = capability.split(".")
     compiler = Compiler((int(major), int(minor)))
     JITFunction.run = lambda fn, *args, **kwargs: compiler(fn, *args, **kwargs)
     config.Device.of = classmethod(lambda cls, device: compiler.device)
-    for module in ("dequantize", "forward", "backward", "lora", "gemm", "epilogue", "split", "stacked", "gated"):
+    for module in (
+        "dequantize",
+        "forward",
+        "backward",
+        "lora",
+        "gemm",
+        "epilogue",
+        "split",
+        "stacked",
+        "gated",
+        "columns",
+    ):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()
     for i, name in enumerate(dtypes):
         dtype = getattr(torch, name)
         decoding(compiler, dtype, thorough=i == 0)
+        columns_of(compiler, dtype)
         if dtype != torch.float32:
             buffered(compiler, dtype, thorough=i == 0)
             few_rows(compiler, dtype, thorough=i == 0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import dora as peft_dora
 from torch import nn
 
 from fastlora import dora
@@ -116,29 +117,31 @@ def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, back
     modules = layer._modules
     base = modules["base_layer"]
     x, wide, dtype = compute_type(base, weight, x)
-    magnitude = modules["lora_magnitude_vector"]._modules[adapter].weight
-    y = dora.dora_linear(
-        x,
-        weight,
-        *_factors(modules, adapter),
-        magnitude,
-        base.bias,
-        layer.scaling[adapter],
-        _dropout_p(modules, adapter),
-        wide,
-        backend,
-        _row_squares(layer, base.weight, weight),
-    )
+    lora_a, lora_b = _factors(modules, adapter)
+    magnitude, scale = modules["lora_magnitude_vector"]._modules[adapter], layer.scaling[adapter]
+    norms, norm = _row_norms(layer, base.weight, weight), None
+    if not getattr(peft_dora, "ENABLE_DORA_CACHING", False) or magnitude.training:
+        if getattr(magnitude, "_dora_cache", None):
+            magnitude._cache_clear()
+    else:
+        # Under PEFT's DoraCaching the norm is kept where PEFT keeps its own, and goes when that does.
+        key = f"weight-norm-{adapter}"
+        norm = magnitude._cache_get(key, None)
+        if norm is None:
+            norm = dora.weight_norm(weight, lora_a, lora_b, scale, x.dtype, backend, norms)
+            magnitude._cache_store(key, norm)
+    p, bias = _dropout_p(modules, adapter), base.bias
+    y = dora.dora_linear(x, weight, lora_a, lora_b, magnitude.weight, bias, scale, p, wide, backend, norms, norm)
     return y.to(dtype)
 
 
-def _row_squares(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor | None:
-    """`dora.row_squares` of a packed weight, kept on the layer for as long as the weight stays what it is."""
+def _row_norms(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor | None:
+    """`dora.row_norms` of a packed weight, kept on the layer for as long as the weight stays what it is."""
     known = layer.__dict__.get("fastlora_weight")
     if known is None or known[1] is not weight:  # a dense weight, or one that a compiler traces
         return None
     key = (weight, packed._version, known[3]._version)
-    squares = layer.__dict__.get("fastlora_squares")
-    if squares is None or squares[0] != key:
-        squares = layer.__dict__["fastlora_squares"] = (key, dora.row_squares(weight))
-    return squares[1]
+    norms = layer.__dict__.get("fastlora_norms")
+    if norms is None or norms[0] != key:
+        norms = layer.__dict__["fastlora_norms"] = (key, dora.row_norms(weight))
+    return norms[1]

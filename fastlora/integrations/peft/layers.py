@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import threading
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastlora import ops
 from fastlora.integrations.peft.forward import mixed_forward
 from fastlora.integrations.peft.situation import Situation, mixed_situation, situation
 
-_CACHES = ("fastlora_weight", "fastlora_squares")
+_CACHES = ("fastlora_weight", "fastlora_norms")
 
 
 class _Slot(threading.local):
@@ -35,7 +36,14 @@ def forget() -> None:
             left.group.missed()
 
 
-class Fused:
+class _Named(abc.ABCMeta):
+    """Messages of PEFT name the classes of layers; those of fused layers read as PEFT's own."""
+
+    def __repr__(cls) -> str:
+        return repr(cls.__dict__["stock"]) if "stock" in cls.__dict__ else super().__repr__()
+
+
+class Fused(metaclass=_Named):
     """The forward that the converted classes share. Expects to stand before a PEFT layer class."""
 
     stock: type
@@ -61,6 +69,13 @@ class Fused:
                     self._check_forward_args(x, adapter_names=names)
                     return mixed_forward(self, x, names, *mixed, self.fastlora_backend)
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_name(self) -> str:
+        return self.stock.__name__
+
+    def extra_repr(self: Any) -> str:
+        given = super().extra_repr()  # type: ignore[misc]
+        return f"{given}{', ' if given else ''}fused, backend={self.fastlora_backend!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _CACHES}

@@ -55,10 +55,10 @@ def _base_reason(base: Any, weight: Weight) -> str | None:
             return f"the base weight is a {type(weight).__name__}"
         if weight.requires_grad:
             return "the base weight is trained"
-        if weight.dim() != 2 or not weight.is_floating_point():
-            return f"the base weight is {weight.dtype} of shape {tuple(weight.shape)}"
         if hasattr(base._parameters["weight"], "ds_id"):
             return "the base weight is partitioned by DeepSpeed"
+        if weight.dim() != 2 or not weight.is_floating_point():
+            return f"the base weight is {weight.dtype} of shape {tuple(weight.shape)}"
     elif type(weight.w_packed) not in _PLAIN:
         return f"the packed base weight is a {type(weight.w_packed).__name__}"
     return f"base layer: {reason}" if (reason := _intact(base)) else None

@@ -1,0 +1,207 @@
+"""A factor for each column, as DoRA has one: the output, its gradient with the sums of columns, and the norms of rows.
+
+    scaled              y = (z - bias) * gain + bias + rest                       one read of z, one write
+    scaled_gradients    dz = dy * gain and the column sums of dy * (z - bias)     one read of dy and z, one write
+    row_norm            norms of the rows of W + scale * B A from what is (R, N) or smaller
+
+Two runs give the same bits: column sums are taken of strips of rows, whose float32 partials are added in one order.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels.launch import jit, on_device, with_rows
+from fastlora.kernels.tile import cast
+
+_BLOCK_M, _BLOCK_N = 16, 256
+_STRIP = 128
+"""Rows whose products one program adds up."""
+_BLOCK_NORM = 32
+
+
+@jit(do_not_specialize=["M"])
+def scaled_kernel(
+    z_ptr,  # (M, N)
+    gain_ptr,  # (N,) float32
+    bias_ptr,  # (N,), or None
+    rest_ptr,  # (M, N), or None
+    y_ptr,  # (M, N)
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One (BLOCK_M, BLOCK_N) tile of y = (z - bias) * gain + bias + rest a program, rounded once."""
+    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    target = m[:, None].to(tl.int64) * N + n[None, :]
+    gain = tl.load(gain_ptr + n, mask=n < N, other=0.0)
+    y = tl.load(z_ptr + target, mask=inside, other=0.0).to(tl.float32) * gain[None, :]
+    if bias_ptr is not None:
+        # So arranged, a gain of 1 leaves z as it is.
+        y += (tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32) * (1 - gain))[None, :]
+    if rest_ptr is not None:
+        y += tl.load(rest_ptr + target, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + target, cast(y, y_ptr.dtype.element_ty), mask=inside)
+
+
+@jit(do_not_specialize=["M"])
+def scaled_gradients_kernel(
+    dy_ptr,  # (M, N)
+    z_ptr,  # (M, N), or None
+    gain_ptr,  # (N,) float32
+    bias_ptr,  # (N,), or None
+    dz_ptr,  # (M, N), or None
+    sums_ptr,  # (strips, N) float32: of dy * (z - bias), unless z is None
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STRIP: tl.constexpr,
+):
+    """BLOCK_N columns of a strip of rows a program."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    gain = tl.load(gain_ptr + n, mask=n < N, other=0.0)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    bias = tl.zeros((BLOCK_N,), tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    for m0 in range(0, STRIP, BLOCK_M):
+        m = tl.program_id(1) * STRIP + m0 + tl.arange(0, BLOCK_M)
+        inside = (m[:, None] < M) & (n[None, :] < N)
+        target = m[:, None].to(tl.int64) * N + n[None, :]
+        dy = tl.load(dy_ptr + target, mask=inside, other=0.0).to(tl.float32)
+        if z_ptr is not None:
+            z = tl.load(z_ptr + target, mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(dy * (z - bias[None, :]), 0)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + target, cast(dy * gain[None, :], dz_ptr.dtype.element_ty), mask=inside)
+    if z_ptr is not None:
+        tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + n, total, mask=n < N)
+
+
+@jit()
+def row_norm_kernel(
+    cross_ptr,  # (R, N) float32: A W^T
+    gram_ptr,  # (R, R) float32: A A^T
+    b_ptr,  # (N, R), rows stride_bn apart
+    norms_ptr,  # (N,) float32: of the rows of W
+    magnitude_ptr,  # (N,)
+    norm_ptr,  # (N,) float32
+    gain_ptr,  # (N,) float32
+    scale,
+    N,
+    R,
+    stride_bn,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """norm and magnitude / norm of BLOCK_N rows a program."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_R)
+    in_n = n < N
+    rows = b_ptr + n.to(tl.int64) * stride_bn
+    b = tl.load(rows[:, None] + r[None, :], mask=in_n[:, None] & (r[None, :] < R), other=0.0).to(tl.float32)
+    of_w = tl.load(norms_ptr + n, mask=in_n, other=0.0)
+    change = tl.zeros((BLOCK_N,), tl.float32)
+    for i in range(R):
+        gram = tl.load(gram_ptr + i * R + r, mask=r < R, other=0.0)
+        cross = tl.load(cross_ptr + i * N + n, mask=in_n, other=0.0)
+        of_row = tl.load(rows + i, mask=in_n, other=0.0).to(tl.float32)
+        change += of_row * (2 * scale * cross + scale * scale * tl.sum(b * gram[None, :], 1))
+    # Rounding may leave the square of a row that the adapter cancels below zero; one that it leaves alone is exact.
+    norm = tl.where(change == 0, of_w, tl.sqrt(tl.maximum(of_w * of_w + change, 0.0)))
+    magnitude = tl.load(magnitude_ptr + n, mask=in_n, other=0.0).to(tl.float32)
+    tl.store(norm_ptr + n, norm, mask=in_n)
+    tl.store(gain_ptr + n, magnitude / norm, mask=in_n)
+
+
+def _grid(m: int, n: int, rows: int) -> tuple[int, int]:
+    return triton.cdiv(n, _BLOCK_N), triton.cdiv(m, rows)
+
+
+def scaled(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, rest: torch.Tensor | None) -> torch.Tensor:
+    """(z - bias) * gain + bias + rest of the type of z (M, N), for gain and bias (N,) and rest (M, N)."""
+    m, n = z.shape
+    y = torch.empty_like(z, memory_format=torch.contiguous_format)
+    with on_device(z):
+        scaled_kernel[_grid(m, n, _BLOCK_M)](
+            z.contiguous(),
+            gain,
+            None if bias is None else bias.contiguous(),
+            None if rest is None else rest.contiguous(),
+            y,
+            m,
+            n,
+            BLOCK_M=_BLOCK_M,
+            BLOCK_N=_BLOCK_N,
+            num_warps=4,
+        )
+    return y
+
+
+def scaled_gradients(
+    dy: torch.Tensor, z: torch.Tensor | None, gain: torch.Tensor, bias: torch.Tensor | None, need_dz: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dz = dy * gain of the type of dy (M, N), where needed, and the column sums (N,) of
+    dy * (z - bias), where z is given."""
+    m, n = dy.shape
+    dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dz else None
+    columns, strips = _grid(m, n, _STRIP)
+    sums = None if z is None else torch.empty(strips, n, dtype=torch.float32, device=dy.device)
+    with on_device(dy):
+        scaled_gradients_kernel[columns, strips](
+            dy.contiguous(),
+            None if z is None else z.contiguous(),
+            gain,
+            None if bias is None else bias.contiguous(),
+            dz,
+            sums,
+            m,
+            n,
+            BLOCK_M=_BLOCK_M,
+            BLOCK_N=_BLOCK_N,
+            STRIP=_STRIP,
+            num_warps=4,
+        )
+    return dz, None if sums is None else sums.sum(0)
+
+
+def row_norm(
+    cross: torch.Tensor,
+    gram: torch.Tensor,
+    b: torch.Tensor,
+    norms: torch.Tensor,
+    magnitude: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) norms of the rows of W + scale * B A, and magnitude / norm, in float32.
+
+    cross: A W^T (R, N), gram: A A^T (R, R), norms: those of the rows of W (N,), all float32.
+    b: (N, R) and magnitude: (N,), of any floating type.
+    """
+    n, r = b.shape
+    b = with_rows(b)
+    norm, gain = (torch.empty(n, dtype=torch.float32, device=b.device) for _ in range(2))
+    with on_device(b):
+        row_norm_kernel[(triton.cdiv(n, _BLOCK_NORM),)](
+            cross.contiguous(),
+            gram.contiguous(),
+            b,
+            norms,
+            magnitude.contiguous(),
+            norm,
+            gain,
+            float(scale),
+            n,
+            r,
+            b.stride(0),
+            BLOCK_N=_BLOCK_NORM,
+            BLOCK_R=triton.next_power_of_2(r),
+            num_warps=4,
+        )
+    return norm, gain

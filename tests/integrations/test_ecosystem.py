@@ -1,0 +1,285 @@
+"""Fused layers under the tools that train and load models: TRL, accelerate, DeepSpeed, pre-quantized checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("accelerate")
+
+import peft_models  # noqa: E402
+import surface  # noqa: E402
+
+from fastlora.integrations.peft import accelerate, fused  # noqa: E402
+from fastlora.integrations.peft import layers as layers_module  # noqa: E402
+from fastlora.integrations.peft.situation import situation  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+WORLD = 2
+Maker = Callable[..., Any]
+
+
+def paths_of(model: Any) -> set[str]:
+    """What the layers of ``model`` would do: "fused", or why not."""
+    found = [situation(layer) for layer in surface.lora_layers(model)]
+    return {entry if isinstance(entry, str) else "fused" for entry in found}
+
+
+def unpacked(model: Any) -> Any:
+    """``model`` as it is on processors whose instructions bitsandbytes does not repack weights for."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+# -- TRL -----------------------------------------------------------------------------------------------------------
+
+
+def sft_losses(model: Any, tokenizer: Any, folder: Path, device: str) -> list[float]:
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    rows = torch.randint(5, 128, (12, 10), generator=torch.Generator().manual_seed(2)).tolist()
+    settings = trl.SFTConfig(
+        str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1, report_to=[],
+        disable_tqdm=True, use_cpu=device == "cpu", dataloader_pin_memory=False, save_strategy="no", seed=0,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict({"input_ids": rows})
+    trainer = trl.SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("base", "fields"), [("4bit", {}), ("4bit", {"use_dora": True}), ("dense", {"use_rslora": True})], ids=str
+)
+def test_sft_trainer(
+    base: str, fields: dict[str, Any], make_llama: Maker, tmp_path: Path, device: str, monkeypatch: Any
+) -> None:
+    """With TRL's defaults: bfloat16 autocast, adapters cast to bfloat16 on a 4-bit base, gradient checkpointing."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w1"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+    calls = []
+    real = layers_module.situation
+    monkeypatch.setattr(layers_module, "situation", lambda layer: calls.append(real(layer)) or calls[-1])
+    losses = {}
+    for name in ("stock", "fused"):
+        model = make_llama(base, dtype=torch.bfloat16, **fields).to(device)
+        if name == "fused":
+            assert not accelerate(model).skipped
+        losses[name] = sft_losses(model, tokenizer, tmp_path / name, device)
+    assert len(losses["fused"]) == 4
+    assert losses["fused"] == pytest.approx(losses["stock"], rel=2e-2)
+    assert losses["fused"][-1] < losses["fused"][0]
+    assert calls
+    assert not [found for found in calls if isinstance(found, str)]
+
+
+def test_sft_trainer_that_makes_the_adapters(tmp_path: Path, make_llama: Maker) -> None:
+    """`SFTTrainer(peft_config=...)` within `fused`."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w1"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+    settings = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], disable_tqdm=True, use_cpu=True,
+        dataloader_pin_memory=False, save_strategy="no",
+    )  # fmt: skip
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    data = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4})
+    with fused():
+        trainer = trl.SFTTrainer(
+            make_llama("dense", adapters=False), settings, train_dataset=data, processing_class=tokenizer,
+            peft_config=config,
+        )  # fmt: skip
+    trainer.train()
+    assert paths_of(trainer.model) == {"fused"}
+    assert all(isinstance(layer, layers_module.Fused) for layer in surface.lora_layers(trainer.model))
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def join(rank: int, port: int) -> None:
+    """The environment that a launcher would give to a process."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(1, 128, (WORLD * 2, 12), generator=torch.Generator().manual_seed(3))
+
+
+def whole_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Those of the mean of the losses of all processes."""
+    for ids in tokens().chunk(WORLD):
+        (model(input_ids=ids, labels=ids).loss / WORLD).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def ddp(rank: int, port: int, folder: str, base: str, use_dora: bool) -> None:
+    import accelerate as hf_accelerate
+
+    join(rank, port)
+    accelerator = hf_accelerate.Accelerator(cpu=True)
+    try:
+        single, model = (peft_models.llama(base, use_dora=use_dora) for _ in range(2))
+        accelerate(single)
+        accelerate(model)
+        want = whole_gradients(single)
+        wrapped = accelerator.prepare_model(model)
+        assert type(wrapped).__name__ == "DistributedDataParallel"
+        ids = tokens().chunk(WORLD)[rank]
+        accelerator.backward(wrapped(input_ids=ids, labels=ids).loss)
+        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert got.keys() == want.keys()
+        for name, grad in want.items():
+            torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6 + 1e-5 * grad.abs().max().item(), msg=name)
+        assert paths_of(accelerator.unwrap_model(wrapped)) == {"fused"}
+        Path(folder, f"done-{rank}").touch()
+    finally:
+        accelerator.end_training()
+
+
+@pytest.mark.parametrize(("base", "use_dora"), [("4bit", False), ("dense", True)])
+def test_ddp_by_accelerate(base: str, use_dora: bool, tmp_path: Path) -> None:
+    multiprocessing.spawn(ddp, (free_port(), str(tmp_path), base, use_dora), nprocs=WORLD)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+
+
+def zero3(rank: int, port: int, folder: str) -> None:
+    join(rank, port)
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    # Shared memory for reductions, which would be compiled first.
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    deepspeed.init_distributed("gloo", verbose=False)
+    try:
+        single, model = (peft_models.llama("dense") for _ in range(2))
+        want = {name: p.detach().clone() for name, p in single.named_parameters()}
+        optimizer = torch.optim.SGD([p for p in single.parameters() if p.requires_grad], lr=1.0)
+        grads = whole_gradients(single)
+        optimizer.step()
+        accelerate(model)
+        settings = {
+            "train_micro_batch_size_per_gpu": 2,
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "gradient_clipping": 1e9,
+        }
+        learned = [p for p in model.parameters() if p.requires_grad]
+        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(learned, lr=1.0), config=settings)
+        assert paths_of(model) == {"the base weight is partitioned by DeepSpeed"}
+        ids = tokens().chunk(WORLD)[rank]
+        with torch.no_grad():
+            before = peft_models.llama("dense")(input_ids=ids, labels=ids).loss
+        loss = engine(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(loss.detach(), before)
+        engine.backward(loss)
+        engine.step()
+        after = dict(single.named_parameters())
+        for name, p in model.named_parameters():
+            if name in grads:
+                with deepspeed.zero.GatheredParameters(p):
+                    moved, expected = p.data - want[name], after[name].data - want[name]
+                    scale = expected.abs().max().item()
+                    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6 + 1e-4 * scale, msg=name)
+        Path(folder, f"done-{rank}").touch()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_zero3_is_left_to_peft(tmp_path: Path) -> None:
+    """ZeRO-3 gathers a module's weights when the module is called, which PEFT's forward does."""
+    pytest.importorskip("deepspeed")
+    multiprocessing.spawn(zero3, (free_port(), str(tmp_path)), nprocs=WORLD)
+    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+
+
+# -- loading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device_map", [None, "auto", {"": "cpu"}], ids=str)
+def test_a_pre_quantized_checkpoint(
+    device_map: Any, storage: torch.dtype, make_llama: Maker, tmp_path: Path, ids: torch.Tensor
+) -> None:
+    options = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=storage
+    )
+    make_llama("dense", adapters=False).save_pretrained(tmp_path / "dense")
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=options, device_map={"": "cpu"}, dtype=torch.float32
+    )
+    quantized.save_pretrained(tmp_path / "packed")
+    if device_map == "auto" and torch.cuda.is_available():
+        pytest.skip("would go to the GPU")
+    models = []
+    for fast in (False, True):
+        base = unpacked(
+            transformers.AutoModelForCausalLM.from_pretrained(
+                tmp_path / "packed", device_map=device_map, dtype=torch.float32
+            )
+        )
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        models.append(peft.get_peft_model(base, config))
+        if fast:
+            report = accelerate(models[-1])
+            assert {layer.kind for layer in report.replaced} == {"nf4/64 nested"}
+            assert not report.skipped
+    for model in models:
+        model(input_ids=ids, labels=ids).loss.backward()
+    stock, fast = (dict(model.named_parameters()) for model in models)
+    for name, p in stock.items():
+        if p.grad is not None:
+            torch.testing.assert_close(fast[name].grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_layers_that_accelerate_offloads_are_left_to_peft(make_llama: Maker, ids: torch.Tensor, tmp_path: Path) -> None:
+    """Their weights are on the meta device until a hook of the inner module brings them."""
+    from accelerate import disk_offload
+
+    stock, model = make_llama("dense"), make_llama("dense")
+    accelerate(model)
+    assert paths_of(model) == {"fused"}
+    disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+    assert all("its forward is replaced on the instance" in path for path in paths_of(model))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_layer_replication(make_llama: Maker, ids: torch.Tensor) -> None:
+    """Layers that share one base and have adapters of their own."""
+    fields = {"layer_replication": [(0, 2), (0, 2)]}
+    stock, fast = make_llama(**fields), make_llama(**fields)
+    assert len(accelerate(fast).replaced) == 28
+    for model in (stock, fast):
+        model(input_ids=ids, labels=ids).loss.backward()
+    for (name, p), (_, q) in zip(stock.named_parameters(), fast.named_parameters(), strict=True):
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
