@@ -1,4 +1,4 @@
-# make demo | test | peft-tests | lint | build | clean. Every target makes .venv first; a second call is quick.
+# make demo | test | peft-tests | sanitize | lint | build | clean. Every target makes .venv first; a second call is quick.
 # With a CUDA build of torch wanted instead of the pinned one: make demo TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -14,7 +14,7 @@ CONSTRAINTS := $(VENV)/constraints.txt
 endif
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: demo test peft-tests lint build clean
+.PHONY: demo test peft-tests sanitize lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,11 @@ peft-tests: $(VENV)/.test $(VENV)/.build
 	$(PIP) parameterized scipy scikit-learn attrs
 	$(PIP) --no-deps diffusers
 	$(BIN)/python tests/peft_suite/run.py
+
+# Every CUDA and Triton kernel under the memory checker and the race checker of the CUDA toolkit, on a GPU.
+sanitize: $(VENV)/.test $(VENV)/.build
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
