@@ -234,6 +234,8 @@ def _cuda_preferred(problem: Problem, machine: Machine) -> bool:
 def _triton_preferred(problem: Problem, machine: Machine) -> bool:
     if problem.device_type != "cuda" or problem.dtype.itemsize != 2:
         return False
+    if problem.dropout:
+        return True  # in plain PyTorch the replayed mask takes longer than all of the products
     # Its one pass over the sums saves library products a few; a small output is not worth its longer launch.
     large = problem.direction == "forward" and problem.m * problem.n >= _LARGE_OUTPUT
     return large or _long(problem, machine) or _split(problem)
@@ -300,7 +302,8 @@ def measured_class(problem: Problem) -> tables.Class:
 def measured(problem: Problem, machine: Machine, known: tables.Tables | None = None) -> tables.Found | None:
     """What the tables (by default, those of this process) hold about ``problem`` on ``machine``."""
     device = machine.gpu if problem.device_type == "cuda" else machine.cpu
-    if device is None:
+    # Dropout changes who is fastest, and no table was measured with it.
+    if device is None or problem.dropout:
         return None
     return (known or tables.current()).choice(device, measured_class(problem), problem.m, problem.n, problem.k)
 
@@ -377,6 +380,8 @@ def explain(problem: Problem, machine: Machine | None = None) -> str:
 
 
 def _without_table(problem: Problem, machine: Machine) -> str:
+    if problem.dropout:
+        return "the built-in rules: no table is measured with dropout"
     device = machine.gpu if problem.device_type == "cuda" else machine.cpu
     return f"the built-in rules: no table has a shape near this one for {device or 'an unknown device'}"
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora, split
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
+from fastlora.kernels.dropout import drop_
 from fastlora.kernels.forward import buffered, is_split
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
 from fastlora.kernels.launch import jit, on_device, overlaps, with_rows
@@ -201,4 +202,4 @@ def _input_gradient(
     if du is None or a is None:
         return dy @ dense
     dx = du @ a
-    return (dropout.apply(dx) if dropout else dx).addmm_(dy, dense)
+    return (drop_(dx, dropout) if dropout else dx).addmm_(dy, dense)

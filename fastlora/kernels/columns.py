@@ -66,7 +66,8 @@ def scaled_gradients_kernel(
     """BLOCK_N columns of a strip of rows a program."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     gain = tl.load(gain_ptr + n, mask=n < N, other=0.0)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    # Rows meet once, after the last: a sum over them in every step would have the threads wait for each other.
+    products = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     bias = tl.zeros((BLOCK_N,), tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -77,11 +78,11 @@ def scaled_gradients_kernel(
         dy = tl.load(dy_ptr + target, mask=inside, other=0.0).to(tl.float32)
         if z_ptr is not None:
             z = tl.load(z_ptr + target, mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(dy * (z - bias[None, :]), 0)
+            products += dy * (z - bias[None, :])
         if dz_ptr is not None:
             tl.store(dz_ptr + target, cast(dy * gain[None, :], dz_ptr.dtype.element_ty), mask=inside)
     if z_ptr is not None:
-        tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + n, total, mask=n < N)
+        tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * N + n, tl.sum(products, 0), mask=n < N)
 
 
 @jit()

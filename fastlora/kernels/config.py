@@ -352,11 +352,17 @@ def dequantize(blocksize: int) -> TileConfig:
     return TileConfig(block_n=max(4096 // blocksize, 1), block_k=blocksize, num_warps=4)
 
 
+def dropout() -> TileConfig:
+    """Tiles of the pass that drops elements of a whole matrix."""
+    return _DROPOUT
+
+
 def dequantize_words() -> TileConfig:
     """32-bit words that one block of the fast dequantizer decodes (``block_n``), two a thread."""
     return _DEQUANTIZE_WORDS
 
 
+_DROPOUT = TileConfig(block_m=16, block_k=256, num_warps=4)
 _DEQUANTIZE_WORDS = TileConfig(block_n=512, num_warps=8, num_stages=1)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora import dora
 from fastlora.linear import _run, compute_type, lora_linear
-from fastlora.nf4 import Weight
+from fastlora.nf4 import NF4Weight, Weight
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:
@@ -117,6 +117,9 @@ def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, back
     modules = layer._modules
     base = modules["base_layer"]
     x, wide, dtype = compute_type(base, weight, x)
+    if x.is_cuda and isinstance(weight, NF4Weight) and torch.is_autocast_enabled():
+        # There PEFT's norms, and what they multiply, are float32, and it does not go back to the type of x.
+        wide = dtype = torch.promote_types(dtype, torch.float32)
     lora_a, lora_b = _factors(modules, adapter)
     magnitude, scale = modules["lora_magnitude_vector"]._modules[adapter], layer.scaling[adapter]
     norms, norm = _row_norms(layer, base.weight, weight), None
