@@ -147,17 +147,19 @@ def _form(x: torch.Tensor, w: NF4Weight, r: int, direction: str) -> str:
     """The one of `forms` that the tables call the fastest; without a measurement, that of the built-in rule."""
     if tables.forced_forms and "cuda" in tables.forced_forms:
         return tables.forced_forms["cuda"]
-    return _chosen_form(x.shape[0], *w.shape, w.blocksize, x.dtype, x.device.index, r, direction)
+    shape = (x.shape[0], *w.shape)
+    return _chosen_form(*shape, w.blocksize, x.dtype, x.device.index, r, direction, tables.captured())
 
 
 @tables.cached(maxsize=4096)
 def _chosen_form(
-    m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, index: int | None, r: int, direction: str
-) -> str:
+    m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, index: int | None, r: int, direction: str,
+    captured: bool,
+) -> str:  # fmt: skip
     capability, device = _device(index)
     able = forms(m, n, k, r, blocksize, capability, direction)
     kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), "packed", r)
-    if measured := tables.fastest_form("cuda", able, device, kind, m, n, k):
+    if measured := tables.fastest_form("cuda", able, device, kind, m, n, k, captured):
         return measured
     return "library" if able[0] == "tile" and m > tables.TILE_ROWS else able[0]
 

@@ -73,11 +73,10 @@ def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, b
     format_: tuple[Any, ...] = (None, 0, False)
     if isinstance(w, NF4Weight):
         format_ = (w.quant_type, w.blocksize, w.nested)
-    name = _chosen(backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout, _for_graphs > 0)
+    name = _chosen(
+        backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout, tables.captured()
+    )
     return backends.BACKENDS[name]
-
-
-_for_graphs = 0
 
 
 @contextlib.contextmanager
@@ -87,12 +86,8 @@ def for_graphs() -> Iterator[None]:
     To be entered around the warm-up as well: a kernel that runs for the first time inside a capture would have to be
     compiled there. It holds for every thread of the process, since a backward pass runs in another one.
     """
-    global _for_graphs
-    _for_graphs += 1
-    try:
+    with tables.for_graphs():
         yield
-    finally:
-        _for_graphs -= 1
 
 
 @contextlib.contextmanager

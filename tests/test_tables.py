@@ -455,3 +455,21 @@ class TestTiles:
             assert config.form(8192, 4096, 4096, dtype, device, 16, "forward", False) == "persistent"
         assert config.form(64, 4096, 4096, dtype, device) == "split"
         assert config.form(8192, 4096, 4096, dtype, device) == "persistent"
+
+    def test_forms_within_for_graphs_are_those_that_take_the_gpu_the_least(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import fastlora
+        from fastlora.kernels import config
+
+        times = Times(
+            {"triton:library": 1.0, "triton:persistent": 2.0}, {"triton:library": 5.0, "triton:persistent": 3.0}
+        )
+        known = Table(H200, {FORWARD: {(8192, 1024, 4096): times}})
+        monkeypatch.setattr(config.Device, "of", lambda _: self.device())
+        arguments = (8192, 1024, 4096, torch.bfloat16, torch.device("cuda", 0))
+        with tables.use(Tables((known,))):
+            assert config.form(*arguments) == "library"
+            with fastlora.for_graphs():
+                assert config.form(*arguments) == "persistent"
+            assert config.form(*arguments) == "library"

@@ -200,18 +200,26 @@ def form(
     """The one of `forms` that the tables call the fastest; without a measurement, that of the built-in rule."""
     if tables.forced_forms and "triton" in tables.forced_forms:
         return tables.forced_forms["triton"]
-    return _form(m, n, k, dtype, device, r, direction, packed)
+    return _form(m, n, k, dtype, device, r, direction, packed, tables.captured())
 
 
 @tables.cached(maxsize=4096)
 def _form(
-    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, r: int, direction: str, packed: bool
+    m: int,
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    r: int,
+    direction: str,
+    packed: bool,
+    captured: bool,
 ) -> str:
     able = forms(m, dtype, device, packed)
     if len(able) > 1 and (here := Device.of(device)).name:
         weight = "packed" if packed else "dense"
         kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), weight, r)
-        if measured := tables.fastest_form("triton", able, here.described, kind, m, n, k):
+        if measured := tables.fastest_form("triton", able, here.described, kind, m, n, k, captured):
             return measured
     if "split" in able:
         return "split"

@@ -430,10 +430,13 @@ def _choice(tables: Tables, device: Device, cls: Class, m: int, n: int, k: int) 
     return None
 
 
-def fastest_form(backend: str, able: Sequence[str], device: Device, cls: Class, m: int, n: int, k: int) -> str | None:
-    """The form of ``backend``, one of ``able``, that was the fastest at the nearest measured shape, if one was."""
+def fastest_form(
+    backend: str, able: Sequence[str], device: Device, cls: Class, m: int, n: int, k: int, captured: bool
+) -> str | None:
+    """The form of ``backend``, one of ``able``, that was the fastest at the nearest measured shape, if one was;
+    ``captured``: for a CUDA graph."""
     found = current().choice(device, cls, m, n, k)
-    for name in found.times.ranking() if found else ():
+    for name in found.times.ranking(captured) if found else ():
         other, _, form = name.partition(":")
         if other == backend and form in able:
             return form
@@ -477,6 +480,27 @@ def use(tables: Tables) -> Iterator[None]:
         yield
     finally:
         _replace(before)
+
+
+# -- what counts -----------------------------------------------------------------------------------------------------
+
+_scopes_for_graphs = 0
+
+
+def captured() -> bool:
+    """Whether the GPU's time alone counts now, as within `fastlora.for_graphs`."""
+    return _scopes_for_graphs > 0
+
+
+@contextlib.contextmanager
+def for_graphs() -> Iterator[None]:
+    """Let the GPU's time alone count, in every thread of the process."""
+    global _scopes_for_graphs
+    _scopes_for_graphs += 1
+    try:
+        yield
+    finally:
+        _scopes_for_graphs -= 1
 
 
 # -- what a measurement forces ---------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastlora import activation as activations
-from fastlora import blocks, ops
+from fastlora import blocks, ops, tables
 from fastlora.blocks import Projection
 from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
@@ -170,7 +170,7 @@ class SharedInput:
             x.dtype,
             _mode(x)[1],
             layer.fastlora_backend,
-            ops._for_graphs > 0,
+            tables.captured(),
         )
         if self._stacks.get(key) is False:
             return None
