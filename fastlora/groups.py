@@ -245,13 +245,9 @@ class Stacked:
         x: torch.Tensor,
         projections: Sequence[Projection],
         out_dtype: torch.dtype | None,
-        adapters: Any = None,
-        u: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """``adapters`` and ``u`` are given where something else needed them before."""
-        adapters = adapters or self.adapters(projections, x)
         weights, biases = [p.w for p in projections], [p.bias for p in projections]
-        y, u = kernels("stacked").forward(x, weights, adapters, biases, out_dtype, u)
+        y, u = kernels("stacked").forward(x, weights, self.adapters(projections, x), biases, out_dtype)
         return columns(y, sizes(projections)), [u]
 
     def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:
@@ -269,7 +265,7 @@ class Stacked:
         adapters: Any = None,
         known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Grads:
-        """``known``: dy as one matrix, and du, where something else made them."""
+        """``adapters`` and ``known``, dy as one matrix and du, are given where they are known."""
         adapters = adapters or self.adapters(projections, dys[0].new_empty(0, dtype=dtype))
         kinds_a = {p.lora_a.dtype for p in projections if p.lora_a is not None}
         kinds_b = {p.lora_b.dtype for p in projections if p.lora_b is not None}

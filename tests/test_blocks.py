@@ -153,15 +153,8 @@ def test_mlp(activation: str, joint: bool, dtype: torch.dtype, backend: str, dev
     )
 
 
-@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("ranks", [(0, 8, 8), (8, 8, 0), (0, 0, 0), (70, 70, 70)], ids=str)
-def test_mlp_of_any_ranks(
-    ranks: tuple[int, ...], fuse: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "triton":
-        monkeypatch.setattr(groups.kernels("config"), "PROJECT_IN_ACTIVATION", fuse)
-    elif fuse:
-        pytest.skip("a form of the Triton kernels")
+def test_mlp_of_any_ranks(ranks: tuple[int, ...], backend: str, device: str) -> None:
     k, i, dtype = 64, 48, torch.bfloat16
     gate, up, down = (make(n, width, r, dtype, device) for n, width, r in zip((i, i, k), (k, k, i), ranks, strict=True))
     x, dy = (torch.randn(9, k).to(device, dtype) for _ in range(2))
