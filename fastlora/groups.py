@@ -315,7 +315,8 @@ def _stacks(x: torch.Tensor, projections: Sequence[Projection], backend: str) ->
     if kernels("stacked").unsupported(x, [p.w for p in projections]) is not None:
         return False
     (m, k), n, r = x.shape, sum(sizes(projections)), max(p.r for p in projections)
-    if backend == "auto" and not tables.captured() and m * n * k < tables.PERSISTENT_WITH_LAUNCHES:
+    least = tables.STACKED if tables.captured() else tables.PERSISTENT_WITH_LAUNCHES
+    if backend == "auto" and m * n * k < least:
         return False
     packed = all(isinstance(p.w, NF4Weight) for p in projections)
     return bool(kernels("config").form(m, n, k, x.dtype, x.device, r, "forward", packed) == "persistent")
