@@ -381,9 +381,14 @@ def measure(
     """A stack on a case."""
     step = train_step(model, STACKS[name], case, device)
     warm_up, timed = (WARM_UP, TIMED) if case.blocks <= FEW_BLOCKS else (2, 4)
+    # What a replay writes to was allocated when the graph was captured.
+    captured = STACKS[name].captured
+    if device.type == "cuda" and captured:
+        torch.cuda.reset_peak_memory_stats(device)
     losses = [step() for _ in range(warm_up)]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "cuda" and not captured:
         torch.cuda.reset_peak_memory_stats(device)
     ms, more = time_steps(step, device, timed)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
