@@ -193,15 +193,8 @@ def _mlp_forward(
     """y, gate, up, and what the two groups keep."""
     ys, inner_kept = form.forward(x, inner, None)
     gate, up = _halves(ys)
-    if isinstance(form, Stacked):
-        adapters = form.adapters([down], gate)
-        fuse = kernels("config").PROJECT_IN_ACTIVATION and adapters.a is not None
-        h, u = kernels("gated").forward(gate, up, activation, adapters.a if fuse else None)
-        (y,), down_kept = form.forward(h, [down], out_dtype, adapters, u)
-    else:
-        h = kernels("gated").forward(gate, up, activation)[0] if _on_kernels(x, form) else None
-        h = plain.forward(gate, up, activation) if h is None else h
-        (y,), down_kept = form.forward(h, [down], out_dtype)
+    compute = kernels("gated").forward if _on_kernels(x, form) else plain.forward
+    (y,), down_kept = form.forward(compute(gate, up, activation), [down], out_dtype)
     return y, gate, up, inner_kept, down_kept
 
 
@@ -235,21 +228,12 @@ def _mlp_backward(
         dy, du = stacked.project_gradients([dy], adapters, dtype)
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
         in_place = _freed_after_use() and groups.as_one([gate, up]) is not None
-        inner_adapters = form.adapters(inner, dh)
-        known = None
-        fuse = kernels("config").PROJECT_IN_ACTIVATION and 0 < inner_adapters.span <= gated.WIDEST
-        if fuse:
-            d, inner_du, h = gated.backward_project(
-                gate, up, dh, activation, inner_adapters.b, len(inner), in_place=in_place
-            )
-            known = (d, inner_du)
-        else:
-            d, h = gated.backward(gate, up, dh, activation, in_place=in_place)
+        d, h = gated.backward(gate, up, dh, activation, in_place=in_place)
         last = Needs(False, down_needs.da, down_needs.db)
         _, das, dbs = form.backward([dy], h, down_kept, [down], last, dtype, adapters, (dy, du))
         del dh, h
         parts = groups.columns(d, groups.sizes(inner))
-        dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype, inner_adapters, known)
+        dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype)
     else:
         dh, _, _ = form.backward([dy], None, down_kept, [down], first, dtype)
         assert dh is not None

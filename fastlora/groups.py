@@ -245,13 +245,9 @@ class Stacked:
         x: torch.Tensor,
         projections: Sequence[Projection],
         out_dtype: torch.dtype | None,
-        adapters: Any = None,
-        u: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """``adapters`` and ``u`` are given where something else needed them before."""
-        adapters = adapters or self.adapters(projections, x)
         weights, biases = [p.w for p in projections], [p.bias for p in projections]
-        y, u = kernels("stacked").forward(x, weights, adapters, biases, out_dtype, u)
+        y, u = kernels("stacked").forward(x, weights, self.adapters(projections, x), biases, out_dtype)
         return columns(y, sizes(projections)), [u]
 
     def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:
@@ -269,7 +265,7 @@ class Stacked:
         adapters: Any = None,
         known: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Grads:
-        """``known``: dy as one matrix, and du, where something else made them."""
+        """``adapters`` and ``known``, dy as one matrix and du, are given where they are known."""
         adapters = adapters or self.adapters(projections, dys[0].new_empty(0, dtype=dtype))
         kinds_a = {p.lora_a.dtype for p in projections if p.lora_a is not None}
         kinds_b = {p.lora_b.dtype for p in projections if p.lora_b is not None}
@@ -319,7 +315,8 @@ def _stacks(x: torch.Tensor, projections: Sequence[Projection], backend: str) ->
     if kernels("stacked").unsupported(x, [p.w for p in projections]) is not None:
         return False
     (m, k), n, r = x.shape, sum(sizes(projections)), max(p.r for p in projections)
-    if backend == "auto" and not tables.captured() and m * n * k < tables.PERSISTENT_WITH_LAUNCHES:
+    least = tables.STACKED if tables.captured() else tables.PERSISTENT_WITH_LAUNCHES
+    if backend == "auto" and m * n * k < least:
         return False
     packed = all(isinstance(p.w, NF4Weight) for p in projections)
     return bool(kernels("config").form(m, n, k, x.dtype, x.device, r, "forward", packed) == "persistent")

@@ -153,15 +153,8 @@ def test_mlp(activation: str, joint: bool, dtype: torch.dtype, backend: str, dev
     )
 
 
-@pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("ranks", [(0, 8, 8), (8, 8, 0), (0, 0, 0), (70, 70, 70)], ids=str)
-def test_mlp_of_any_ranks(
-    ranks: tuple[int, ...], fuse: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "triton":
-        monkeypatch.setattr(groups.kernels("config"), "PROJECT_IN_ACTIVATION", fuse)
-    elif fuse:
-        pytest.skip("a form of the Triton kernels")
+def test_mlp_of_any_ranks(ranks: tuple[int, ...], backend: str, device: str) -> None:
     k, i, dtype = 64, 48, torch.bfloat16
     gate, up, down = (make(n, width, r, dtype, device) for n, width, r in zip((i, i, k), (k, k, i), ranks, strict=True))
     x, dy = (torch.randn(9, k).to(device, dtype) for _ in range(2))
@@ -420,6 +413,20 @@ def test_which_form(device: str) -> None:
         groups.form(x, inner, "fast")
 
 
+def test_fewer_products_are_stacked_for_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    x, inner, _ = small("cpu")
+    monkeypatch.setattr(groups.kernels("config"), "form", lambda *args: "persistent")
+    size = x.numel() * sum(groups.sizes(inner))
+    for least, most, stacks in ((size, size + 1, (False, True)), (size + 1, size + 1, (False, False))):
+        monkeypatch.setattr(groups.tables, "STACKED", least)
+        monkeypatch.setattr(groups.tables, "PERSISTENT_WITH_LAUNCHES", most)
+        found = [isinstance(groups.form(x, inner, "auto"), groups.Stacked)]
+        with ops.for_graphs():
+            found.append(isinstance(groups.form(x, inner, "auto"), groups.Stacked))
+        assert tuple(found) == stacks
+
+
 @pytest.mark.gpu
 def test_large_groups_stack_on_a_gpu() -> None:
     pytest.importorskip("triton")
@@ -431,6 +438,7 @@ def test_large_groups_stack_on_a_gpu() -> None:
     assert isinstance(groups.form(x[:16], projections, "auto"), groups.Each)
     with ops.for_graphs():
         assert isinstance(groups.form(x[:2048], projections, "auto"), groups.Stacked)
+        assert isinstance(groups.form(x[:1024], projections, "auto"), groups.Each)
 
 
 @pytest.mark.gpu

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,8 +116,12 @@ def cpu(*, out: Path | None = None) -> tuple[str, Path]:
     return record.table(rows), path
 
 
-def train(parts: Iterable[str], *, quick: bool = False, out: Path | None = None) -> Iterator[tuple[str, Path]]:
+def train(
+    parts: Iterable[str], *, quick: bool = False, out: Path | None = None, stacks: Sequence[str] | None = None
+) -> Iterator[tuple[str, Path]]:
     """Measure whole training steps; for each part the table and the record's path. A record grows as it is measured.
+
+    stacks: those to measure, of the part's; by default all.
 
     The goals are ``train.json``, every other part is a record of its own, so that parts of several runs go together.
     """
@@ -131,6 +136,8 @@ def train(parts: Iterable[str], *, quick: bool = False, out: Path | None = None)
             yield record.table(rows), record.write(file, rows, {"quick": quick, **extra}, out)
             continue
         part = suite.tiny(suite.PARTS[name]) if quick else suite.PARTS[name]
+        if stacks is not None:
+            part = dataclasses.replace(part, names=tuple(stack for stack in part.names if stack in stacks))
         found: list[suite.Measured] = []
         path = record.write(file, [], {"quick": quick}, out)
         for one in suite.measure_part(part, separate=not quick):

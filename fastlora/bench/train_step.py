@@ -49,10 +49,13 @@ class Stack:
     compiled: bool = False
     captured: bool = False
     """The step is replayed as a CUDA graph, as ``fastlora train --step cuda_graphs`` does."""
+    offloaded: bool = False
+    """Checkpoints wait in the CPU's memory, as they always do in Unsloth."""
 
 
 PEFT, PEFT_LIGER, PEFT_COMPILED, UNSLOTH = "HF + PEFT", "HF + PEFT + Liger", "HF + PEFT + torch.compile", "Unsloth"
 LAYERS, BLOCKS, BLOCKS_LIGER = "fastlora layers", "fastlora blocks", "fastlora blocks + Liger"
+OFFLOADED = f"{BLOCKS_LIGER}, offloaded"
 STACKS: dict[str, Stack] = {
     PEFT: Stack("plain"),
     LAYERS: Stack("plain", "layers"),
@@ -61,6 +64,7 @@ STACKS: dict[str, Stack] = {
     f"{BLOCKS}, CUDA graph": Stack("plain", "blocks", captured=True),
     # Liger replaces functions of transformers for the whole process: after all that must run without it.
     BLOCKS_LIGER: Stack("plain", "blocks", liger=True),
+    OFFLOADED: Stack("plain", "blocks", liger=True, offloaded=True),
     f"{BLOCKS_LIGER}, CUDA graph": Stack("plain", "blocks", liger=True, captured=True),
     PEFT_LIGER: Stack("Liger", liger=True),
     UNSLOTH: Stack("Unsloth"),
@@ -71,13 +75,17 @@ STACKS: dict[str, Stack] = {
 CAPTURED_TOKENS = 4096
 """Steps of more tokens are not bound by their launches: they are not measured as CUDA graphs."""
 FEW_BLOCKS = 8
-"""Models of more blocks take longer for a step, fewer of which are timed, and not with the layers alone fused."""
+"""Models of more blocks take longer for a step, fewer of which are timed, and not with the layers alone fused. Those of
+fewer have few checkpoints, which are not offloaded."""
 
 
 def skipped(name: str, case: Case) -> bool:
     """Whether a stack is not measured on a case, to save time."""
     stack = STACKS[name]
-    return (stack.captured and case.tokens > CAPTURED_TOKENS) or (stack.fuse == "layers" and case.blocks > FEW_BLOCKS)
+    deep = case.blocks > FEW_BLOCKS
+    if stack.offloaded and not (case.checkpointing and deep):
+        return True
+    return (stack.captured and case.tokens > CAPTURED_TOKENS) or (stack.fuse == "layers" and deep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +252,8 @@ def _model(stack: Stack, case: Case, device: torch.device, folder: Path | None) 
     if stack.fuse:
         import fastlora
 
-        options: dict[str, Any] = {"blocks": True, "liger": stack.liger} if stack.fuse == "blocks" else {}
+        liger = "captured" if stack.liger and stack.captured else stack.liger
+        options: dict[str, Any] = {"blocks": True, "liger": liger} if stack.fuse == "blocks" else {}
         fastlora.accelerate(model, **options)
     return model
 
@@ -306,6 +315,7 @@ def train_step(model: Any, stack: Stack, case: Case, device: torch.device) -> Ca
     """One step of a stack on a case from the start of its adapters: the loss of the batch before it."""
     from fastlora.bench import models
     from fastlora.training import step as steps
+    from fastlora.training.offload import offload_checkpoints
 
     models.restart(model, 0)
     model.train()
@@ -314,6 +324,8 @@ def train_step(model: Any, stack: Stack, case: Case, device: torch.device) -> Ca
         parameter.grad = None
     if stack.process != "Unsloth":
         models.checkpoint(model, case.checkpointing, captured=stack.captured)
+    if stack.offloaded:
+        offload_checkpoints(model)
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
     (ids,) = models.token_batches(case.config(), case.batch, case.length, device, 0, 1)
 
@@ -369,9 +381,14 @@ def measure(
     """A stack on a case."""
     step = train_step(model, STACKS[name], case, device)
     warm_up, timed = (WARM_UP, TIMED) if case.blocks <= FEW_BLOCKS else (2, 4)
+    # What a replay writes to was allocated when the graph was captured.
+    captured = STACKS[name].captured
+    if device.type == "cuda" and captured:
+        torch.cuda.reset_peak_memory_stats(device)
     losses = [step() for _ in range(warm_up)]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "cuda" and not captured:
         torch.cuda.reset_peak_memory_stats(device)
     ms, more = time_steps(step, device, timed)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -404,11 +421,11 @@ def here(
     from fastlora.bench import layer, timing
 
     cases, ceiling = list(cases), None
+    model: Any = None
+    key: Any = None
     for name in sorted(names, key=list(STACKS).index):
         stack = STACKS[name]
         reason = missing(stack)
-        model: Any = None
-        key: Any = None
         for case in cases:
             if skipped(name, case):
                 continue
@@ -418,7 +435,7 @@ def here(
             try:
                 # What Unsloth and compilers make of a model is for one length and one way of checkpointing.
                 special = stack.process == "Unsloth" or stack.compiled or stack.captured
-                wanted = (case.model, case.blocks, *((case.title,) if special else ()))
+                wanted = (case.model, case.blocks, stack.fuse, stack.liger, *((name, case.title) if special else ()))
                 if key != wanted:
                     model, key = None, None
                     _free(device)
@@ -535,7 +552,8 @@ class _Child:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """What the fastest of our stacks is to reach on a case."""
+    """What the fastest of our stacks is to reach on a case: where memory counts, of those that need no more than
+    Unsloth, if there are any."""
 
     over_unsloth: float
     over_peft: float
@@ -556,9 +574,12 @@ GOALS: dict[Case, Goal] = {
 
 
 def goal_rows(case: Case, found: Iterable[Measured], goal: Goal) -> list[Row]:
-    """The goals of a case, for the fastest of our stacks."""
+    """The goals of a case, for one of our stacks: see `Goal`."""
     by_name = {one.stack: one for one in found}
     ours = [one for one in by_name.values() if STACKS[one.stack].fuse and one.absent is None]
+    most = by_name[UNSLOTH].peak_bytes if UNSLOTH in by_name else None
+    if goal.memory and most is not None:
+        ours = [one for one in ours if one.peak_bytes is not None and one.peak_bytes <= most] or ours
     best = max(ours, key=lambda one: one.tokens_per_second, default=None)
     rows = []
     for peer, bound in ((UNSLOTH, goal.over_unsloth), (PEFT, goal.over_peft)):
@@ -645,7 +666,7 @@ def _matrix(model: str, blocks: int = 8) -> Part:
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
-OURS = (LAYERS, f"{LAYERS}, CUDA graph", BLOCKS, f"{BLOCKS}, CUDA graph", BLOCKS_LIGER, f"{BLOCKS_LIGER}, CUDA graph")
+OURS = tuple(name for name, stack in STACKS.items() if stack.fuse and not stack.compiled)
 PARTS: dict[str, Part] = {
     "goals": Part((PEFT, *OURS, UNSLOTH), tuple(GOALS), _SMALL[:1]),
     "breakdown": Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, UNSLOTH), _SMALL, _SMALL),
@@ -703,6 +724,7 @@ def by_case(part: Part, found: Iterable[Measured]) -> Iterator[Row]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=NAMES, nargs="*", default=list(DEFAULT))
+    parser.add_argument("--stacks", choices=list(STACKS), nargs="*", help="of those that the parts have; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny models, which a CPU can run")
     parser.add_argument("--out", type=Path, help="folder of the record; default: bench/results")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -713,7 +735,7 @@ def main() -> None:
         return
     from fastlora.bench import run
 
-    for table, path in run.train(args.only, quick=args.quick, out=args.out):
+    for table, path in run.train(args.only, quick=args.quick, out=args.out, stacks=args.stacks):
         print(table, path, sep="\n")
 
 

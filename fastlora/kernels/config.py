@@ -386,27 +386,12 @@ def pack(block_r: int) -> TileConfig:
     return TileConfig(block_n=max(16, 2048 // block_r), block_k=max(16, 4096 // block_r), block_r=block_r, num_stages=1)
 
 
-@functools.lru_cache(maxsize=1024)
-def gated(m: int, r: int, dtype: torch.dtype, device: Device) -> TileConfig:
-    """Tiles of a gated activation that also multiplies what it makes by an adapter: ``block_m`` rows in steps of
-    ``block_n`` columns."""
-    block_r = power_of_two(max(r, 1), _MIN_DOT, 128)
-    config = TileConfig(16 if m <= 16 else 32, 64 if block_r > 32 else 128, 16, block_r, num_warps=4, num_stages=3)
-    # Three streams are read, and up to two tiles of adapters.
-    stage = (3 * config.block_m * config.block_n + 2 * config.block_n * block_r) * dtype.itemsize
-    return _fit(config, 3 * config.block_m * block_r, stage, device)
+def gated() -> TileConfig:
+    """Tiles of a gated activation."""
+    return _GATED
 
 
-def gated_plain() -> TileConfig:
-    """Tiles of a gated activation alone."""
-    return _GATED_PLAIN
-
-
-_GATED_PLAIN = TileConfig(block_m=16, block_n=256, num_warps=4, num_stages=1)
-
-PROJECT_IN_ACTIVATION = True
-"""Whether the activation of a gated MLP also projects what it makes by the adapters that read it, which saves them a
-pass over it."""
+_GATED = TileConfig(block_m=16, block_n=256, num_warps=4, num_stages=1)
 
 
 def split(size: int, block: int, tiles: int, device: Device) -> int:

@@ -1,4 +1,4 @@
-"""The activation of a gated MLP, h = act(gate) * up, forward and backward, alone or with the adapters that read it.
+"""The activation of a gated MLP, h = act(gate) * up, forward and backward.
 
     silu        act(g) = g sigmoid(g)
     gelu        act(g) = g (1 + erf(g / sqrt 2)) / 2
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastlora.kernels import config
 from fastlora.kernels.launch import jit, on_device, with_rows
-from fastlora.kernels.tile import cast, dot
+from fastlora.kernels.tile import cast
 
 
 @triton.jit
@@ -103,128 +103,18 @@ def gated_backward_kernel(
     tl.store(h_ptr + m * N + n, h, mask=inside)
 
 
-@jit(do_not_specialize=["M"])
-def gated_project_kernel(
-    gate_ptr,  # (M, N), rows stride_gate apart
-    up_ptr,  # (M, N), rows stride_up apart
-    h_ptr,  # (M, N), contiguous
-    a_ptr,  # (R, N), contiguous
-    u_ptr,  # (M, R)
-    M,
-    N,
-    R,
-    stride_gate,
-    stride_up,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """All columns of BLOCK_M rows of h, and of u = h A^T, a program; the first of the second axis stores h."""
-    dtype: tl.constexpr = h_ptr.dtype.element_ty
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    rows = tl.where(tl.program_id(1) == 0, M, 0)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = (m < M) & (n[None, :] < N)
-        gate = tl.load(gate_ptr + m * stride_gate + n[None, :], mask=inside, other=0.0)
-        up = tl.load(up_ptr + m * stride_up + n[None, :], mask=inside, other=0.0)
-        a = tl.load(
-            a_ptr + r[None, :].to(tl.int64) * N + n[:, None], mask=(r[None, :] < R) & (n[:, None] < N), other=0.0
-        )
-        h = product_tile(gate, up, ACTIVATION)
-        tl.store(h_ptr + m * N + n[None, :], h, mask=(m < rows) & (n[None, :] < N))
-        acc = dot(h, a, acc)
-    tl.store(u_ptr + m * R + r[None, :], cast(acc, dtype), mask=(m < M) & (r[None, :] < R))
-
-
-@jit(do_not_specialize=["M"])
-def gated_backward_project_kernel(
-    gate_ptr,  # (M, N), rows stride_gate apart
-    up_ptr,  # (M, N), rows stride_up apart
-    dh_ptr,  # (M, N), contiguous
-    dgate_ptr,  # (M, N), rows stride_d apart; may be gate
-    dup_ptr,  # (M, N), rows stride_d apart; may be up
-    h_ptr,  # (M, N), contiguous; may be dh
-    b_gate_ptr,  # (N, S), rows stride_b apart
-    b_up_ptr,  # (N, S), rows stride_b apart
-    du_gate_ptr,  # (M, S), rows stride_du apart
-    du_up_ptr,  # (M, S), rows stride_du apart
-    M,
-    N,
-    S,
-    stride_gate,
-    stride_up,
-    stride_d,
-    stride_b,
-    stride_du,
-    JOINED: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """`gated_backward_kernel` of BLOCK_M rows with du = dgate B_gate and du = dup B_up; JOINED: one du, their sum."""
-    dtype: tl.constexpr = gate_ptr.dtype.element_ty
-    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M))[:, None].to(tl.int64)
-    r = tl.arange(0, BLOCK_R)
-    acc_gate = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    acc_up = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for n0 in range(0, N, BLOCK_N):
-        n = n0 + tl.arange(0, BLOCK_N)
-        inside = (m < M) & (n[None, :] < N)
-        gate = tl.load(gate_ptr + m * stride_gate + n[None, :], mask=inside, other=0.0)
-        up = tl.load(up_ptr + m * stride_up + n[None, :], mask=inside, other=0.0)
-        dh = tl.load(dh_ptr + m * N + n[None, :], mask=inside, other=0.0)
-        at = n[:, None].to(tl.int64) * stride_b + r[None, :]
-        narrow = (n[:, None] < N) & (r[None, :] < S)
-        b_gate = tl.load(b_gate_ptr + at, mask=narrow, other=0.0)
-        b_up = tl.load(b_up_ptr + at, mask=narrow, other=0.0)
-        dgate, dup, h = gradient_tile(gate, up, dh, ACTIVATION)
-        tl.store(dgate_ptr + m * stride_d + n[None, :], dgate, mask=inside)
-        tl.store(dup_ptr + m * stride_d + n[None, :], dup, mask=inside)
-        tl.store(h_ptr + m * N + n[None, :], h, mask=inside)
-        acc_gate = dot(dgate, b_gate, acc_gate)
-        if JOINED:
-            acc_gate = dot(dup, b_up, acc_gate)
-        else:
-            acc_up = dot(dup, b_up, acc_up)
-    target, mask = m * stride_du + r[None, :], (m < M) & (r[None, :] < S)
-    tl.store(du_gate_ptr + target, cast(acc_gate, dtype), mask=mask)
-    if not JOINED:
-        tl.store(du_up_ptr + target, cast(acc_up, dtype), mask=mask)
-
-
-WIDEST = 64
-"""Rank up to which the backward pass holds the sums of both projections beside its tiles."""
-
-
-def forward(
-    gate: torch.Tensor, up: torch.Tensor, activation: str, lora_a: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """h = act(gate) * up (M, N), and u = h A^T (M, R) where ``lora_a`` (R, N), of gate's type, is given."""
+def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """h = act(gate) * up (M, N)."""
     gate, up = with_rows(gate), with_rows(up)
     m, n = gate.shape
     h = gate.new_empty(m, n)
+    tiles = config.gated()
     with on_device(gate):
-        if lora_a is None:
-            tiles = config.gated_plain()
-            gated_kernel[(triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m))](
-                gate, up, h, m, n, gate.stride(0), up.stride(0),
-                ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **tiles.launch(),
-            )  # fmt: skip
-            return h, None
-        r = lora_a.shape[0]
-        u = gate.new_empty(m, r)
-        tiles = config.gated(m, r, gate.dtype, config.Device.of(gate.device))
-        gated_project_kernel[(triton.cdiv(m, tiles.block_m), triton.cdiv(r, tiles.block_r))](
-            gate, up, h, lora_a.contiguous(), u, m, n, r, gate.stride(0), up.stride(0),
-            ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_R=tiles.block_r,
-            **tiles.launch(),
+        gated_kernel[(triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m))](
+            gate, up, h, m, n, gate.stride(0), up.stride(0),
+            ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **tiles.launch(),
         )  # fmt: skip
-        return h, u
+    return h
 
 
 def backward(
@@ -234,38 +124,13 @@ def backward(
     dh = dh.contiguous()
     out, h, (gate, up, dgate, dup) = _targets(gate, up, dh, in_place)
     m, n = gate.shape
-    tiles = config.gated_plain()
+    tiles = config.gated()
     with on_device(gate):
         gated_backward_kernel[(triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m))](
             gate, up, dh, dgate, dup, h, m, n, gate.stride(0), up.stride(0), dgate.stride(0),
             ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **tiles.launch(),
         )  # fmt: skip
     return out, h
-
-
-def backward_project(
-    gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, activation: str, b: torch.Tensor, parts: int,
-    *, in_place: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """`backward`, and du (M, parts S) of the projections that made gate and up.
-
-    ``b`` (2 N, parts S): their adapters, block diagonal for ``parts`` = 2 projections, one for a joint one. S is at
-    most `WIDEST`.
-    """
-    dh = dh.contiguous()
-    out, h, (gate, up, dgate, dup) = _targets(gate, up, dh, in_place)
-    (m, n), s = gate.shape, b.shape[1] // parts
-    du = gate.new_empty(m, b.shape[1])
-    tiles = config.gated(m, s, gate.dtype, config.Device.of(gate.device))
-    last = (parts - 1) * s
-    with on_device(gate):
-        gated_backward_project_kernel[(triton.cdiv(m, tiles.block_m),)](
-            gate, up, dh, dgate, dup, h, b, b[n:, last:], du, du[:, last:], m, n, s,
-            gate.stride(0), up.stride(0), dgate.stride(0), b.stride(0), du.stride(0),
-            JOINED=parts == 1, ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            BLOCK_R=tiles.block_r, **tiles.launch(),
-        )  # fmt: skip
-    return out, du, h
 
 
 def _targets(

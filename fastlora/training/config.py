@@ -173,6 +173,8 @@ class TrainConfig(BaseModel):
             raise ValueError("set only one of text_column, messages_column and prompt_column + completion_column")
         if self.offload_checkpoints and not self.gradient_checkpointing:
             raise ValueError("offload_checkpoints needs gradient_checkpointing: set both or neither")
+        if self.offload_checkpoints and self.step != "eager":
+            raise ValueError("offload_checkpoints moves checkpoints beside a step that is launched: set step eager")
         if (self.blocks or self.liger) and self.backend == "peft":
             raise ValueError("blocks and liger belong to fastlora's layers: backend peft has neither")
         self._check_method()

@@ -69,7 +69,9 @@ class Method:
         """Fuse the layers of the adapted model; fastlora's report, None where PEFT's layers are to stay."""
         from fastlora.training import model as models
 
-        return models.accelerate(model, self.config.backend, blocks=self.config.blocks, liger=self.config.liger)
+        config = self.config
+        liger = "captured" if config.liger and config.step == "cuda_graphs" else config.liger
+        return models.accelerate(model, config.backend, blocks=config.blocks, liger=liger)
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Parameter groups of the optimizer; None for those of the trainer."""

@@ -292,7 +292,7 @@ def check_backend(backend: str) -> None:
         raise UserError(f"backend: {backend!r} is not one of {', '.join(names)}; {near(backend, names)}")
 
 
-def accelerate(model: nn.Module, backend: str, *, blocks: bool = False, liger: bool = False) -> Any:
+def accelerate(model: nn.Module, backend: str, *, blocks: bool = False, liger: bool | str = False) -> Any:
     """Fuses the LoRA layers of ``model`` and returns fastlora's report; None when ``backend`` is peft.
 
     blocks, liger: as for `fastlora.accelerate`. Raises UserError where Liger is missing or does not know the model.

@@ -582,6 +582,36 @@ def test_liger_keeps_to_the_rest_and_is_undone(liger: list[dict[str, Any]]) -> N
     assert library.apply_rotary_pos_emb is rope
 
 
+def test_liger_without_what_a_graph_cannot_hold(liger: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    library = sys.modules["liger_kernel.transformers"]
+    inner = library.apply_liger_kernel_to_llama
+    losses = []
+
+    def apply_liger_kernel_to_llama(
+        rope: bool = True,
+        cross_entropy: bool = True,
+        fused_linear_cross_entropy: bool = True,
+        rms_norm: bool = True,
+        model: Any = None,
+    ) -> None:
+        losses.append((cross_entropy, fused_linear_cross_entropy))
+        inner(rope, cross_entropy, rms_norm, False, model)
+
+    monkeypatch.setattr(library, "apply_liger_kernel_to_llama", apply_liger_kernel_to_llama)
+    model = architectures.make("llama")
+    report = accelerate(model, "torch", liger="captured")
+    restore(model)
+    assert report.liger == ("rope", "rms_norm")
+    assert "rope, rms_norm (not its cross-entropy, which a CUDA graph cannot hold)" in str(report)
+    report = accelerate(model, "torch", liger=True)
+    restore(model)
+    assert report.liger == ("rope", "cross_entropy", "fused_linear_cross_entropy", "rms_norm")
+    assert "not its cross-entropy" not in str(report)
+    assert losses == [(False, False), (True, True)]
+    with pytest.raises(ValueError, match="liger is True, False or 'captured', not 'all'"):
+        accelerate(model, "torch", liger="all")
+
+
 def test_liger_without_kernels_for_a_model(liger: list[dict[str, Any]]) -> None:
     with pytest.raises(ValueError, match="no kernels for models of type 'qwen2'"):
         accelerate(architectures.make("qwen2"), liger=True)

@@ -173,7 +173,7 @@ def few_rows(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
 
 
 def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
-    """Projections of one x, and the gated activation with and without the adapters that read it."""
+    """Projections of one x, and the gated activation."""
     k, m = 512, 300
     x = torch.empty(m, k, dtype=dtype)
     for sizes, r, adapter_dtype in (((512, 256), 16, torch.float32), ((512, 72, 40), 24, dtype), ((512,), 130, dtype)):
@@ -188,7 +188,7 @@ def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
         stacked.project_gradients(dy.split(sizes, 1), adapters, dtype)
         stacked.gradients(dy, u, x, du, adapters, adapter_dtype, adapter_dtype)
         if compiler.device.capability >= (9, 0):
-            stacked.forward(x, weights, adapters, [None] * len(sizes), u=u)
+            stacked.forward(x, weights, adapters, [None] * len(sizes))
             stacked.input_gradient(dy, du, weights, adapters)
     both, dh = torch.empty(m, 2 * k, dtype=dtype), torch.empty(m, k, dtype=dtype)
     gate, up = both.chunk(2, 1)
@@ -196,11 +196,6 @@ def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
         compiler.case = f"{activation} {dtype}"
         gated.forward(gate, up, activation)
         gated.backward(gate, up, dh, activation, in_place=True)
-        for r in (16, 64):
-            gated.forward(gate, up, activation, torch.empty(r, k, dtype=dtype))
-            for parts in (1, 2):
-                b = torch.empty(2 * k, parts * r, dtype=dtype)
-                gated.backward_project(gate, up, dh, activation, b, parts, in_place=True)
 
 
 def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:

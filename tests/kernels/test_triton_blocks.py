@@ -152,8 +152,7 @@ def test_packed_adapters(group: Group) -> None:
 def test_forward(group: Group) -> None:
     y, u = stacked.forward(group.x, group.weights, group.adapters, group.biases)
     group.hold("y", list(y.split(group.case.sizes, 1)))
-    again, _ = stacked.forward(group.x, group.weights, group.adapters, group.biases, u=u)
-    assert torch.equal(again, y)
+    assert torch.equal(u, stacked.project(group.x, group.adapters))
 
 
 @accelerated
@@ -274,50 +273,12 @@ def hold(actual: torch.Tensor, name: str, gate: Any, up: Any, dh: Any, activatio
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_gated(size: tuple[int, int], dtype: torch.dtype, activation: str, kernel_device: str) -> None:
     gate, up, dh = tiles(*size, dtype, kernel_device)
-    h, u = gated.forward(gate, up, activation)
-    assert u is None
+    h = gated.forward(gate, up, activation)
     hold(h, "h", gate, up, dh, activation)
     d, again = gated.backward(gate, up, dh, activation)
     assert torch.equal(again, h)
     for name, part in zip(("dgate", "dup"), d.chunk(2, 1), strict=True):
         hold(part, name, gate, up, dh, activation)
-
-
-def project(h: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """h A^T in their type, and the truth."""
-    return h @ a.T, h.double() @ a.double().T
-
-
-@ACTIVATION
-@DTYPE
-@pytest.mark.parametrize("r", [3, 16, 150])
-def test_gated_with_the_next_adapter(r: int, dtype: torch.dtype, activation: str, kernel_device: str) -> None:
-    gate, up, _ = tiles(33, 200, dtype, kernel_device)
-    a = (torch.randn(r, 200, device=kernel_device) / 14).to(dtype)
-    h, u = gated.forward(gate, up, activation, a)
-    assert torch.equal(h, gated.forward(gate, up, activation)[0])
-    assert_close(u, *project(h, a), "u")
-
-
-@ACTIVATION
-@DTYPE
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize(("parts", "s"), [(1, 16), (2, 16), (2, 64)])
-def test_gated_backward_with_adapters(
-    parts: int, s: int, in_place: bool, dtype: torch.dtype, activation: str, kernel_device: str
-) -> None:
-    n = 136
-    gate, up, dh = tiles(33, n, dtype, kernel_device)
-    b = (torch.randn(2 * n, parts * s, device=kernel_device) / 12).to(dtype)
-    if parts == 2:
-        b[:n, s:] = b[n:, :s] = 0
-    d, h = gated.backward(gate, up, dh, activation)
-    got, du, got_h = gated.backward_project(gate, up, dh, activation, b, parts, in_place=in_place)
-    assert torch.equal(got, d)
-    assert torch.equal(got_h, h)
-    assert_close(du, *project(d, b.T), "du")
-    assert (got.data_ptr() == gate.data_ptr()) == in_place
-    assert (got_h.data_ptr() == dh.data_ptr()) == in_place
 
 
 @ACTIVATION

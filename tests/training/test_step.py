@@ -238,13 +238,16 @@ def test_checkpointed_blocks_repeat_their_random_numbers_unless_told_not_to() ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_graph_replays_the_step(checkpointing: bool) -> None:
+@pytest.mark.parametrize("options", [{}, {"blocks": True}, {"blocks": True, "liger": "captured"}], ids=str)
+def test_a_graph_replays_the_step(options: dict[str, Any], checkpointing: bool) -> None:
+    if options.get("liger"):
+        pytest.importorskip("liger_kernel.transformers")
     device = torch.device("cuda")
     config = models.config("llama-3-8b", 2, 97, **(SIZES | {"head_dim": 64}))
     results = []
     for kind in ("eager", "captured"):
         model = models.adapt(models.base(config, device), r=4)
-        fastlora.accelerate(model)
+        fastlora.accelerate(model, **options)
         models.checkpoint(model.train(), checkpointing, captured=kind == "captured")
         steps.use_causal_attention(model.get_base_model())
         optimizer = torch.optim.AdamW([p for _, p in models.adapters(model)], lr=1e-2, fused=True)
@@ -262,6 +265,7 @@ def test_a_graph_replays_the_step(checkpointing: bool) -> None:
             losses.append(step({"ids": ids}).item())
             optimizer.step()
             optimizer.zero_grad()
+        fastlora.restore(model)
         assert captured.failure is None
         assert (len(captured._graphs) == 1) == (kind == "captured")
         results.append(losses)

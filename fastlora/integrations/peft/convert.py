@@ -37,20 +37,24 @@ def _situation(layer: Any) -> str | Situation:
     return kind.fastlora_situation(layer) if issubclass(kind, FusedMethod) else situation(layer)
 
 
-def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool = False) -> Report:
+def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool | str = False) -> Report:
     """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights; so, too, the
     layers of VeRA and AdaLoRA.
 
     model: a PEFT model, or any module with such layers inside, on a bitsandbytes 4-bit or a dense base.
     backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
     blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`.
-    liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model.
+    liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model; "captured":
+        all but the cross-entropy, which reads the number of labels on the host, so that a step can be a CUDA graph.
 
     Returns the report of every LoRA layer: fused, or left to PEFT and why; and of every block. Raises ValueError when
-    the model has no PEFT LoRA layer, the backend is unknown, or Liger has no kernels for the model, RuntimeError when a
-    named backend cannot run on these layers, ImportError when Liger is not installed; the model is then unchanged.
+    the model has no PEFT LoRA layer, the backend or ``liger`` is unknown, or Liger has no kernels for the model,
+    RuntimeError when a named backend cannot run on these layers, ImportError when Liger is not installed; the model is
+    then unchanged.
     """
     _check_backend(backend)
+    if liger not in (True, False, "captured"):
+        raise ValueError(f"liger is True, False or 'captured', not {liger!r}")
     if liger:
         liger_kernels.check(model)
     layers = list(_lora_layers(model))
@@ -67,7 +71,9 @@ def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False,
         convert(layer, backend)
     joint.separate(model)
     joined = tuple(joint.join(model)) if blocks else ()
-    report = Report(tuple(reports), joined, liger_kernels.apply(model) if liger else ())
+    without = liger_kernels.LOSSES if liger == "captured" else ()
+    replaced = liger_kernels.apply(model, without) if liger else ()
+    report = Report(tuple(reports), joined, replaced, bool(without))
     if not report.replaced:
         warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
     return report

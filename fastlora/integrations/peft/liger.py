@@ -18,6 +18,8 @@ _ABSENT = object()
 _RECORD = "fastlora_liger"
 _OWN_MLP = ("swiglu", "geglu")
 """What Liger would do to the MLP, whose layers are fused here."""
+LOSSES = ("cross_entropy", "fused_linear_cross_entropy")
+"""What asks the device how many labels count, which a CUDA graph cannot."""
 
 _applied: dict[str, tuple[int, dict[str, Any]]] = {}
 """For each changed module of transformers: how many models are as Liger left them, and what its names meant before."""
@@ -50,11 +52,11 @@ def check(model: nn.Module) -> None:
     _function(model)
 
 
-def apply(model: nn.Module) -> tuple[str, ...]:
-    """Have Liger change ``model``, unless it has; returns the names of what it replaced."""
+def apply(model: nn.Module, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Have Liger change ``model``, unless it has, ``without`` what is named; returns the names of what it replaced."""
     base, function = _base(model), _function(model)
     parameters = inspect.signature(function).parameters
-    options = {name: False for name in _OWN_MLP if name in parameters}
+    options = {name: False for name in (*_OWN_MLP, *without) if name in parameters}
     replaced = tuple(
         name
         for name, parameter in parameters.items()

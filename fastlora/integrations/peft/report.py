@@ -52,6 +52,8 @@ class Report:
     """Empty where blocks were not asked for."""
     liger: tuple[str, ...] = ()
     """What Liger kernels replaced; empty where they were not asked for."""
+    captured: bool = False
+    """Whether Liger's cross-entropy was left out for the sake of CUDA graphs."""
 
     @property
     def joined(self) -> list[BlockReport]:
@@ -78,7 +80,8 @@ class Report:
         if self.blocks:
             lines += ["", *self._blocks()]
         if self.liger:
-            lines += ["", f"Liger kernels: {', '.join(self.liger)}"]
+            loss = " (not its cross-entropy, which a CUDA graph cannot hold)" if self.captured else ""
+            lines += ["", f"Liger kernels: {', '.join(self.liger)}{loss}"]
         return "\n".join(lines)
 
     def _blocks(self) -> list[str]:
