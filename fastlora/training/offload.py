@@ -78,7 +78,8 @@ class Pipe:
         self._last: Callable[[], _Kept | None] = lambda: None
 
     def pack(self, t: torch.Tensor) -> Any:
-        if not t.is_floating_point():
+        # A checkpoint also saves an empty tensor, which lies on the CPU.
+        if not t.is_floating_point() or not t.numel():
             return t
         self._drop_coming()
         t = t.detach()  # not the graph that made it
