@@ -161,7 +161,9 @@ def _chosen_form(
     kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), "packed", r)
     if measured := tables.fastest_form("cuda", able, device, kind, m, n, k, captured):
         return measured
-    return "library" if able[0] == "tile" and m > tables.TILE_ROWS else able[0]
+    if "tile" in able and m in tables.TILE_ROWS:
+        return "tile"
+    return "few_rows" if "few_rows" in able else "library"
 
 
 def _adapters(

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from fastlora import native
+from fastlora import native, tables
 from fastlora.nf4 import BLOCKSIZES, CODES, NF4Weight
 
 REASON = native.available("cpu")
@@ -217,3 +217,48 @@ def test_cuda_runs_on_the_current_stream() -> None:
     out.zero_()
     graph.replay()
     assert torch.equal(bits(out), bits(want))
+
+
+@pytest.mark.parametrize(
+    ("capability", "m", "sizes", "direction", "form"),
+    [
+        ((9, 0), 1, (4096, 4096, 16), "forward", "few_rows"),
+        ((9, 0), 16, (4096, 4096, 16), "forward", "few_rows"),
+        ((9, 0), 17, (4096, 4096, 16), "forward", "tile"),
+        ((9, 0), 512, (4096, 4096, 16), "backward", "tile"),
+        ((9, 0), 513, (4096, 4096, 16), "forward", "library"),
+        ((9, 0), 64, (4096, 4064, 16), "forward", "few_rows"),  # in_features is no multiple of 64
+        ((9, 0), 100, (4096, 4096, 7), "forward", "tile"),
+        ((9, 0), 100, (4096, 4096, 7), "backward", "library"),  # du has no aligned rows
+        ((9, 0), 4, (4095, 4096, 16), "forward", "library"),
+        ((8, 0), 32, (4096, 4096, 16), "forward", "few_rows"),
+        ((8, 6), 32, (4096, 4096, 16), "forward", "library"),
+        ((10, 0), 65, (4096, 4096, 16), "forward", "library"),
+    ],
+)
+def test_the_form_without_a_table(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    m: int,
+    sizes: tuple[int, int, int],
+    direction: str,
+    form: str,
+) -> None:
+    n, k, r = sizes
+    device = tables.Device("cuda", "A GPU", ".".join(map(str, capability)), 100)
+    monkeypatch.setattr(native, "_device", lambda index: (capability, device))
+    with tables.use(tables.Tables()):
+        assert native._chosen_form(m, n, k, 64, torch.bfloat16, 0, r, direction, False) == form
+
+
+def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tables.Device("cuda", "A GPU", "9.0", 100)
+    monkeypatch.setattr(native, "_device", lambda index: ((9, 0), device))
+    kind = tables.Class("forward", "16-bit", "packed", 16)
+    times = tables.Times(
+        {"torch": 1.0, "cuda:library": 2.0, "cuda:tile": 3.0}, {"cuda:library": 3.0, "cuda:tile": 2.0, "torch": 9.0}
+    )
+    known = tables.Tables((tables.Table(device, {kind: {(64, 4096, 4096): times}}),))
+    with tables.use(known):
+        assert native._chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", False) == "library"
+        assert native._chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", True) == "tile"

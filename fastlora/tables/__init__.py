@@ -45,9 +45,10 @@ PERSISTENT_WITH_LAUNCHES = 2**36
 STACKED = 2**35
 """Without a table: multiplications from which on projections of one x take less GPU time stacked than one by one. q, k
 and v of 2048 rows have 2^35.6 of them; half the rows leave a quarter of the multiprocessors without a tile."""
-TILE_ROWS = 512
-"""Without a table: rows up to which a tensor core product that decodes the weight in its tiles (compute capability 9.0)
-takes less time than making the weight dense for library products, as measured on an H200."""
+TILE_ROWS = range(17, 513)
+"""Without a table: rows for which a tensor core product that decodes the weight in its tiles (compute capability 9.0)
+takes less time than the kernels for fewer rows, and than making the weight dense for library products, as measured on
+an H200."""
 SPLIT_ROWS = range(9, 129)
 """Without a table: rows for which Triton's product that reads the packed weight once, its reduced side split among
 programs, takes the GPU less time than C++, though its launches cost the host more. Its tiles hold no more rows than
