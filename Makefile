@@ -20,7 +20,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test $(VENV)/.build
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # PEFT's own test files with and without fused layers: half an hour and more.
 peft-tests: $(VENV)/.test $(VENV)/.build
