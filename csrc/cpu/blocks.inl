@@ -27,8 +27,7 @@ class Blocks {
   float absmax(int64_t element) const {
     const int64_t block = element >> shift_;
     if (!w_.nested) return w_.absmax[block];
-    const float product = w_.absmax_code[w_.absmax_q[block]] * w_.absmax_scale[block >> 8];
-    return product + offset_;
+    return nested_absmax(w_.absmax_code[w_.absmax_q[block]], w_.absmax_scale[block / kNestedBlocksize], offset_);
   }
 
   alignas(64) float code_[kCodes];

@@ -65,9 +65,13 @@ struct Numeric<__half> {
   }
 };
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
 // 16 bytes from global to shared memory behind the computation; zeros where `inside` is false.
 __device__ __forceinline__ void copy_async(void* target, const void* source, bool inside) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(target));
+  const uint32_t address = shared_address(target);
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(source), "r"(bytes) : "memory");
 }
@@ -142,42 +146,6 @@ __device__ __forceinline__ void fill_tables(const PackedWeight& w, float2* bytes
 #pragma unroll
   for (int i = 0; i < kCodes; ++i) bytes[i * kThreads + threadIdx.x] = make_float2(codes[i], low);
   if (w.nested) statistics[threadIdx.x] = __ldg(w.absmax_code + threadIdx.x);
-}
-
-// A table of 8 bytes for each byte of W, a copy for each lane. It lies where entry and lane are two bytes of an address
-// and the other two are constant, so that one permutation makes the address.
-constexpr int kLaneTableBytes = 256 * 32 * static_cast<int>(sizeof(uint2));
-constexpr int kTableAt = 1 << 16;  // in shared memory
-static_assert(kTableAt % kLaneTableBytes == 0);
-
-// Fills it with all threads of the block: entry(high, low) of the values of both nibbles. The caller synchronises.
-template <int kBlockThreads, typename Entry>
-__device__ __forceinline__ void fill_lane_table(const PackedWeight& w, uint2* table, Entry entry) {
-  const float* codes = kCodeValues + (w.quant_type == QuantType::kFP4 ? kCodes : 0);
-#pragma unroll 8
-  for (int i = static_cast<int>(threadIdx.x); i < 256 * 32; i += kBlockThreads) {
-    table[i] = entry(codes[i / (32 * kCodes)], codes[i / 32 % kCodes]);
-  }
-}
-
-struct LaneTable {
-  uint32_t place;  // of the lane in the first entry
-
-  // `window`: where the block's shared memory begins.
-  __device__ __forceinline__ LaneTable(uint32_t window, int lane)
-      : place(window + static_cast<uint32_t>(kTableAt + lane * static_cast<int>(sizeof(uint2)))) {}
-  // What `look_up` takes to look up byte `byte` of a word.
-  static __device__ __forceinline__ uint32_t select(int byte) { return 0x7604u | static_cast<uint32_t>(byte) << 4; }
-  __device__ __forceinline__ uint2 look_up(uint32_t word, uint32_t selector) const {
-    uint2 entry;
-    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(entry.x), "=r"(entry.y) : "r"(__byte_perm(word, place, selector)));
-    return entry;
-  }
-};
-
-// An entry of two float32 values, both multiplied by `absmax`.
-__device__ __forceinline__ float2 scaled(uint2 codes, float absmax) {
-  return make_float2(__fmul_rn(__uint_as_float(codes.x), absmax), __fmul_rn(__uint_as_float(codes.y), absmax));
 }
 
 // Asks for `bytes` from `base` on, so that they wait in the cache for a step that will need them late.
@@ -276,7 +244,7 @@ struct Sums {
 #pragma unroll 4
     for (int i = static_cast<int>(threadIdx.x); i < tokens * share; i += kThreads) {
       const int token = i >> log2_share, row = static_cast<int>(rank) * share + (i & (share - 1));
-      const auto local = static_cast<uint32_t>(__cvta_generic_to_shared(&at(0, token, row)));
+      const uint32_t local = shared_address(&at(0, token, row));
       // All loads are under way before the first sum: each takes as long as one from the L2 cache.
       float value[kMaxRanks];
 #pragma unroll

@@ -15,10 +15,6 @@ namespace fastlora {
 
 constexpr int kWarpgroup = 128;  // threads
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -63,6 +59,42 @@ struct Ring {
   __device__ __forceinline__ int slot() const { return static_cast<int>(used % kSlots); }
   __device__ __forceinline__ uint32_t parity() const { return used / kSlots % 2; }
 };
+
+// A table of 8 bytes for each byte of W, a copy for each lane. It lies where entry and lane are two bytes of an address
+// and the other two are constant, so that one permutation makes the address.
+constexpr int kLaneTableBytes = 256 * 32 * static_cast<int>(sizeof(uint2));
+constexpr int kTableAt = 1 << 16;  // in shared memory
+static_assert(kTableAt % kLaneTableBytes == 0);
+
+// Fills it with all threads of the block: entry(high, low) of the values of both nibbles. The caller synchronises.
+template <int kBlockThreads, typename Entry>
+__device__ __forceinline__ void fill_lane_table(const PackedWeight& w, uint2* table, Entry entry) {
+  const float* codes = kCodeValues + (w.quant_type == QuantType::kFP4 ? kCodes : 0);
+#pragma unroll 8
+  for (int i = static_cast<int>(threadIdx.x); i < 256 * 32; i += kBlockThreads) {
+    table[i] = entry(codes[i / (32 * kCodes)], codes[i / 32 % kCodes]);
+  }
+}
+
+struct LaneTable {
+  uint32_t place;  // of the lane in the first entry
+
+  // `window`: where the block's shared memory begins.
+  __device__ __forceinline__ LaneTable(uint32_t window, int lane)
+      : place(window + static_cast<uint32_t>(kTableAt + lane * static_cast<int>(sizeof(uint2)))) {}
+  // What `look_up` takes to look up byte `byte` of a word.
+  static __device__ __forceinline__ uint32_t select(int byte) { return 0x7604u | static_cast<uint32_t>(byte) << 4; }
+  __device__ __forceinline__ uint2 look_up(uint32_t word, uint32_t selector) const {
+    uint2 entry;
+    asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(entry.x), "=r"(entry.y) : "r"(__byte_perm(word, place, selector)));
+    return entry;
+  }
+};
+
+// An entry of two float32 values, both multiplied by `absmax`.
+__device__ __forceinline__ float2 scaled(uint2 codes, float absmax) {
+  return make_float2(__fmul_rn(__uint_as_float(codes.x), absmax), __fmul_rn(__uint_as_float(codes.y), absmax));
+}
 
 // The descriptor of a matrix in shared memory, 64 elements of two bytes a row, as a box with a swizzle of 128 bytes
 // leaves it. 16 elements further: + 2.
