@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlora.linear import FastLoRALinear, NF4Linear, lora_linear
 from fastlora.nf4 import NF4Weight
-from fastlora.ops import for_graphs
+from fastlora.tables import for_graphs
 
 if TYPE_CHECKING:
     from fastlora.integrations.peft import accelerate, fused, merge, register, restore

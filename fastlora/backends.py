@@ -79,11 +79,7 @@ def this_machine() -> Machine:
     """The machine this process runs on."""
     triton = None if importlib.util.find_spec("triton") else "triton is not installed (extra: triton)"
     interpreted = triton is None and os.environ.get("TRITON_INTERPRET") == "1"
-    capability = gpu = None
-    if torch.cuda.is_available():
-        p = torch.cuda.get_device_properties(torch.cuda.current_device())
-        capability = (p.major, p.minor)
-        gpu = tables.Device("cuda", p.name, f"{p.major}.{p.minor}", p.multi_processor_count)
+    capability, gpu = native.gpu(torch.cuda.current_device()) if torch.cuda.is_available() else (None, None)
     vectors = torch.backends.cpu.get_cpu_capability()
     cpu = tables.Device("cpu", vectors, vectors, torch.get_num_threads())
     amx = bool(torch.cpu._is_amx_tile_supported())

@@ -137,7 +137,8 @@ def forms(
 
 
 @functools.cache
-def _device(index: int | None) -> tuple[tuple[int, int], tables.Device]:
+def gpu(index: int | None) -> tuple[tuple[int, int], tables.Device]:
+    """The compute capability of a GPU, and the GPU as the tables know it; the current one for None."""
     p = torch.cuda.get_device_properties(index)
     capability = (p.major, p.minor)
     return capability, tables.Device("cuda", p.name, f"{p.major}.{p.minor}", p.multi_processor_count)
@@ -156,7 +157,7 @@ def _chosen_form(
     m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, index: int | None, r: int, direction: str,
     captured: bool,
 ) -> str:  # fmt: skip
-    capability, device = _device(index)
+    capability, device = gpu(index)
     able = forms(m, n, k, r, blocksize, capability, direction)
     kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), "packed", r)
     if measured := tables.fastest_form("cuda", able, device, kind, m, n, k, captured):

@@ -80,17 +80,6 @@ def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, b
 
 
 @contextlib.contextmanager
-def for_graphs() -> Iterator[None]:
-    """Within it, ``backend="auto"`` chooses by the GPU's time alone, as is right for calls captured in a CUDA graph.
-
-    To be entered around the warm-up as well: a kernel that runs for the first time inside a capture would have to be
-    compiled there. It holds for every thread of the process, since a backward pass runs in another one.
-    """
-    with tables.for_graphs():
-        yield
-
-
-@contextlib.contextmanager
 def _no_autocast(device_type: str) -> Iterator[None]:
     torch.set_autocast_enabled(device_type, False)
     try:

@@ -11,7 +11,7 @@ import torch
 from tolerance import assert_close
 
 from fastlora import activation as plain
-from fastlora import blocks, groups, ops, reference
+from fastlora import blocks, groups, ops, reference, tables
 from fastlora.activation import ACTIVATIONS
 from fastlora.blocks import Projection, gated_mlp, lora_linears
 from fastlora.nf4 import NF4Weight
@@ -422,7 +422,7 @@ def test_fewer_products_are_stacked_for_a_graph(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(groups.tables, "STACKED", least)
         monkeypatch.setattr(groups.tables, "PERSISTENT_WITH_LAUNCHES", most)
         found = [isinstance(groups.form(x, inner, "auto"), groups.Stacked)]
-        with ops.for_graphs():
+        with tables.for_graphs():
             found.append(isinstance(groups.form(x, inner, "auto"), groups.Stacked))
         assert tuple(found) == stacks
 
@@ -436,7 +436,7 @@ def test_large_groups_stack_on_a_gpu() -> None:
     x = torch.empty(8192, 4096, dtype=torch.bfloat16, device="cuda")
     assert isinstance(groups.form(x, projections, "auto"), groups.Stacked)
     assert isinstance(groups.form(x[:16], projections, "auto"), groups.Each)
-    with ops.for_graphs():
+    with tables.for_graphs():
         assert isinstance(groups.form(x[:2048], projections, "auto"), groups.Stacked)
         assert isinstance(groups.form(x[:1024], projections, "auto"), groups.Each)
 

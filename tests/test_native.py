@@ -246,14 +246,14 @@ def test_the_form_without_a_table(
 ) -> None:
     n, k, r = sizes
     device = tables.Device("cuda", "A GPU", ".".join(map(str, capability)), 100)
-    monkeypatch.setattr(native, "_device", lambda index: (capability, device))
+    monkeypatch.setattr(native, "gpu", lambda index: (capability, device))
     with tables.use(tables.Tables()):
         assert native._chosen_form(m, n, k, 64, torch.bfloat16, 0, r, direction, False) == form
 
 
 def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     device = tables.Device("cuda", "A GPU", "9.0", 100)
-    monkeypatch.setattr(native, "_device", lambda index: ((9, 0), device))
+    monkeypatch.setattr(native, "gpu", lambda index: ((9, 0), device))
     kind = tables.Class("forward", "16-bit", "packed", 16)
     times = tables.Times(
         {"torch": 1.0, "cuda:library": 2.0, "cuda:tile": 3.0}, {"cuda:library": 3.0, "cuda:tile": 2.0, "torch": 9.0}

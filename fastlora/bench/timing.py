@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastlora.ops import for_graphs
+from fastlora.tables import for_graphs
 
 Call = Callable[[int], Any]
 """One call of a variant. The argument counts the calls, for rotating among copies of the inputs."""

@@ -13,13 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora.kernels import config
 from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.tile import cast
-
-_BLOCK_M, _BLOCK_N = 16, 256
-_STRIP = 128
-"""Rows whose products one program adds up."""
-_BLOCK_NORM = 32
 
 
 @jit(do_not_specialize=["M"])
@@ -122,15 +118,15 @@ def row_norm_kernel(
 
 
 def _grid(m: int, n: int, rows: int) -> tuple[int, int]:
-    return triton.cdiv(n, _BLOCK_N), triton.cdiv(m, rows)
+    return triton.cdiv(n, config.columns().block_n), triton.cdiv(m, rows)
 
 
 def scaled(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, rest: torch.Tensor | None) -> torch.Tensor:
     """(z - bias) * gain + bias + rest of the type of z (M, N), for gain and bias (N,) and rest (M, N)."""
-    m, n = z.shape
+    tiles, (m, n) = config.columns(), z.shape
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     with on_device(z):
-        scaled_kernel[_grid(m, n, _BLOCK_M)](
+        scaled_kernel[_grid(m, n, tiles.block_m)](
             z.contiguous(),
             gain,
             None if bias is None else bias.contiguous(),
@@ -138,9 +134,9 @@ def scaled(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, rest:
             y,
             m,
             n,
-            BLOCK_M=_BLOCK_M,
-            BLOCK_N=_BLOCK_N,
-            num_warps=4,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            num_warps=tiles.num_warps,
         )
     return y
 
@@ -150,9 +146,9 @@ def scaled_gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """dz = dy * gain of the type of dy (M, N), where needed, and the column sums (N,) of
     dy * (z - bias), where z is given."""
-    m, n = dy.shape
+    tiles, (m, n) = config.columns(), dy.shape
     dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dz else None
-    columns, strips = _grid(m, n, _STRIP)
+    columns, strips = _grid(m, n, config.COLUMN_STRIP)
     sums = None if z is None else torch.empty(strips, n, dtype=torch.float32, device=dy.device)
     with on_device(dy):
         scaled_gradients_kernel[columns, strips](
@@ -164,10 +160,10 @@ def scaled_gradients(
             sums,
             m,
             n,
-            BLOCK_M=_BLOCK_M,
-            BLOCK_N=_BLOCK_N,
-            STRIP=_STRIP,
-            num_warps=4,
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            STRIP=config.COLUMN_STRIP,
+            num_warps=tiles.num_warps,
         )
     return dz, None if sums is None else sums.sum(0)
 
@@ -189,7 +185,7 @@ def row_norm(
     b = with_rows(b)
     norm, gain = (torch.empty(n, dtype=torch.float32, device=b.device) for _ in range(2))
     with on_device(b):
-        row_norm_kernel[(triton.cdiv(n, _BLOCK_NORM),)](
+        row_norm_kernel[(triton.cdiv(n, config.ROW_NORMS),)](
             cross.contiguous(),
             gram.contiguous(),
             b,
@@ -201,7 +197,7 @@ def row_norm(
             n,
             r,
             b.stride(0),
-            BLOCK_N=_BLOCK_NORM,
+            BLOCK_N=config.ROW_NORMS,
             BLOCK_R=triton.next_power_of_2(r),
             num_warps=4,
         )

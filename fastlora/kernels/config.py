@@ -365,12 +365,22 @@ def dropout() -> TileConfig:
     return _DROPOUT
 
 
+def columns() -> TileConfig:
+    """Tiles of the passes that scale the columns of a whole matrix."""
+    return _COLUMNS
+
+
 def dequantize_words() -> TileConfig:
     """32-bit words that one block of the fast dequantizer decodes (``block_n``), two a thread."""
     return _DEQUANTIZE_WORDS
 
 
 _DROPOUT = TileConfig(block_m=16, block_k=256, num_warps=4)
+_COLUMNS = TileConfig(block_m=16, block_n=256, num_warps=4)
+COLUMN_STRIP = 128
+"""Rows whose products one program of a sum of columns adds up."""
+ROW_NORMS = 32
+"""Rows whose norms one program makes."""
 _DEQUANTIZE_WORDS = TileConfig(block_n=512, num_warps=8, num_stages=1)
 
 

@@ -498,7 +498,11 @@ def captured() -> bool:
 
 @contextlib.contextmanager
 def for_graphs() -> Iterator[None]:
-    """Let the GPU's time alone count, in every thread of the process."""
+    """Within it, ``backend="auto"`` chooses by the GPU's time alone, as is right for calls captured in a CUDA graph.
+
+    To be entered around the warm-up as well: a kernel that runs for the first time inside a capture would have to be
+    compiled there. It holds for every thread of the process, since a backward pass runs in another one.
+    """
     global _scopes_for_graphs
     _scopes_for_graphs += 1
     try:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.ops import for_graphs
+from fastlora.tables import for_graphs
 
 CAUSAL = "fastlora_causal"
 """The attention implementation that `use_causal_attention` sets."""
