@@ -197,9 +197,8 @@ def base_model(shape: Shape, device: torch.device) -> Any:
     """A random Llama in NF4, nested, that computes in bfloat16 (float32 on a CPU)."""
     import transformers
 
-    from fastlora.training import model as models
+    from fastlora.bench import models
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = transformers.LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -210,23 +209,7 @@ def base_model(shape: Shape, device: torch.device) -> Any:
         max_position_embeddings=shape.tokens,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = transformers.LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    bnb = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    models.quantize_in_place(model, bnb, 64, device)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
-    return model
+    return models.trainable(config, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 class Stepper:

@@ -105,6 +105,26 @@ def base(config: Any, device: torch.device, *, seed: int = 0, dtype: torch.dtype
     return model
 
 
+def trainable(config: Any, device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """As `base`, by transformers' own quantizer, which its Trainer asks for: all layers are dense at first."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from fastlora.training import model as models
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    options = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    models.quantize_in_place(model, options, 64, device)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it would repack the bytes in place
+    model.config.use_cache = False
+    return model
+
+
 def quantize_linears(model: Any, dtype: torch.dtype) -> None:
     """Turn the dense linear layers of ``model``, but its head, into bitsandbytes' 4-bit layers, one after another."""
     import bitsandbytes as bnb

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 import fastlora
+from fastlora.bench import models as random_models
 from fastlora.bench import real
 from fastlora.bench.record import Row
 from fastlora.training import model as models
@@ -80,31 +81,6 @@ _SHAPES = {
 }  # fmt: skip
 
 
-def _random_model(device: torch.device, shape: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A Llama of random weights in NF4 that computes in ``dtype``."""
-    hf = models.transformers()
-    torch.manual_seed(0)
-    options = hf.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = hf.LlamaForCausalLM(hf.LlamaConfig(**shape))
-    finally:
-        torch.set_default_dtype(before)
-    models.quantize_in_place(model, options, 64, device)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    model.config.use_cache = False
-    return model
-
-
 def _random_text(count: int, length: int = 64) -> real.Rows:
     """Rows in which each token follows from the one before by one of a few rules."""
     generator = torch.Generator().manual_seed(1)
@@ -125,7 +101,8 @@ def _prepare(model: str, device: torch.device, plan: Plan) -> tuple[Any, real.Ro
     if model == "llama-3-8b":
         shape["num_hidden_layers"] = plan.llama_layers
     name = f"{shape['num_hidden_layers']} layers of hidden size {shape['hidden_size']}, random weights"
-    return _random_model(device, shape), _random_text(plan.steps * plan.batch_size), _any_tokenizer(), name
+    config = models.transformers().LlamaConfig(**shape)
+    return random_models.trainable(config, device), _random_text(plan.steps * plan.batch_size), _any_tokenizer(), name
 
 
 def _any_tokenizer() -> Any:
