@@ -144,6 +144,9 @@ def _training_tables(results: Path) -> str:
         blocks.append(f"{_source(path, data)}.")
         if (name := _bars_name(path, data, rows)) is not None:
             blocks.append(f"![tokens a second and memory of a training step]({PLOTS}/{name}.png)")
+        if "curves" in data:
+            blocks += [f"![loss of a training step]({PLOTS}/{_curves_name(path)}.png)", rows_table(rows)]
+            continue
         cases = _by_stack(rows)
         for case, stacks in cases.items():
             blocks += [f"### {case}", _stacks_table(stacks)]
@@ -180,6 +183,29 @@ def _bars_name(path: Path, data: dict[str, Any], rows: list[Row]) -> str | None:
     if data.get("gpu") and any(row.value is not None and row.metric.startswith("tokens/s,") for row in rows):
         return f"{path.parent.name}-{_slug(path.stem)}"
     return None
+
+
+def _curves_name(path: Path) -> str:
+    return f"{path.parent.name}-{_slug(path.stem)}"
+
+
+def curves(found: dict[str, list[dict[str, Any]]], title: str, stem: Path) -> None:
+    """The training loss of every stack, the mean over the seeds and their spread, as PNG and SVG."""
+    with _drawing() as pyplot:
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for i, (stack, seeds) in enumerate(found.items()):
+            steps = list(zip(*(seed["losses"] for seed in seeds), strict=True))
+            numbers = range(1, len(steps) + 1)
+            mean = [sum(losses) / len(losses) for losses in steps]
+            width = 3.0 if i == 0 else 1.2
+            axes.plot(numbers, mean, "-" if i == 0 else "--", color=f"C{i}", linewidth=width, label=stack)
+            if i == 0:
+                low, high = [min(losses) for losses in steps], [max(losses) for losses in steps]
+                axes.fill_between(numbers, low, high, color=f"C{i}", alpha=0.15, label=f"{stack}, seeds", linewidth=0)
+        axes.set(xlabel="step", ylabel="training loss", title=title)
+        axes.grid(True, alpha=0.2)
+        axes.legend(fontsize=8)
+        _save(figure, stem)
 
 
 def _value(found: dict[str, dict[str, Row]], stack: str, what: str) -> float | None:
@@ -427,6 +453,11 @@ def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
         if (name := _bars_name(path, data, rows)) is not None:
             stem = docs / PLOTS / name
             bars(rows, f"QLoRA training step, bf16, r = 16, NF4, AdamW, {data['gpu']}", stem)
+            written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
+        if "curves" in data:
+            stem = docs / PLOTS / _curves_name(path)
+            case = next(row.case for row in rows)
+            curves(data["curves"], f"{case}, {data.get('gpu') or 'CPU'}", stem)
             written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
     methods_page = docs / "methods.md"
     if methods_page.is_file():

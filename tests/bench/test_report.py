@@ -130,3 +130,19 @@ def test_report_of_a_synthetic_record(tmp_path: Path) -> None:
     assert "gone" not in drawn
     report.write(results, docs, readme)
     assert svg.read_text() == drawn, "the same record must give the same bytes"
+
+
+def test_loss_curves_of_a_training_record_are_drawn_and_their_rows_shown(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing (extra: bench)")
+    results, docs, readme = tmp_path / "results", tmp_path / "docs", tmp_path / "README.md"
+    readme.write_text(MARKERS)
+    found = {stack: [{"losses": [3.0, 2.0], "evaluation": 1.5}] for stack in ("HF + PEFT", "fastlora blocks")}
+    rows = [Row("a model", "distance, fastlora blocks", 0.25, 0.5), Row("a model", "evaluation loss, HF + PEFT", 1.5)]
+    record.write("train_loss", rows, {"curves": found}, results)
+    report.write(results, docs, readme)
+    page = (docs / "benchmarks.md").read_text()
+    assert "| a model | evaluation loss, HF + PEFT | 1.5 |" in page
+    assert "| a model | distance, fastlora blocks | 0.25 | <= 0.5 | pass |" in page
+    (link,) = re.findall(r"\]\((plots/[^)]*)\)", page)
+    drawn = (docs / link).with_suffix(".svg").read_text()
+    assert all(f"<!-- {stack}" in drawn for stack in found)
