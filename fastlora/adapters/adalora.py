@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora import ops
 from fastlora.adapters.rank import Change, move_state
 
 _STABLE = 1e-5
@@ -31,10 +32,37 @@ _STABLE = 1e-5
 _PARTS = ("lora_A", "lora_E", "lora_B")
 
 
-def factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """lora_a (R, K) with the singular values and the scale in it, lora_b (N, R), and 1."""
-    scale = layer.scaling[adapter] / (layer.ranknum[adapter] + _STABLE)
-    return layer.lora_A[adapter] * (layer.lora_E[adapter] * scale), layer.lora_B[adapter], 1.0
+class _Weighted(torch.autograd.Function):
+    """E * A for lora_e (R, 1) and lora_a (R, K)."""
+
+    @staticmethod
+    def forward(ctx: Any, lora_a: torch.Tensor, lora_e: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(lora_a, lora_e)
+        return lora_a * lora_e
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        lora_a, lora_e = ctx.saved_tensors
+        da = g * lora_e if ctx.needs_input_grad[0] else None
+        de = torch.linalg.vecdot(g, lora_a).unsqueeze(1) if ctx.needs_input_grad[1] else None
+        return da, de
+
+
+def factors(layer: Any, adapter: str) -> tuple[torch.Tensor, torch.Tensor, float | torch.Tensor]:
+    """lora_a (R, K) with the singular values in it, lora_b (N, R), and the scale."""
+    scaled = _Weighted.apply(layer.lora_A[adapter], layer.lora_E[adapter])
+    return scaled, layer.lora_B[adapter], layer.scaling[adapter] * _share(layer, adapter)
+
+
+def _share(layer: Any, adapter: str) -> float | torch.Tensor:
+    """1 / R, as PEFT takes it from a tensor that may be on a GPU: read once, for as long as it stays what it is."""
+    rank = layer.ranknum[adapter]
+    if ops.must_dispatch(rank) or rank.is_inference():
+        return 1 / (rank.view(()) + _STABLE)
+    known = layer.__dict__.get("fastlora_share")
+    if known is None or known[0] is not rank or known[1] != rank._version:
+        known = layer.fastlora_share = rank, rank._version, 1 / (float(rank) + _STABLE)
+    return known[2]
 
 
 def layers(model: nn.Module, adapter: str = "default") -> dict[str, Any]:
@@ -58,8 +86,8 @@ def penalty(model: nn.Module, adapter: str = "default") -> torch.Tensor:
     norms = []
     for group in by_shape.values():
         t = torch.stack(group)
-        gram = t @ t.mT
-        norms.append(torch.linalg.vector_norm(gram - torch.eye(gram.shape[-1]).to(gram), dim=(1, 2)))
+        one = torch.eye(t.shape[1], dtype=t.dtype, device=t.device)
+        norms.append(torch.linalg.vector_norm(torch.baddbmm(one, t, t.mT, beta=-1), dim=(1, 2)))
     return torch.cat(norms).mean()
 
 

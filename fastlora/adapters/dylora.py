@@ -4,12 +4,14 @@ Parameter-Efficient Tuning of Pretrained Models using Dynamic Search-Free Low Ra
     b ~ uniform(min_rank .. R), drawn for each step
     y = x W^T + (alpha / b) * (x A[:b]^T) B[:, :b]^T            (alpha / sqrt(b) for rsLoRA)
 
-Only the b rows are computed. With ``frozen`` the rows before the b-th are constants of the step, as in the paper's
-cheaper form, in which each row learns when it is the last.
+Only the b rows are computed. (On a GPU up to the next multiple of 8, with zeros in B from b on: its fast products want
+rows of 16-bit factors to begin at multiples of 16 bytes.) With ``frozen`` the rows before the b-th are constants of the
+step, as in the paper's cheaper form, in which each row learns when it is the last.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -18,6 +20,57 @@ from torch import nn
 
 from fastlora.adapters import rank as ranks
 from fastlora.adapters.variant import Factors, Variant, require_layers, set_variant
+
+_ALIGNED = 8
+"""16-bit elements in the 16 bytes at whose multiples rows must begin for the fast products of a GPU."""
+
+
+def computed(rank: int, full: int, device: torch.device) -> int:
+    """How many rows of A, of the ``full`` ones that there are, a layer multiplies by where it uses ``rank`` of them."""
+    return min(full, -(-rank // _ALIGNED) * _ALIGNED) if device.type == "cuda" else rank
+
+
+class _Nested(torch.autograd.Function):
+    """The first ``size`` rows of A and columns of B, the latter zero from the b-th on; those from ``first`` to b learn.
+
+    One node for both, whose backward fills whole gradients: slices take a node each, and more launches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, lora_a: torch.Tensor, lora_b: torch.Tensor, first: int, b: int, size: int) -> Any:
+        ctx.first, ctx.b, ctx.full = first, b, lora_a.shape[0]
+        part = lora_b[:, :size]
+        if b < size:
+            part = part * _ones(0, b, size, lora_b)
+        return lora_a[:size], part
+
+    @staticmethod
+    def backward(ctx: Any, da: torch.Tensor | None, db: torch.Tensor | None) -> Any:
+        first, b, full = ctx.first, ctx.b, ctx.full
+        if da is not None and (first or da.shape[0] < full):  # else rows from b on have no gradient: B is zero there
+            whole = da.new_zeros(full, da.shape[1])
+            whole[first:b] = da[first:b]
+            da = whole
+        if db is not None and (first or b < full):
+            if db.shape[1] == full:
+                db = db * _ones(first, b, full, db)
+            else:
+                whole = db.new_zeros(db.shape[0], full)
+                whole[:, first:b] = db[:, first:b]
+                db = whole
+        return da, db, None, None, None
+
+
+@functools.lru_cache(maxsize=256)
+def _mask(first: int, b: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        i = torch.arange(size, device=device)
+        return ((i >= first) & (i < b)).to(dtype)
+
+
+def _ones(first: int, b: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """(size,): ones from ``first`` to b, zeros elsewhere."""
+    return _mask(first, b, size, like.dtype, like.device)
 
 
 class DyLoRA(Variant):
@@ -50,11 +103,9 @@ class DyLoRA(Variant):
         b = self.rank if layer.training else self.eval_rank
         lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         scale = scale_at(layer, adapter, b)
-        if self.frozen and layer.training and b > 1:
-            lora_a = torch.cat((lora_a[: b - 1].detach(), lora_a[b - 1 : b]))
-            lora_b = torch.cat((lora_b[:, : b - 1].detach(), lora_b[:, b - 1 : b]), 1)
-            return lora_a, lora_b, scale
-        return lora_a[:b], lora_b[:, :b], scale
+        size = computed(b, lora_a.shape[0], lora_a.device)
+        first = b - 1 if self.frozen and layer.training else 0
+        return *_Nested.apply(lora_a, lora_b, first, b, size), scale
 
 
 def scale_at(layer: Any, adapter: str, rank: int) -> float:

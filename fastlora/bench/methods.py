@@ -293,15 +293,13 @@ def _stepped(name: str, base: Any, plain: Stepper, size: Shape, device: torch.de
 
 def _against_peft(case: str, this: Stepper, size: Shape, device: torch.device) -> list[Row]:
     """The speed-up over PEFT's layers, in turns with them, and the memory that they need."""
-    fast, stock = [], []
-    for i in range(size.rounds + 1):
-        samples = []
-        for on in (True, False):
+    fast: list[float] = []
+    stock: list[float] = []
+    for _ in range(size.rounds):
+        for on, samples in ((True, fast), (False, stock)):
             this.fused(on)
+            this()  # what layers keep from step to step is made anew by their first
             samples.append(timing._wall(this, 1, device))
-        if i:
-            fast.append(samples[0])
-            stock.append(samples[1])
     peak = timing.peak_memory(this, device)  # PEFT's layers are there now
     this.fused(True)
     fast.sort()

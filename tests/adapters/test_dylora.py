@@ -58,11 +58,54 @@ def test_only_the_active_rank_is_computed() -> None:
     assert (lora_a.shape[0], lora_b.shape[1]) == (2, 2)
 
 
-def test_gradcheck() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("multiple", [2, 3, 8])
+def test_padded_ranks_compute_the_same(multiple: int, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the rank is rounded up; 3 of 4 rows lie between what is used and what there is."""
+    results = []
+    for padded in (False, True):
+        if padded:
+            monkeypatch.setattr(
+                dylora, "computed", lambda rank, full, device: min(full, -(-rank // multiple) * multiple)
+            )
+        for b in (1, 2, 3, 4):
+            model = stack()
+            nested = dylora.enable(model, frozen=frozen)
+            nested.rank = b
+            x = batch()[0].requires_grad_()
+            y = model(x)
+            y.square().sum().backward()
+            results.append([y.detach(), x.grad, *(p.grad for p in trained(model))])
+    for want, got in zip(results[:4], results[4:], strict=True):
+        for a, t in zip(got, want, strict=True):
+            torch.testing.assert_close(a, t, rtol=1e-10, atol=1e-10)
+
+
+def test_rounded_ranks() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [dylora.computed(b, 20, cpu) for b in (1, 7, 20)] == [1, 7, 20]
+    assert [dylora.computed(b, 20, gpu) for b in (1, 8, 9, 17, 20)] == [8, 8, 16, 20, 20]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_gradcheck(size: int, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dylora, "computed", lambda rank, full, device: size)
     layer = stack()[0]
-    dylora.enable(layer).rank = 2
+    dylora.enable(layer, frozen=frozen).rank = 2
     x = batch()[0][:2].requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_gradcheck_of_the_factors(size: int) -> None:
+    a, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 6), (5, 4)))
+
+    def run(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        part_a, part_b = dylora._Nested.apply(a, b, 0, 2, size)
+        return part_b @ part_a
+
+    assert torch.autograd.gradcheck(run, (a, b))
 
 
 def test_every_rank_is_usable_after_training() -> None:

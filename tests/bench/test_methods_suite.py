@@ -59,6 +59,32 @@ def test_fused_and_stock_are_one_model() -> None:
         assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_first_step_after_a_change_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes again what layers keep: a step that is slow after each change must not show in the ratio."""
+    calls: list[str] = []
+
+    class Fake:
+        def fused(self, on: bool) -> None:
+            self.on = on
+            calls.append("fused" if on else "stock")
+
+        def __call__(self, _: int = 0) -> None:
+            calls.append("step")
+
+    fake = Fake()
+
+    def wall(call: Any, count: int, device: torch.device) -> float:
+        first = calls[-1] != "step"
+        call()
+        return 1e6 if first else (10.0 if fake.on else 30.0)
+
+    monkeypatch.setattr(methods.timing, "_wall", wall)
+    (row,) = methods._against_peft("case", fake, methods.SMALL, CPU)  # type: ignore[arg-type]
+    assert row.value == 3.0
+    assert calls.count("step") == 4 * methods.SMALL.rounds
+    assert calls[-1] == "fused"
+
+
 def test_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
         Row("lora, here", "step ms", 12.0),

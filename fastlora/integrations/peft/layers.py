@@ -13,7 +13,7 @@ from fastlora import ops
 from fastlora.integrations.peft.forward import mixed_forward
 from fastlora.integrations.peft.situation import Situation, mixed_situation, situation
 
-_CACHES = ("fastlora_weight", "fastlora_norms")
+_CACHES = ("fastlora_weight", "fastlora_norms", "fastlora_share")
 
 
 class _Slot(threading.local):
