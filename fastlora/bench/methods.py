@@ -238,9 +238,10 @@ class Stepper:
                 self.method.accelerate(self.model)
             return
         fastlora.restore(self.model)
-        from fastlora.integrations import bitsandbytes
+        from fastlora.integrations import bitsandbytes, prefix
 
         bitsandbytes.unfuse(self.model)
+        prefix.disable(self.model)
 
     def __call__(self, _: int = 0) -> None:
         self.method.step_begins(self.model, self.steps)

@@ -339,6 +339,13 @@ class Prefix(_FusedBase):
     def peft_config(self) -> Any:
         return require("peft").PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.config.virtual_tokens)
 
+    def accelerate(self, model: nn.Module) -> Any:
+        if self.config.backend != "peft":
+            from fastlora.integrations import prefix
+
+            prefix.enable(model)
+        return super().accelerate(model)
+
 
 class _OwnFiles(_FusedBase):
     """Methods that PEFT does not know: the file holds the trained parameters, the configuration how to make them."""
