@@ -84,3 +84,16 @@ def enable(model: nn.Module, adapter: str = "default") -> int:
         layer.lora_magnitude_vector = nn.ModuleDict({adapter: Magnitude(norm.to(lora_a.dtype))})
         layer.lora_variant[adapter] = DoRA()
     return len(layers)
+
+
+def keep_type(model: nn.Module, adapter: str = "default") -> int:
+    """Let DoRA on PEFT's layers, once they are fused, return the type of its input, as LoRA does.
+
+    PEFT's DoRA does so too, but not on a GPU over a 4-bit base under autocast: there it returns float32. All that
+    follows (rotary embeddings, activations, the residual stream) is then computed and kept in twice the bytes. Returns
+    how many layers are concerned.
+    """
+    layers = require_layers(model, adapter)
+    for _, layer in layers:
+        layer.fastlora_keeps_type = True
+    return len(layers)

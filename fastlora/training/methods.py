@@ -154,6 +154,12 @@ class Dora(Method):
         config.use_dora = True
         return config
 
+    def accelerate(self, model: nn.Module) -> Any:
+        from fastlora.adapters import dora
+
+        dora.keep_type(model)
+        return super().accelerate(model)
+
 
 class Vera(Method):
     def peft_config(self) -> Any:

@@ -74,3 +74,48 @@ def test_what_cannot_be() -> None:
     x = torch.randn(2, 8)
     with pytest.raises(ValueError, match="DoRA needs a rank"):
         dora_linear(x, torch.randn(6, 8), torch.empty(0, 8), torch.empty(6, 0), torch.ones(6))
+
+
+def test_the_type_of_the_input_is_kept_where_it_is_asked_for() -> None:
+    """On a GPU under autocast PEFT's DoRA returns float32 over a 4-bit base, and so do fused layers unless told."""
+    peft = pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    import fastlora
+    from fastlora.integrations.peft import forward
+
+    model = peft_mlp(peft.LoraConfig(r=4, use_dora=True, target_modules=["up", "down"]))
+    fastlora.accelerate(model)
+    layer = model.base_model.model.up
+    packed, matrix = base_weight(layer.base_layer), torch.empty(128, 64)
+    before = torch.is_autocast_enabled()
+    try:
+        torch.set_autocast_enabled(True)
+        assert forward._stays_wide(layer, packed)
+        assert not forward._stays_wide(layer, matrix)
+        torch.set_autocast_enabled(False)
+        assert not forward._stays_wide(layer, packed)
+        torch.set_autocast_enabled(True)
+        assert dora.keep_type(model) == 2
+        assert not forward._stays_wide(layer, packed)
+    finally:
+        torch.set_autocast_enabled(before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the type differs on a GPU alone")
+@pytest.mark.parametrize("kept", [False, True])
+def test_types_under_autocast_on_a_gpu(kept: bool) -> None:
+    peft = pytest.importorskip("peft")
+    import fastlora
+
+    config = peft.LoraConfig(r=4, use_dora=True, target_modules=["up", "down"])
+    model = peft_mlp(config, dtype=torch.bfloat16).to("cuda")
+    layer, x = model.base_model.model.up, torch.randn(10, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        want = layer(x)
+        fastlora.accelerate(model)
+        if kept:
+            dora.keep_type(model)
+        y = layer(x)
+    assert want.dtype == torch.float32
+    assert y.dtype == (torch.bfloat16 if kept else torch.float32)
+    torch.testing.assert_close(y.float(), want, rtol=2e-2, atol=2e-2)

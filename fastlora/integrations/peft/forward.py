@@ -111,14 +111,20 @@ def mixed_forward(
     return y.to(dtype)
 
 
+def _stays_wide(layer: Any, weight: Weight) -> bool:
+    """Whether PEFT's DoRA returns float32 on a GPU: under autocast its norms, and what they multiply, are of that type,
+    and over a 4-bit base it does not go back to that of x. Not where `fastlora.adapters.dora.keep_type` was called."""
+    autocast = isinstance(weight, NF4Weight) and torch.is_autocast_enabled()
+    return autocast and "fastlora_keeps_type" not in layer.__dict__
+
+
 def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
     """One DoRA adapter of a PEFT layer."""
     _check(x, weight)
     modules = layer._modules
     base = modules["base_layer"]
     x, wide, dtype = compute_type(base, weight, x)
-    if x.is_cuda and isinstance(weight, NF4Weight) and torch.is_autocast_enabled():
-        # There PEFT's norms, and what they multiply, are float32, and it does not go back to the type of x.
+    if x.is_cuda and _stays_wide(layer, weight):
         wide = dtype = torch.promote_types(dtype, torch.float32)
     lora_a, lora_b = _factors(modules, adapter)
     magnitude, scale = modules["lora_magnitude_vector"]._modules[adapter], layer.scaling[adapter]
