@@ -2,6 +2,7 @@
 
 task    SmolLM2-135M learns to answer as the demo's corpus does, once by each method: parameters, loss, step, memory
 shape   blocks as wide as Llama-3-8B's: the time and the memory of a training step against plain LoRA and against PEFT
+modes   what adapters do beside learning: see `fastlora.bench.modes`
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 import torch
 
-from fastlora.bench import timing
+from fastlora.bench import modes, timing
+from fastlora.bench.modes import LLAMA_8B, SMALL, Shape, base_model
 from fastlora.bench.record import Row
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import UserError
@@ -169,49 +171,6 @@ def _trained(name: str, plan: Task, device: torch.device, base: Path, folder: Pa
 # --- the shape of a large model
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Blocks of a model, and the tokens of one step."""
-
-    blocks: int
-    tokens: int
-    hidden: int = 4096
-    intermediate: int = 14336
-    heads: int = 32
-    kv_heads: int = 8
-    vocab: int = 8192
-    r: int = 16
-    rounds: int = 7
-    budget_ms: float = 150.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.blocks} blocks of {self.hidden} x {self.intermediate}, M = {self.tokens}"
-
-
-LLAMA_8B = Shape(8, 4096)
-SMALL = Shape(1, 32, 64, 128, 4, 2, 128, 4, rounds=2, budget_ms=1.0)
-
-
-def base_model(shape: Shape, device: torch.device) -> Any:
-    """A random Llama in NF4, nested, that computes in bfloat16 (float32 on a CPU)."""
-    import transformers
-
-    from fastlora.bench import models
-
-    config = transformers.LlamaConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.tokens,
-        pad_token_id=0,
-    )
-    return models.trainable(config, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-
-
 class Stepper:
     """One method on a copy of a base model, and its training step."""
 
@@ -312,20 +271,31 @@ def _against_peft(case: str, this: Stepper, size: Shape, device: torch.device) -
     return rows
 
 
-PARTS: dict[str, Callable[..., Iterator[list[Row]]]] = {"task": task, "shape": shape}
-QUICK: dict[str, Any] = {"task": Task(2, 1, 4, 2e-3), "shape": SMALL}
+PARTS: dict[str, Callable[..., Iterator[list[Row]]]] = {"task": task, "shape": shape, "modes": modes.rows}
+QUICK: dict[str, Any] = {"task": Task(2, 1, 4, 2e-3), "shape": SMALL, "modes": modes.SMALL}
 
 
-def table(rows: list[Row]) -> str:
-    """A Markdown table with a line for each case and a column for each metric; a missed goal in bold."""
-    metrics = list(dict.fromkeys(row.metric for row in rows))
-    cases: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        cases.setdefault(row.case, {})[row.metric] = row
-    lines = ["| " + " | ".join(("method", *metrics)) + " |", "| " + " | ".join(["---"] * (len(metrics) + 1)) + " |"]
-    for case, found in cases.items():
-        cells = [_cell(found.get(metric)) for metric in metrics]
-        lines.append("| " + " | ".join((case.split(",")[0], *cells)) + " |")
+def table(groups: dict[str, list[Row]]) -> str:
+    """A Markdown table with a line for each method and columns for the metrics of each group; a missed goal in bold.
+
+    groups: by what stands before their columns' names, if anything.
+    """
+    columns: list[tuple[str, str]] = []
+    cells: dict[str, dict[tuple[str, str], Row]] = {}
+    for label, rows in groups.items():
+        columns += [(label, metric) for metric in dict.fromkeys(row.metric for row in rows)]
+        for row in rows:
+            cells.setdefault(row.case.split(",")[0], {})[label, row.metric] = row
+    names = [f"{label} {metric}".strip() for label, metric in columns]
+    lines = ["| " + " | ".join(("method", *names)) + " |", "| " + " | ".join(["---"] * (len(names) + 1)) + " |"]
+    order = [name for name in PLANS if name in cells] + [name for name in cells if name not in PLANS]
+    for method in order:
+        found = cells[method]
+        there = {label for label, _ in found}
+        # Of these plain LoRA's step was measured, which is theirs.
+        same = {label for label in groups if label not in there and method in _SAME_STEP and PLAIN in cells}
+        texts = ["as lora" if label in same else _cell(found.get((label, metric))) for label, metric in columns]
+        lines.append("| " + " | ".join((method, *texts)) + " |")
     return "\n".join(lines)
 
 

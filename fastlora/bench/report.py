@@ -396,21 +396,29 @@ def benchmarks(results: Path) -> str:
 
 
 def methods(results: Path) -> str:
-    """Every method of the committed runs: on the task, and in the shape of a large model."""
-    from fastlora.bench.methods import table
+    """Every method of the committed runs, a line each: in the shape of a large model, and on the task. Then what
+    adapters do beside learning."""
+    from fastlora.bench.methods import PLANS, table
 
-    blocks = []
-    for path in _found(results, "methods.json"):
-        data, rows = record.read(path)
+    sources: list[str] = []
+    groups: dict[str, list[Row]] = {}
+    rest: list[Row] = []
+    records = [(path, *record.read(path)) for path in _found(results, "methods.json")]
+    for path, data, rows in sorted(records, key=lambda found: not found[1].get("gpu")):
         if data.get("quick"):
             continue
-        groups: dict[str, list[Row]] = {}
+        by: dict[str, list[Row]] = {}
         for row in rows:
-            groups.setdefault(row.case.partition(", ")[2], []).append(row)
-        for setting, group in groups.items():
+            method, _, setting = row.case.partition(", ")
+            (by.setdefault(setting, []) if method in PLANS else rest).append(row)
+        for setting, group in by.items():
             bound = [row for row in group if row.goal is not None]
             reached = f", {sum(row.ok for row in bound)} of {len(bound)} goals reached" if bound else ""
-            blocks.append(f"{setting}: {_source(path, data)}{reached}.\n\n{table(group)}")
+            label = f"({len(sources) + 1})"
+            sources.append(f"- {label} {setting}: {_source(path, data)}{reached}.")
+            groups[label] = group
+    blocks = ["\n".join(sources), table(groups)] if groups else []
+    blocks += [rows_table(rest)] if rest else []
     return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite methods` writes the record."
 
 

@@ -91,7 +91,8 @@ def test_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         Row("vera, here", "step ms", 1234.5),
         Row("vera, here", "times plain LoRA", 1.5, 1.3),
     ]
-    text = methods.table(rows)
+    text = methods.table({"": rows})
+    assert "| method | step ms | times plain LoRA |" in text
     assert "| lora | 12 | - |" in text
     assert "| vera | 1,234 | **1.5** |" in text
     record.write("methods", rows, {"quick": False}, tmp_path / "results")
@@ -105,9 +106,54 @@ def test_table_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert page in report.write(tmp_path / "results", tmp_path / "docs", tmp_path / "README.md")
     assert "| vera |" in page.read_text()
     assert "old" not in page.read_text()
+    modes = Row("task switching, here", "us a layer", 2.0, 1000.0)
+    record.write("methods", [*rows, modes], {"quick": False}, tmp_path / "results")
+    text = report.methods(tmp_path / "results")
+    assert "| task switching, here | us a layer | 2 | <= 1000 | pass |" in text
+    assert "| task switching" not in text.split("\n\n")[1]
     quick = tmp_path / "quick"
     record.write("methods", rows, {"quick": True}, quick)
     assert report.methods(quick).startswith("Not measured yet")
+
+
+def test_one_line_a_method_for_all_runs(tmp_path: Path) -> None:
+    """The shape of a large model on a GPU, and the task on a CPU, beside each other."""
+    shape = [
+        Row("lora, 8 blocks", "step ms", 80.0),
+        Row("dora, 8 blocks", "step ms", 90.0),
+        Row("dora, 8 blocks", "times plain LoRA", 1.125, 1.15),
+    ]
+    task = [
+        Row(f"{name}, SmolLM2-135M", "loss after", value)
+        for name, value in (("dora", 3.0), ("lora", 3.5), ("pissa", 3.25))
+    ]
+    for folder, rows, gpu in (("cpu", task, None), ("h200", shape, "NVIDIA H200")):
+        path = tmp_path / folder / "methods.json"
+        path.parent.mkdir()
+        data = {"gpu": gpu, "cpu": "x", "threads": 2, "torch": "2", "commit": "c", "rows": [vars(row) for row in rows]}
+        path.write_text(json.dumps(data))
+    head, text = report.methods(tmp_path).split("\n\n")
+    assert head.splitlines()[0].startswith("- (1) 8 blocks: NVIDIA H200")
+    assert "1 of 1 goals reached" in head.splitlines()[0]
+    assert head.splitlines()[1].startswith("- (2) SmolLM2-135M: CPU (x, 2 threads)")
+    assert text.splitlines()[0] == "| method | (1) step ms | (1) times plain LoRA | (2) loss after |"
+    assert text.splitlines()[2:] == [
+        "| lora | 80 | - | 3.5 |",
+        "| pissa | as lora | as lora | 3.25 |",
+        "| dora | 90 | 1.125 | 3 |",
+    ]
+
+
+def test_rows_of_the_modes() -> None:
+    rows = [row for found in methods.PARTS["modes"](CPU, methods.QUICK["modes"]) for row in found]
+    by = {(row.case.split(",")[0], row.metric): row for row in rows}
+    assert by["task switching", "us a layer"].goal == 1000
+    assert by["task switching", "us a layer, in place"].ok
+    assert by["chunked MLPs", "relative error of gradients"].value < 1e-4  # type: ignore[operator]
+    assert by["int8 adapter", "MiB"].value > by["nf4 adapter", "MiB"].value  # type: ignore[operator]
+    assert 0 < by["int8 adapter", "relative error of its output"].value < 0.02  # type: ignore[operator]
+    assert all(row.value is not None and row.value > 0 for row in rows)
+    assert not any(row.case.split(",")[0] in methods.PLANS for row in rows)
 
 
 def test_the_task_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
