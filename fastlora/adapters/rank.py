@@ -24,8 +24,12 @@ from torch import nn
 
 from fastlora.adapters.variant import require_layers
 
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""Names under which optimizers keep second moments."""
+_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg", "state1")
+"""Names under which optimizers keep first moments, bitsandbytes' last."""
+_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "state2")
+"""Names under which they keep second moments."""
+_ONLY_SQUARES = ("adagrad", "rmsprop")
+"""bitsandbytes' optimizers whose first and only state is a second moment."""
 
 Turn = Callable[[torch.Tensor], torch.Tensor]
 
@@ -43,9 +47,12 @@ class Change:
 def move_state(optimizer: Any, changes: list[Change]) -> None:
     """Put the new parameters where the old ones were in ``optimizer``, PyTorch's or accelerate's, moments included.
 
-    The state of an optimizer that quantizes its moments begins anew for these parameters.
+    A state that is quantized, or of which it is not known how it turns, begins anew for these parameters.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
+    squares = _SQUARES
+    if getattr(optimizer, "optimizer_name", None) in _ONLY_SQUARES:
+        squares = (*_SQUARES, "state1")
     by_id = {id(change.old): change for change in changes}
     for group in optimizer.param_groups:
         group["params"] = [by_id[id(p)].new if id(p) in by_id else p for p in group["params"]]
@@ -56,9 +63,10 @@ def move_state(optimizer: Any, changes: list[Change]) -> None:
         turned = {}
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.dim() > 0:
-                if value.shape != change.old.shape or not value.is_floating_point():
+                known = name in squares or name in _MOMENTS
+                if value.shape != change.old.shape or not value.is_floating_point() or not known:
                     break
-                turned[name] = (change.square if name in _SQUARES else change.moment)(value).contiguous()
+                turned[name] = (change.square if name in squares else change.moment)(value).contiguous()
             else:
                 turned[name] = value
         else:

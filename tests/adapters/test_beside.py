@@ -206,6 +206,13 @@ def test_chunks_give_the_same(tokens: int, base: str) -> None:
         torch.testing.assert_close(parts(x), results[0][0], rtol=1e-4, atol=1e-5)
 
 
+def test_gradcheck_of_chunks() -> None:
+    layer = chunked.chunk(stack(r=2)[0], 2)
+    x = batch()[0][:3].requires_grad_()
+    leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *leaves), fast_mode=True)
+
+
 def test_chunks_with_dropout_recompute_the_same_mask() -> None:
     model = nn.Sequential(
         FastLoRALinear(8, 6, 2, lora_dropout=0.5, init_lora_weights=False, dtype=torch.float64), nn.Tanh()

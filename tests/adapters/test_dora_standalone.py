@@ -30,6 +30,26 @@ def test_against_the_formula() -> None:
     torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", None])
+def test_gradcheck(quant_type: str | None) -> None:
+    """For a norm that is a constant, as the paper has it for the gradients."""
+    layer = stack(quant_type=quant_type)[0]
+    w = base_weight(layer.base_layer)
+    lora_a, lora_b = (part["default"].weight.detach().clone() for part in (layer.lora_A, layer.lora_B))
+    norm = torch.rand(128, dtype=torch.float64) + 0.5
+    inputs = (
+        batch()[0][:2],
+        lora_a,
+        lora_b,
+        torch.rand(128, dtype=torch.float64) + 0.5,
+        layer.base_layer.bias.detach(),
+    )
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, m, bias: dora_linear(x, w, a, b, m, bias, 0.7, norm=norm), leaves, fast_mode=True
+    )
+
+
 def test_it_learns_with_its_magnitude() -> None:
     model = stack(learned=False)
     dora.enable(model)

@@ -98,6 +98,22 @@ def test_any_optimizer_of_bitsandbytes() -> None:
     assert all(group["weight_decay"] == 0.1 for group in optimizer.param_groups)
 
 
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"])
+def test_moments_in_8_bits_move_b_faster(name: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = stack(r=64, dtype=torch.float32)  # bitsandbytes leaves small moments as they are
+    optimizer = lora_plus.optimizer(model, getattr(bnb.optim, name), 1e-4, 8)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = train(model, optimizer, 1, torch.float32)
+    moved = {name: (p - before[name]).abs().amax().item() for name, p in model.named_parameters() if p.requires_grad}
+    for key, distance in moved.items():
+        assert distance == pytest.approx(8e-4 if "lora_B" in key else 1e-4, rel=0.05), key
+    states = [state["state1"].dtype for state in optimizer.state.values()]
+    assert states == [torch.uint8] * 4
+    losses += train(model, optimizer, 6, torch.float32)
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize("values", [(0.0, 16.0), (1e-3, 0.0), (1e-3, -1.0)])
 def test_rates_must_be_positive(values: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="positive"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,52 @@ def test_parameters_are_truly_smaller_and_groups_follow() -> None:
     kept = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.dim())
     assert kept == 2 * 2 * 2 * (64 + 128)
     assert len(optimizer.state) == 4
+
+
+_TORCH = ["Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "SGD", "Adamax", "Rprop", "ASGD"]
+OPTIMIZERS = [("torch", name) for name in _TORCH]
+OPTIMIZERS += [("bitsandbytes", name) for name in ("Adam", "AdamW", "Adagrad", "RMSprop", "SGD", "Lion")]
+
+
+@pytest.mark.parametrize(("package", "name"), OPTIMIZERS)
+def test_every_optimizer_goes_on(package: str, name: str) -> None:
+    """With moments that turn, or from the start: squares that turned as moments do would be below zero."""
+    module: Any = pytest.importorskip(f"{package}.optim")
+    model = stack(r=4, dtype=torch.float32)
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(module, name)(trained(model), lr=1e-3, **options)
+    losses = train(model, optimizer, 2, torch.float32)
+    for r in (2, 6):
+        rank.resize(model, r, optimizer)
+        losses += train(model, optimizer, 2, torch.float32)
+    assert all(math.isfinite(loss) for loss in losses)
+    kept = ("Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "Adadelta", "RMSprop", "SGD", "Lion")
+    rank.resize(model, 3, optimizer)
+    assert bool(optimizer.state) == (name in kept)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adagrad", "RMSprop"])
+def test_moments_of_bitsandbytes_turn_as_those_of_pytorch(name: str) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    names = {"AdamW": {"state1": "exp_avg", "state2": "exp_avg_sq"}, "Adagrad": {"state1": "sum"}}.get(
+        name, {"state1": "square_avg"}
+    )
+    states: list[dict[str, torch.Tensor]] = []
+    for module in (torch.optim, bnb.optim):
+        model = stack(r=4, dtype=torch.float32)
+        optimizer = getattr(module, name)(trained(model), lr=1e-3)
+        loss_of(model, torch.float32).backward()
+        generator = torch.Generator().manual_seed(0)
+        for p in trained(model):
+            optimizer.state[p] = {"step": torch.tensor(1.0)}
+            for own, other in names.items():
+                values = torch.rand(p.shape, generator=generator)
+                optimizer.state[p][other if module is torch.optim else own] = values
+        rank.resize(model, 2, optimizer)
+        states += [optimizer.state[p] for p in trained(model)]
+    for one, other in zip(states[:4], states[4:], strict=True):
+        for key, value in names.items():
+            torch.testing.assert_close(other[key], one[value], rtol=1e-5, atol=1e-6)
 
 
 def test_an_optimizer_that_quantizes_starts_anew() -> None:

@@ -101,6 +101,15 @@ def test_checkpointing_changes_nothing(method: str, options: dict[str, Any], tmp
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lora-plus", "dynamic-rank"])
+def test_moments_in_8_bits(method: str, options: dict[str, Any]) -> None:
+    pytest.importorskip("bitsandbytes")
+    result = run(options, method=method, optim="adamw_8bit", **OPTIONS[method])
+    assert result.eval_loss_before is not None
+    assert result.eval_loss_after is not None
+    assert result.eval_loss_after < result.eval_loss_before
+
+
 def test_ranks_change_and_the_file_says_so(options: dict[str, Any]) -> None:
     result = run(options, method="dynamic-rank", **OPTIONS["dynamic-rank"])
     config = json.loads((result.adapter_path / "adapter_config.json").read_text())
