@@ -50,7 +50,7 @@ def move_state(optimizer: Any, changes: list[Change]) -> None:
     A state that is quantized, or of which it is not known how it turns, begins anew for these parameters.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    squares = _SQUARES
+    squares: tuple[str, ...] = _SQUARES
     if getattr(optimizer, "optimizer_name", None) in _ONLY_SQUARES:
         squares = (*_SQUARES, "state1")
     by_id = {id(change.old): change for change in changes}
