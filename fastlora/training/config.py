@@ -230,7 +230,7 @@ def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None
     Raises UserError, one line, for a missing or broken file, an unknown key (near ones are named), a missing or
     impossible value.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path)) if path is not None else {}
     values.pop("search", None)  # what `fastlora search` reads of the same file
     values |= overrides or {}
     where = f"{path}: " if path is not None else ""
@@ -242,7 +242,8 @@ def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None
         raise UserError(where + "; ".join(problems.values())) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The ``key: value`` lines of a file. Raises UserError for a missing or broken one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
