@@ -9,6 +9,8 @@ import logging
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -208,6 +210,19 @@ class _Worker:
     began: float = 0.0
 
 
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Ctrl-C is for the search, which ends its processes: one that starts now takes no notice."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Runner:
     """Trials and the processes that train them."""
 
@@ -241,7 +256,8 @@ class _Runner:
         gpu = self.started % gpus if gpus > 1 else None
         threads = max(1, torch.get_num_threads() // self.jobs)
         process = context.Process(target=worker.main, args=(there, threads, gpu), daemon=True)
-        process.start()
+        with _no_interrupt():
+            process.start()
         there.close()
         self.started += 1
         return _Worker(process, here)

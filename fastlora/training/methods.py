@@ -425,6 +425,8 @@ class Full(_OwnFiles):
     """Full fine-tuning: every weight learns."""
 
     def put_in(self, model: Any) -> None:
+        if any(not parameter.is_floating_point() for parameter in model.parameters()):
+            raise ValueError("full trains every weight, and some are of 4 bits: load the base with quantization none")
         model.requires_grad_(True)
 
     def accelerate(self, model: nn.Module) -> Any:

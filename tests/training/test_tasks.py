@@ -264,3 +264,12 @@ def test_command(classify: dict[str, Any], capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "labels: bad, good" in out
     assert "accuracy" in out
+
+
+def test_parameters_of_a_model_and_an_adapter(bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["parameters", str(bert), "--task", "sequence-classification", "--r", "4", "--depth", "3"]) == 0
+    out = capsys.readouterr().out
+    learned = 2 * (4 * (64 + 64) * 4 + 2 * (64 + 128) * 4) + 2 * 64 * 4 + 64 * 2 + 2
+    assert f"{learned:,} trainable" in out
+    assert main(["parameters", str(bert), "--r", "4", "--target-modules", "q_proj"]) == 2
+    assert "no linear layer is called 'q_proj'" in capsys.readouterr().err
