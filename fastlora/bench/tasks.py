@@ -23,7 +23,7 @@ import torch
 
 from fastlora.bench.record import Row
 from fastlora.training.config import load
-from fastlora.training.errors import UserError
+from fastlora.training.errors import UserError, require
 from fastlora.training.train import TrainResult, perplexity
 
 EXAMPLES = Path("examples")
@@ -184,10 +184,50 @@ def vision(quick: bool) -> Iterator[list[Row]]:
         yield [*rows, Row(f"vision, {net}", "shifted, LoRA", found["shifted, LoRA"], bound, True)]
 
 
+SEARCHED = 480
+"""Sentences that the trials of the search learn from and are judged by; half as many are kept for the end."""
+
+
+def search(quick: bool) -> Iterator[list[Row]]:
+    """Goal: the best settings have a lower loss than the defaults on data that no trial saw."""
+    require("optuna", "search")
+    from fastlora.search import results, space, study
+
+    with tempfile.TemporaryDirectory() as name:
+        data = prepared("sentiment", Path(name))
+        values = {
+            "task": "sequence-classification",
+            "model": load(EXAMPLES / "sentiment.yaml").model,
+            **data,
+            "max_length": 64,
+            "batch_size": 16,
+            "max_samples": SEARCHED,
+            "max_eval_samples": SEARCHED // 2,
+            "output_dir": str(Path(name) / "run"),
+            **(QUICK | {"batch_size": 4} if quick else {}),
+        }
+        config = load(None, values)
+        settings = space.SearchConfig(trials=2 if quick else 12, startup=4, validation=0.2)
+        found = study.search(config, settings, Path(name) / "search", say=lambda line: print(line, file=sys.stderr))
+    states = [row["state"] for row in found.rows]
+    note = f"{len(states)} trials, {states.count('stopped')} of them stopped; {SEARCHED} sentences"
+    case = "search, sentiment"
+    default, best = found.held_out["default"], found.held_out["best"]
+    tried = [key for key in found.best if key in type(config).model_fields]
+    chosen = ", ".join(f"{key} {results.short(found.best[key])}" for key in tried)
+    yield [
+        Row(case, "held-out loss, default", default["loss"], note=note),
+        Row(case, "held-out loss, best", best["loss"], None if quick else default["loss"], note=chosen),
+        Row(case, "held-out accuracy, default", default["accuracy"]),
+        Row(case, "held-out accuracy, best", best["accuracy"]),
+    ]
+
+
 PARTS: dict[str, Callable[[bool], Iterator[list[Row]]]] = {
     "sentiment": sentiment,
     "words": words,
     "chat": chat,
     "gpt2": gpt2,
     "vision": vision,
+    "search": search,
 }
