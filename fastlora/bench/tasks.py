@@ -207,7 +207,7 @@ def search(quick: bool) -> Iterator[list[Row]]:
             **(QUICK | {"batch_size": 4} if quick else {}),
         }
         config = load(None, values)
-        settings = space.SearchConfig(trials=2 if quick else 12, startup=4, validation=0.2)
+        settings = space.SearchConfig.model_validate({"trials": 2 if quick else 12, "startup": 4, "validation": 0.2})
         found = study.search(config, settings, Path(name) / "search", say=lambda line: print(line, file=sys.stderr))
     states = [row["state"] for row in found.rows]
     note = f"{len(states)} trials, {states.count('stopped')} of them stopped; {SEARCHED} sentences"
