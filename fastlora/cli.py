@@ -61,7 +61,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (generate, merge, quantize, dequantize, bench, info, explain, tune):
+    for command in (search, generate, merge, quantize, dequantize, bench, info, explain, parameters, tune):
         app.command()(command)
     return app
 
@@ -112,6 +112,24 @@ def _flag(name: str, field: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
+def search(
+    config: Annotated[Path, typer.Argument(help="YAML file of a training run, with a section search or without")],
+    trials: Annotated[int | None, typer.Option(help="runs, with those of earlier calls [default: 20]", min=1)] = None,
+    jobs: Annotated[int, typer.Option(help="trials at a time, each in a process", min=1)] = 1,
+    output_dir: Annotated[Path | None, typer.Option(help="folder [default: search/ in the run's]")] = None,
+    final: Annotated[bool, typer.Option(help="compare the best with the file's settings on held-out data")] = True,
+) -> None:
+    """Search for the best settings of a training run; a second call goes on."""
+    for package in ("pydantic", "yaml", "rich"):
+        require(package)
+    require("optuna", "search")
+    require("matplotlib", "search")
+    from fastlora.search import command
+
+    with _quiet():
+        command.run(config, trials=trials, jobs=jobs, folder=output_dir, final=final)
+
+
 def generate(
     adapter: Annotated[str, typer.Argument(help="adapter folder, or output folder of a run")],
     prompt: Annotated[list[str] | None, typer.Option(help="text to continue; may be given several times")] = None,
@@ -122,6 +140,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="sample from this share of the probability")] = 1.0,
     top_k: Annotated[int, typer.Option(help="sample from so many tokens; 0 for all")] = 0,
     seed: Annotated[int, typer.Option(help="seed of the sampling")] = 42,
+    beams: Annotated[int, typer.Option(help="continuations kept in a beam search; 1 for none")] = 1,
     chat: Annotated[bool | None, typer.Option(help="use the chat template [default: where there is one]")] = None,
     quantization: Annotated[str, typer.Option(help="4-bit type of the base: nf4, fp4 or none")] = "nf4",
     backend: Annotated[str, typer.Option(help="fastlora backend, or peft")] = "auto",
@@ -140,7 +159,7 @@ def generate(
             adapter,
             [*(prompt or []), *_lines(prompts)],
             model=model,
-            sampling=generation.Sampling(max_new_tokens, temperature, top_p, top_k, seed),
+            sampling=generation.Sampling(max_new_tokens, temperature, top_p, top_k, seed, beams),
             chat=chat,
             quantization=quantization,
             backend=backend,
@@ -207,7 +226,7 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
         raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
 
 
-SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs")
+SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs", "tasks")
 """What `bench` measures."""
 
 
@@ -220,9 +239,9 @@ def bench(
     modes: Annotated[str | None, typer.Option(help="layer: of fwd, bwd, fwd+bwd and decode (M up to 256)")] = None,
     providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
     graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
-    only: Annotated[str | None, typer.Option(help="train, drop-in, methods: parts, comma-separated")] = None,
+    only: Annotated[str | None, typer.Option(help="train, drop-in, methods, tasks: parts, comma-separated")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="goals, train, methods: so small that a CPU can run them")
+        bool, typer.Option("--quick", help="goals, train, methods, tasks: so small that a CPU can run them")
     ] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
 ) -> None:
@@ -244,8 +263,8 @@ def bench(
     _one_of("suite", suite, SUITES)
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
-    strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods"))
-    strange += ["--quick"] * (quick and suite not in ("goals", "train", "methods"))
+    strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods", "tasks"))
+    strange += ["--quick"] * (quick and suite not in ("goals", "train", "methods", "tasks"))
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
     for package in ("rich", "bitsandbytes", "peft"):
@@ -282,6 +301,13 @@ def _run_suite(
 
         parts = tuple(methods.PARTS)
         return run.methods(_listed("only", only, parts, parts), quick=quick, out=out)
+    if suite == "tasks":
+        for package in ("transformers", "accelerate", "datasets", "pydantic"):
+            require(package)
+        from fastlora.bench import tasks
+
+        parts = tuple(tasks.PARTS)
+        return run.tasks(_listed("only", only, parts, parts), quick=quick, out=out)
     if suite == "merge":
         for package in ("transformers", "yaml", "gguf"):
             require(package, "demo")
@@ -405,6 +431,22 @@ def _memory(model: str, batch: int, seq: int, **options: Any) -> str:
         config = load_config(model)
     with _quiet():
         return memory.predict(config, batch, seq, **options).table()
+
+
+def parameters(
+    model: Annotated[str, typer.Argument(help="hub id, model folder, .gguf file or package:NAME")],
+    r: Annotated[int, typer.Option(help="rank of a LoRA adapter; 0 for none", min=0)] = 0,
+    target_modules: Annotated[str, typer.Option(help="its layers, by commas, or all-linear")] = "all-linear",
+    task: Annotated[str, typer.Option(help="as for train")] = "causal-lm",
+    depth: Annotated[int | None, typer.Option(help="of the deepest modules shown [default: all]", min=0)] = None,
+) -> None:
+    """Show the layers of a model: shapes, parameters, and what an adapter would train. Loads no weights."""
+    for package in ("transformers", "peft", "pydantic", "yaml"):
+        require(package)
+    from fastlora.training.inspect import describe
+
+    with _quiet():
+        print(describe(model, r=r, target_modules=target_modules, task=task, depth=depth))
 
 
 def tune(

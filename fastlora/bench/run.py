@@ -103,6 +103,20 @@ def methods(parts: Iterable[str], *, quick: bool = False, out: Path | None = Non
     return record.table(rows), path
 
 
+def tasks(parts: Iterable[str], *, quick: bool = False, out: Path | None = None) -> tuple[str, Path]:
+    """Measure the examples' tasks; the table and the record's path. What the record has of other parts stays."""
+    from fastlora.bench import tasks as suite
+
+    path = (out or record.RESULTS) / record.device_name() / "tasks.json"
+    rows = [row for row in record.read(path)[1] if not quick] if path.is_file() else []
+    for part in tracked(parts, "tasks"):
+        rows = [row for row in rows if row.case.split(",")[0] != part]
+        for found in suite.PARTS[part](quick):
+            rows += found
+            path = record.write("tasks", rows, {"quick": quick}, out)
+    return record.table(rows), path
+
+
 def cpu(*, out: Path | None = None) -> tuple[str, Path]:
     """Measure the goals on a CPU; the table and the record's path. The record grows with every part."""
     from fastlora.bench import cpu as suite

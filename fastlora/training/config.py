@@ -26,7 +26,10 @@ MethodName = Literal[
     "prefix",
     "bottleneck",
     "layers",
+    "full",
+    "head",
 ]
+TaskName = Literal["causal-lm", "sequence-classification", "token-classification"]
 Device = Literal["auto", "cpu", "cuda"]
 
 FREE_ON_RESUME = frozenset(
@@ -45,6 +48,7 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
 
     model: str = Field(description="hub id, or path of a model folder or .gguf file", min_length=1)
+    task: TaskName = Field("causal-lm", description="what is learned: the next token, or labels; see docs/tasks.md")
     data: str = Field(description="hub data set, or path of a .jsonl, .json, .csv or .txt file", min_length=1)
     data_config: str | None = Field(None, description="configuration name of a hub data set")
     split: str = Field("train", description="split of a hub data set to train on")
@@ -60,6 +64,7 @@ class TrainConfig(BaseModel):
     messages_column: str | None = Field(None, description="column of chat messages with role and content")
     prompt_column: str | None = Field(None, description="column of prompts, with completion_column")
     completion_column: str | None = Field(None, description="column of completions, with prompt_column")
+    label_column: str | None = Field(None, description="column of labels [default: label, or labels]")
     template: str = Field(
         "auto", min_length=1, description="chat, plain, auto, or a format with columns in braces: 'Q: {q} A: {a}'"
     )
@@ -185,7 +190,11 @@ class TrainConfig(BaseModel):
         return self
 
     def _check_method(self) -> None:
-        lora = self.method not in ("vera", "adalora", "prompt", "prefix", "bottleneck", "layers")
+        lora = self.method not in ("vera", "adalora", "prompt", "prefix", "bottleneck", "layers", "full", "head")
+        if self.method == "full" and self.quantization != "none":
+            raise ValueError("method full trains every weight, which none of 4 bits can be: set quantization none")
+        if self.method == "head" and self.task == "causal-lm":
+            raise ValueError("method head trains what scores the labels: set a task of classification")
         if (self.method == "layers") != (self.trained_layers is not None):
             raise ValueError("method layers and trained_layers go together: set both or neither")
         if self.init != "default" and not lora:
@@ -221,7 +230,8 @@ def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None
     Raises UserError, one line, for a missing or broken file, an unknown key (near ones are named), a missing or
     impossible value.
     """
-    values = _read_yaml(Path(path)) if path is not None else {}
+    values = read_yaml(Path(path)) if path is not None else {}
+    values.pop("search", None)  # what `fastlora search` reads of the same file
     values |= overrides or {}
     where = f"{path}: " if path is not None else ""
     try:
@@ -232,7 +242,8 @@ def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None
         raise UserError(where + "; ".join(problems.values())) from error
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The ``key: value`` lines of a file. Raises UserError for a missing or broken one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

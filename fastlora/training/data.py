@@ -42,6 +42,8 @@ class TokenizedData:
     evaluation: Dataset | None
     tokens: int
     """Tokens of one pass over ``train``, without padding."""
+    labels: tuple[str, ...] = ()
+    """Of a classification, in the order of the model's scores."""
 
 
 def is_file(source: str) -> bool:

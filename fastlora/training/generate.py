@@ -28,6 +28,8 @@ class Sampling:
     top_k: int = 0
     """0 for all tokens."""
     seed: int = 42
+    beams: int = 1
+    """Continuations kept in a beam search; 1 for none."""
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -35,6 +37,7 @@ class Sampling:
             ("temperature", 0, 100),
             ("top_p", 0, 1),
             ("top_k", 0, 2**20),
+            ("beams", 1, 256),
         ):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -89,6 +92,7 @@ def complete(
         max_new_tokens=sampling.max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
+        num_beams=sampling.beams,
         **choice,
     )
     model.train(was_training)

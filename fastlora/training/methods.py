@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.training import tasks
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import UserError, first_line, require
 
@@ -29,11 +30,16 @@ class Method:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
 
+    @property
+    def task_type(self) -> str:
+        """PEFT's name of the task: it decides which layers learn in full."""
+        return tasks.TASKS[self.config.task].peft_type
+
     def peft_config(self) -> Any:
         """PEFT's configuration of the adapter."""
         c = self.config
         return require("peft").LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.task_type,
             r=c.r,
             lora_alpha=c.lora_alpha,
             lora_dropout=c.lora_dropout,
@@ -47,7 +53,13 @@ class Method:
         import transformers
 
         transformers.set_seed(self.config.seed)
-        model = require("peft").get_peft_model(model, self.peft_config())
+        config = self.peft_config()
+        if self.task_type == "TOKEN_CLS" and getattr(config, "target_modules", None) == "all-linear":
+            from fastlora.training import model as models
+
+            # By all-linear PEFT means the head too, which is no layer for an adapter: it learns in full.
+            config.target_modules = set(models.targets(model, "all-linear"))
+        model = require("peft").get_peft_model(model, config)
         if self.config.init in STARTS:
             self._start(model)
         return model
@@ -58,7 +70,8 @@ class Method:
         from fastlora.training import model as models
 
         source = models.find(self.config.model)
-        originals = {} if self.config.quantization == "none" else models.dense_weights(source)
+        auto_class = tasks.TASKS[self.config.task].auto_class
+        originals = {} if self.config.quantization == "none" else models.dense_weights(source, auto_class)
         try:
             starts.apply(model, self.config.init, originals)
         except ValueError as error:
@@ -165,7 +178,7 @@ class Vera(Method):
     def peft_config(self) -> Any:
         c = self.config
         return require("peft").VeraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.task_type,
             r=c.r,
             vera_dropout=c.lora_dropout,
             target_modules=c.target_modules,
@@ -216,7 +229,7 @@ class AdaLora(Method):
     def peft_config(self) -> Any:
         c = self.config
         return require("peft").AdaLoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=self.task_type,
             init_r=c.r,
             target_r=c.target_r or max(1, c.r // 2),
             lora_alpha=c.lora_alpha,
@@ -338,12 +351,16 @@ class _FusedBase(Method):
 
 class Prompt(_FusedBase):
     def peft_config(self) -> Any:
-        return require("peft").PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.config.virtual_tokens)
+        return require("peft").PromptTuningConfig(
+            task_type=self.task_type, num_virtual_tokens=self.config.virtual_tokens
+        )
 
 
 class Prefix(_FusedBase):
     def peft_config(self) -> Any:
-        return require("peft").PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=self.config.virtual_tokens)
+        return require("peft").PrefixTuningConfig(
+            task_type=self.task_type, num_virtual_tokens=self.config.virtual_tokens
+        )
 
     def accelerate(self, model: nn.Module) -> Any:
         if self.config.backend != "peft":
@@ -368,6 +385,8 @@ class _OwnFiles(_FusedBase):
             self.put_in(model)
         except ValueError as error:
             raise UserError(f"method: {first_line(error)}") from error
+        for name in tasks.heads(model):
+            model.get_submodule(name).requires_grad_(True)
         model._hf_peft_config_loaded = True  # what the trainer asks whether a quantized model may be trained
         return model
 
@@ -378,7 +397,7 @@ class _OwnFiles(_FusedBase):
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
         save_file(trained, folder / "adapter_model.safetensors", {"format": "pt"})
-        keys = ("method", "r", "trained_layers", "target_modules")
+        keys = ("task", "method", "quantization", "r", "trained_layers", "target_modules")
         values = {"fastlora": {key: getattr(self.config, key) for key in keys}}
         config = {"base_model_name_or_path": self.config.model, **values}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
@@ -415,6 +434,25 @@ class Layers(_OwnFiles):
         layerwise.unfreeze(model, self.config.trained_layers)
 
 
+class Full(_OwnFiles):
+    """Full fine-tuning: every weight learns."""
+
+    def put_in(self, model: Any) -> None:
+        if any(not parameter.is_floating_point() for parameter in model.parameters()):
+            raise ValueError("full trains every weight, and some are of 4 bits: load the base with quantization none")
+        model.requires_grad_(True)
+
+    def accelerate(self, model: nn.Module) -> Any:
+        return None
+
+
+class Head(_OwnFiles):
+    """A linear probe: what scores the labels learns, on a model that stays as it is."""
+
+    def put_in(self, model: Any) -> None:
+        model.requires_grad_(False)
+
+
 def load_own(model: Any, folder: Path) -> Any:
     """Put what `bottleneck` or `layers` trained into ``model``. Raises UserError when it does not fit."""
     values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["fastlora"]
@@ -441,6 +479,8 @@ METHODS: dict[str, type[Method]] = {
     "prefix": Prefix,
     "bottleneck": Bottlenecks,
     "layers": Layers,
+    "full": Full,
+    "head": Head,
 }
 """The class of each ``method`` of a configuration."""
 

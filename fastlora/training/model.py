@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import logging
 from collections.abc import Iterable
@@ -19,8 +20,14 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+HEADS = ("classifier", "score")
+"""Names of the layer that gives the scores of labels, as transformers' models and PEFT call it."""
 DEFAULT_BLOCKSIZE = 64
 """What bitsandbytes uses when transformers loads a model; the loader has no setting for another."""
+
+
+IN_PACKAGE = "package:"
+"""What the name of a model begins with that an installed package carries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +45,13 @@ class Source:
 def find(model: str) -> Source:
     """What ``model`` names: a hub id, a folder with a model or one .gguf file, or a .gguf file.
 
+    ``package:NAME/FOLDER`` is a folder of an installed Python package, ``package:NAME`` the package's own.
+
     Raises UserError for a path that is missing or holds no model. A hub id is not looked up.
     """
     path = Path(model).expanduser()
+    if model.startswith(IN_PACKAGE):
+        path = _in_package(model)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"model: {model} is a file: name a model folder, a .gguf file or a hub id")
@@ -60,6 +71,18 @@ def find(model: str) -> Source:
     if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
         raise UserError(f"model: no such folder or file: {model}; {near_files(path)}")
     return Source(model)
+
+
+def _in_package(model: str) -> Path:
+    """The folder that ``package:NAME/FOLDER`` names. Nothing of the package is run."""
+    name, _, inside = model.removeprefix(IN_PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"model: no package {name!r} is installed: install the one that carries the model")
+    folder = Path(next(iter(spec.submodule_search_locations))) / inside
+    if not folder.exists():
+        raise UserError(f"model: the package {name} has no {inside}; {near_files(folder)}")
+    return folder
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,12 +127,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def skeleton(source: Source) -> PreTrainedModel:
-    """The model without weights (meta device): names and shapes of its layers, before anything large is loaded."""
+def skeleton(source: Source, auto_class: str = "AutoModelForCausalLM") -> PreTrainedModel:
+    """The model without weights (meta device): names and shapes of its layers, before anything large is loaded.
+
+    auto_class: the transformers class that chooses the model's.
+    """
     try:
         config = _config(source)
         with torch.device("meta"):
-            return transformers().AutoModelForCausalLM.from_config(config)
+            return getattr(transformers(), auto_class).from_config(config)
     except UserError:
         raise
     except Exception as error:
@@ -158,7 +184,7 @@ def targets(model: PreTrainedModel, target_modules: str | list[str]) -> list[str
     shapes = linear_shapes(model)
     if target_modules == "all-linear":
         head = model.get_output_embeddings()
-        return [name for name in shapes if model.get_submodule(name) is not head]
+        return [name for name in shapes if model.get_submodule(name) is not head and name.split(".")[0] not in HEADS]
     matched: list[str] = []
     for wanted in target_modules:
         found = [name for name in shapes if name == wanted or name.endswith("." + wanted)]
@@ -203,15 +229,19 @@ def load_base(
     blocksize: int = DEFAULT_BLOCKSIZE,
     device: torch.device,
     dtype: torch.dtype,
+    auto_class: str = "AutoModelForCausalLM",
+    heads: Iterable[str] = (),
+    options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The base model on ``device``: 4-bit linear layers that compute in ``dtype``, or dense in ``dtype``.
 
-    quantization: nf4, fp4 or none.
+    quantization: nf4, fp4 or none. auto_class: the transformers class that chooses the model's. heads: layers to leave
+    dense, beside the model's own choice. options: further ones of ``from_pretrained``.
     """
     hf = transformers()
     for package in ("accelerate", *(["bitsandbytes"] if quantization != "none" else [])):
         require(package)
-    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, **source.kwargs}
+    kwargs: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, **source.kwargs, **(options or {})}
     bnb_config = None
     if quantization != "none":
         bnb_config = hf.BitsAndBytesConfig(
@@ -219,6 +249,7 @@ def load_base(
             bnb_4bit_quant_type=quantization,
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(heads) or None,
         )
     in_place = bnb_config is not None and (source.gguf_file is not None or blocksize != DEFAULT_BLOCKSIZE)
     if source.gguf_file is not None:
@@ -229,7 +260,7 @@ def load_base(
     if in_place:
         kwargs["device_map"] = {"": "cpu"}
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
+        model = getattr(hf, auto_class).from_pretrained(source.name, **kwargs)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -253,6 +284,7 @@ def quantize_in_place(model: PreTrainedModel, bnb_config: Any, blocksize: int, d
     bnb = require("bitsandbytes")
     quantizer = require("transformers.quantizers.auto").AutoHfQuantizer.from_config(bnb_config, pre_quantized=False)
     kept = require("transformers.quantizers.base").get_keys_to_not_convert(model)
+    kept += bnb_config.llm_int8_skip_modules or []
     for name, dense in list(model.named_modules()):
         if type(dense) is not nn.Linear or any(name == key or name.endswith("." + key) for key in kept):
             continue
@@ -365,13 +397,13 @@ def _lora_parts(keys: Iterable[str]) -> Iterable[tuple[str, tuple[str, int]]]:
                 yield key, (part, side)
 
 
-def dense_weights(source: Source) -> dict[str, torch.Tensor]:
+def dense_weights(source: Source, auto_class: str = "AutoModelForCausalLM") -> dict[str, torch.Tensor]:
     """The weights (N, K) of the linear layers of a model as they are stored, on the CPU, by the names of the layers."""
     kwargs: dict[str, Any] = {"dtype": "auto", **source.kwargs}
     if source.gguf_file is not None:
         kwargs |= {"quantization_config": transformers().GgufConfig(dequantize=True), "dtype": torch.float32}
     try:
-        model = transformers().AutoModelForCausalLM.from_pretrained(source.name, **kwargs)
+        model = getattr(transformers(), auto_class).from_pretrained(source.name, **kwargs)
     except Exception as error:
         raise _load_error(source, error) from error
     return {name: m.weight.detach() for name, m in model.named_modules() if isinstance(m, nn.Linear)}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data, methods, optimizer
+from fastlora.training import checkpoints, data, methods, optimizer, tasks
 from fastlora.training import model as models
 from fastlora.training import step as steps
 from fastlora.training.config import TrainConfig
@@ -46,6 +46,12 @@ class TrainResult:
     layers_replaced: int
     """Layers that run fused; 0 with backend peft."""
     log_history: list[dict[str, Any]]
+    task: str = "causal-lm"
+    labels: tuple[str, ...] = ()
+    """Of a classification, in the order of the model's scores."""
+    metrics_before: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What was evaluated beside the loss before training: accuracy and f1 of a classification."""
+    metrics_after: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The result as JSON; what was not measured is null."""
@@ -58,10 +64,20 @@ class TrainResult:
         lines = []
         if self.eval_loss_before is not None and self.eval_loss_after is not None:
             lines.append(f"evaluation loss  {self.eval_loss_before:.4f} before, {self.eval_loss_after:.4f} after")
+            if self.task == "causal-lm":
+                before, after = (perplexity(loss) for loss in (self.eval_loss_before, self.eval_loss_after))
+                lines.append(f"perplexity       {before:.4g} before, {after:.4g} after")
+        for name, after in self.metrics_after.items():
+            lines.append(f"{name:<15}  {self.metrics_before.get(name, math.nan):.4f} before, {after:.4f} after")
         lines.append(f"speed            {self.step_ms:.1f} ms a step, {self.tokens_per_second:,.0f} tokens/s")
         lines.append(f"peak memory      {self.peak_memory / 2**30:.2f} GiB")
         lines.append(f"adapter          {self.adapter_path}")
         return "\n".join(lines)
+
+
+def perplexity(loss: float) -> float:
+    """exp of a loss in nats; infinite where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResult:
@@ -82,19 +98,24 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
     bf16 = models.pick_bf16(config.bf16, device)
     optimizer.choose(config, device)
     check_step(config, device)
+    tasks.check(config)
+    task = tasks.make(config)
     data.check_source(config.data, "data")
     if config.eval_data is not None:
         data.check_source(config.eval_data, "eval_data")
     source = models.find(config.model)
     checkpoint = checkpoints.prepare(config)
 
-    skeleton = models.skeleton(source)
+    skeleton = models.skeleton(source, task.auto_class)
     parameters = models.adapter_parameters(skeleton, config.target_modules, config.r)
     checkpoints.check_space(config.output_dir, checkpoints.needed_bytes(config, parameters), "output_dir")
     tokenizer = models.load_tokenizer(source)
-    examples = data.prepare(config, tokenizer)
+    examples = task.prepare(tokenizer)
     print(f"data: {len(examples.train)} blocks with {examples.tokens:,} tokens", flush=True)
+    if examples.labels:
+        print(f"labels: {', '.join(examples.labels)}", flush=True)
 
+    models.transformers().set_seed(config.seed)  # a new head is drawn as the model is loaded
     with _out_of_memory(config):
         base = models.load_base(
             source,
@@ -103,6 +124,9 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
             blocksize=config.blocksize,
             device=device,
             dtype=torch.bfloat16 if bf16 else torch.float32,
+            auto_class=task.auto_class,
+            heads=task.heads,
+            options=task.model_options(examples, tokenizer),
         )
         method = methods.make(config)
         model = method.adapt(base)
@@ -158,6 +182,7 @@ def _run(
     adapter = config.output_dir / "adapter"
     history = list(trainer.state.log_history)
     evaluations = [float(log["eval_loss"]) for log in history if "eval_loss" in log]
+    measured = [_metrics(log) for log in history if "eval_loss" in log] or [{}]
     result = TrainResult(
         output_dir=config.output_dir,
         adapter_path=adapter,
@@ -170,12 +195,20 @@ def _run(
         peak_memory=meter.peak_memory,
         layers_replaced=0 if report is None else len(report.replaced),
         log_history=history,
+        task=config.task,
+        labels=examples.labels,
+        metrics_before=measured[0],
+        metrics_after=measured[-1],
     )
     if trainer.is_world_process_zero():
         with disk_errors(config.output_dir):
             method.finish_and_save(model, adapter)
             (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
     return result
+
+
+def _metrics(log: dict[str, Any]) -> dict[str, float]:
+    return {name: float(log[f"eval_{name}"]) for name in ("accuracy", "f1") if f"eval_{name}" in log}
 
 
 def _evaluated_now(trainer: Trainer) -> bool:
@@ -246,6 +279,9 @@ def make_trainer(
     from fastlora.training.callbacks import MeteredLog
 
     arguments = _training_arguments(config, device, bf16, examples.evaluation is not None and not resuming)
+    task = tasks.make(config)
+    metrics = task.metrics(examples.labels)
+    arguments["prediction_loss_only"] = metrics is None
     arguments["optim"], optimizer_class = optimizer.choose(config, device)
     trainer_class: Any = transformers.Trainer
     arguments_class: Any = transformers.TrainingArguments
@@ -276,7 +312,9 @@ def make_trainer(
         train_dataset=examples.train,
         eval_dataset=examples.evaluation,
         processing_class=tokenizer,
-        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=data.IGNORED, **padding),
+        data_collator=task.collator(tokenizer, **padding),
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=None if metrics is None else tasks.best_labels,
         optimizer_cls_and_kwargs=optimizer_class,
         callbacks=[_tensorboard(config)] if config.tensorboard else None,
     )
@@ -309,7 +347,6 @@ def _training_arguments(config: TrainConfig, device: torch.device, bf16: bool, e
         "eval_strategy": "no" if config.eval_steps is None else "steps",
         "eval_steps": config.eval_steps,
         "eval_on_start": eval_on_start,
-        "prediction_loss_only": True,
         "save_strategy": "steps",
         "save_steps": config.save_steps,
         "save_total_limit": config.save_total_limit,

@@ -35,8 +35,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "prefix": {"lr": 0.3},
     "bottleneck": {"r": 8},
     "layers": {"trained_layers": r"model\.layers\.1\..*_proj", "lr": 0.003},
+    "full": {"quantization": "none", "lr": 0.003},
 }
-NO_LORA = ("prompt", "prefix", "bottleneck", "layers")
+NO_LORA = ("prompt", "prefix", "bottleneck", "layers", "full")
 
 
 def run(options: dict[str, Any], **values: Any) -> TrainResult:
@@ -48,7 +49,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_every_method_is_tested_and_made() -> None:
-    assert set(OPTIONS) == set(methods.METHODS) == set(get_args(MethodName))
+    of_classifications = {"head"}  # in test_tasks.py
+    assert set(OPTIONS) | of_classifications == set(methods.METHODS) == set(get_args(MethodName))
 
 
 @pytest.mark.parametrize("method", OPTIONS)
@@ -63,9 +65,12 @@ def test_learns_is_loaded_by_peft_and_resumes(method: str, options: dict[str, An
         assert whole.layers_replaced == 14
 
     # PEFT alone, on its own layers, has the model that was evaluated.
-    base = models.load_base(models.find(options["model"]), device=torch.device("cpu"), dtype=torch.float32)
+    quantization = OPTIONS[method].get("quantization", "nf4")
+    cpu = torch.device("cpu")
+    source = models.find(options["model"])
+    base = models.load_base(source, quantization=quantization, device=cpu, dtype=torch.float32)
     ids = torch.arange(12)[None] + 5
-    if method in ("bottleneck", "layers"):
+    if method in ("bottleneck", "layers", "full"):
         before = base(input_ids=ids).logits
         model = models.load_adapter(base, whole.adapter_path).eval()
         assert (model(input_ids=ids).logits - before).abs().max() > 0.01

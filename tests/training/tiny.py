@@ -21,7 +21,7 @@ pytest.importorskip("rich", reason="rich is missing (extra: train)")
 import datasets
 import tokenizers
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LINES = [
     "the quick brown fox jumps over the lazy dog",
@@ -87,3 +87,24 @@ def text_rows(count: int = 64) -> list[dict[str, Any]]:
 
 def rows_of(rows: list[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
+
+
+def save_bert(folder: Path, hidden: int = 64) -> Path:
+    """Saves a random BERT of two layers, with its tokenizer."""
+    tokenizer = make_tokenizer(None)
+    tokenizer.save_pretrained(str(folder))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        pad_token_id=0,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertModel(config).save_pretrained(str(folder))
+    return folder
