@@ -15,9 +15,11 @@
 #include <utility>
 #include <vector>
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Dtype.h>
 #include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
@@ -208,6 +210,13 @@ bool watched() {
          torch::jit::tracer::isTracing();
 }
 
+// x in the type that autocast wants a linear layer to compute in.
+Tensor autocast(const Tensor& x) {
+  const auto device = x.device().type();
+  if (!at::autocast::is_autocast_enabled(device) || x.scalar_type() == at::kDouble) return x;
+  return x.to(at::autocast::get_autocast_dtype(device));
+}
+
 bool differentiated_forward(const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
 
 struct Operands {
@@ -215,7 +224,7 @@ struct Operands {
 
   // Whether the layer is one that this module computes: any other is left to Python, whose messages say what is wrong.
   bool fit(const BaseWeight& w) const {
-    if (x.dim() < 1 || x.size(-1) != w.k || x.numel() == 0) return false;
+    if (!x.is_floating_point() || x.dim() < 1 || x.size(-1) != w.k || x.numel() == 0) return false;
     if (lora_a.defined() != lora_b.defined()) return false;
     if (lora_a.defined()) {
       if (lora_a.dim() != 2 || lora_a.size(0) < 1 || lora_a.size(1) != w.k) return false;
@@ -405,11 +414,12 @@ const Form& form_of(Layer* layer, const Key& key) {
   return entry->second;
 }
 
-// call(x, lora_a, lora_b, bias, scale, wide, backend, state) -> y, or None where Python is to compute the layer
+// call(x, lora_a, lora_b, bias, scale, out_dtype, autocast, backend, state) -> y, or None where Python is to compute
+// the layer
 PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 8) {
-    PyErr_SetString(PyExc_TypeError, "call takes 8 arguments");
+  if (count != 9) {
+    PyErr_SetString(PyExc_TypeError, "call takes 9 arguments");
     return nullptr;
   }
   Layer* layer = as_layer(self);
@@ -420,11 +430,18 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   }
   if (!PyFloat_Check(arguments[4]) && !PyLong_Check(arguments[4])) Py_RETURN_NONE;  // a tensor, which may change
   const double scale = PyFloat_AsDouble(arguments[4]);
-  const long long state = PyLong_AsLongLong(arguments[7]);
+  const long long state = PyLong_AsLongLong(arguments[8]);
   if (PyErr_Occurred()) return nullptr;
-  const bool wide = arguments[5] == Py_True;
+  if (arguments[6] == Py_True) o.x = autocast(o.x);
+  bool wide = false;
+  if (arguments[5] != Py_None) {
+    if (!THPDtype_Check(arguments[5])) Py_RETURN_NONE;
+    const ScalarType type = reinterpret_cast<THPDtype*>(arguments[5])->scalar_type;
+    wide = type != o.x.scalar_type();
+    if (wide && type != at::kFloat) Py_RETURN_NONE;
+  }
   const Key key{
-      o.x.numel() / layer->weight->k, o.lora_a.defined() ? o.lora_a.size(0) : 0, state, arguments[6],
+      o.x.numel() / layer->weight->k, o.lora_a.defined() ? o.lora_a.size(0) : 0, state, arguments[7],
       o.x.scalar_type()};
   const Form form = form_of(layer, key);
   if (!form.forward || (!form.backward && o.require_grad())) Py_RETURN_NONE;
@@ -441,7 +458,7 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL,
-     "call(x, lora_a, lora_b, bias, scale, wide, backend, state) -> y (..., N), or None"},
+     "call(x, lora_a, lora_b, bias, scale, out_dtype, autocast, backend, state) -> y (..., N), or None"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyType_Slot slots[] = {

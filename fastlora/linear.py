@@ -37,8 +37,9 @@ def lora_linear(
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
     backend cannot run.
     """
-    if dropout_p == 0 and x.is_floating_point():  # one call that declines whatever the checks below would refuse
-        y = node.call(_autocast(x), w, lora_a, lora_b, bias, out_dtype, scale, backend)
+    if dropout_p == 0:
+        # It declines whatever the checks below would refuse, and costs less than they do.
+        y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend, autocast=True)
         if y is not None:
             return y
     n, k = w.shape
@@ -258,9 +259,9 @@ def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, b
     dropout = modules["lora_dropout"]._modules[adapter]
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     variant: Any = layer.lora_variant.get(adapter) if layer.lora_variant else None
-    if hasattr(variant, "run"):
+    if variant is not None and hasattr(variant, "run"):
         return variant.run(layer, _autocast(x), adapter, weight, p, backend)
-    if hasattr(variant, "factors"):
+    if variant is not None and hasattr(variant, "factors"):
         lora_a, lora_b, scale = variant.factors(layer, adapter)
     else:
         lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
@@ -280,6 +281,11 @@ def factors_forward(
 ) -> torch.Tensor:
     """`lora_linear` of a layer ``base``, of `base_weight` ``weight``, in the type that `compute_type` says."""
     bias = base.bias
+    if isinstance(base, NF4Linear) and (p == 0 or lora_a is None):
+        # It declines whatever the check below would refuse, and costs less.
+        y = node.call(x, weight, lora_a, lora_b, bias, None, scale, backend, autocast=True)
+        if y is not None:
+            return y
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return lora_linear(x, weight, lora_a, lora_b, bias)  # says what is wrong
     x, wide, dtype = compute_type(base, weight, x)

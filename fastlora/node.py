@@ -33,8 +33,12 @@ def call(
     out_dtype: torch.dtype | None,
     scale: float | torch.Tensor,
     backend: str,
+    autocast: bool = False,
 ) -> torch.Tensor | None:
-    """y (..., N) of x (..., K), recorded by autograd; None for what this module does not compute, errors included."""
+    """y (..., N) of x (..., K), recorded by autograd; None for what this module does not compute, errors included.
+
+    With ``autocast`` x is first cast to the type that autocast wants, if it is on.
+    """
     if type(w) is not NF4Weight or torch.compiler.is_compiling():
         return None
     layer = w.__dict__.get("_layer", 0)  # not an attribute of the class, so that it is no part of the weight's value
@@ -42,12 +46,7 @@ def call(
         layer = w.__dict__["_layer"] = _make(w)
     if layer is None or tables.forced_forms:
         return None
-    wide = False
-    if out_dtype is not None and out_dtype != x.dtype:
-        if out_dtype != torch.float32:
-            return None
-        wide = True
-    y: torch.Tensor | None = layer.call(x, lora_a, lora_b, bias, scale, wide, backend, tables.state())
+    y: torch.Tensor | None = layer.call(x, lora_a, lora_b, bias, scale, out_dtype, autocast, backend, tables.state())
     return y
 
 
