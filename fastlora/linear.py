@@ -281,9 +281,10 @@ def factors_forward(
 ) -> torch.Tensor:
     """`lora_linear` of a layer ``base``, of `base_weight` ``weight``, in the type that `compute_type` says."""
     bias = base.bias
-    if isinstance(base, NF4Linear) and (p == 0 or lora_a is None):
+    own = isinstance(base, NF4Linear)
+    if (p == 0 or lora_a is None) and (own or getattr(base, "compute_dtype", None) in (None, x.dtype)):
         # It declines whatever the check below would refuse, and costs less.
-        y = node.call(x, weight, lora_a, lora_b, bias, None, scale, backend, autocast=True)
+        y = node.call(x, weight, lora_a, lora_b, bias, None, scale, backend, autocast=own)
         if y is not None:
             return y
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
