@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from fastlora.training.errors import EXIT_INTERRUPTED, UserError, first_line, near, require
+from fastlora.training.errors import EXIT_INTERRUPTED, UserError, first_line, is_out_of_memory, near, require
 
 try:
     import typer
@@ -36,6 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastlora: interrupted before there was anything to save", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "pass --device cpu, ask for fewer tokens, or free the memory that other processes hold"
+        print(f"fastlora: out of memory ({first_line(error)}): {advice}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def _run(arguments: list[str]) -> int:
