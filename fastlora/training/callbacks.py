@@ -81,7 +81,7 @@ class Meter(TrainerCallback):
         return self.tokens / sum(self.step_seconds) if self.step_seconds else math.nan
 
     def since_last_log(self) -> dict[str, float]:
-        """``tokens_per_second`` and ``memory_gib``, the most held, since the last call; empty without a step in between."""
+        """``tokens_per_second`` and ``memory_gib``, the most held, since the last call; empty without a step."""
         steps, tokens = len(self.step_seconds), self.tokens
         last_steps, last_tokens = self._logged
         if steps == last_steps:

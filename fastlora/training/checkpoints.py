@@ -97,10 +97,8 @@ def after_divergence(lr: float, output_dir: Path) -> str:
     """What to do about a loss that is no number, and which checkpoint is good."""
     done = finished(output_dir)
     good = f"{done[-1]} is the last good checkpoint" if done else "there is no checkpoint before it"
-    return (
-        f"lower lr (now {lr:g}), set bf16 false, or look for odd examples in the data, and start again with --overwrite; "
-        + good
-    )
+    advice = f"lower lr (now {lr:g}), set bf16 false, or look for odd examples in the data"
+    return f"{advice}, and start again with --overwrite; {good}"
 
 
 def make_writable(folder: Path, key: str) -> None:

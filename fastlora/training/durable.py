@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all, and that say when they have been changed: no crash and no reader sees half.
+"""Files that are there whole or not at all, and that say when they have been changed.
 
-A folder is written under another name, its files and their digests are flushed to the disk, and one rename puts it in its
-place. What a trainer keeps beside the weights (moments, schedules, states of generators) is a safetensors file too:
+A folder is written under another name, its files and their digests are flushed to the disk, and one rename puts it in
+its place. What a trainer keeps beside the weights (moments, schedules, states of generators) is a safetensors file too:
 nothing that is read back here can run code.
 """
 

@@ -1,4 +1,7 @@
-"""Training runs in processes of their own that die by SIGKILL at a chosen place. Imported by the server they fork from."""
+"""Training runs in processes of their own that die by SIGKILL at a chosen place.
+
+Imported by the server that they fork from.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ FILE_EVENTS = frozenset({"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir
 """What Python reports to audit hooks between two of which a checkpoint may be cut short."""
 
 Kill = tuple[str, int, float]
-"""("step", n, seconds after the n-th training step begins), or ("write", n-th checkpoint of the process, n-th event)."""
+"""("step", n, seconds after the n-th training step begins), or ("write", n-th checkpoint of the process, event)."""
 
 
 def die() -> None:

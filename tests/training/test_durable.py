@@ -27,9 +27,14 @@ def test_a_folder_is_whole_or_what_it_was(tmp_path: Path) -> None:
     folder = filled(tmp_path / "f")
     assert durable.damage(folder) is None
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
-    with pytest.raises(KeyboardInterrupt), durable.whole_folder(folder) as part:
-        (part / "a.txt").write_text("two")
-        raise KeyboardInterrupt
+
+    def cut_short() -> None:
+        with durable.whole_folder(folder) as part:
+            (part / "a.txt").write_text("two")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cut_short()
     assert (folder / "a.txt").read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
     with durable.whole_folder(folder) as part:
@@ -94,7 +99,7 @@ def test_trees_come_back(tmp_path: Path) -> None:
 
 
 def test_trees_hold_nothing_that_could_run(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="Path has no safe form|PosixPath has no safe form"):
+    with pytest.raises(TypeError, match="Path has no safe form"):
         durable.save_tree({"a": Path()}, tmp_path / "t")
     torch.save({"optimizer": {}}, tmp_path / "p")
     with pytest.raises(UserError, match=f"cannot read {tmp_path / 'p'}"):

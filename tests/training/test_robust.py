@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny  # noqa: F401  (skips where the train extra is missing)
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from fastlora.cli import main
