@@ -67,7 +67,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (generate, merge, quantize, dequantize, bench, info, explain, tune):
+    for command in (generate, merge, quantize, dequantize, report, bench, info, explain, tune):
         app.command()(command)
     return app
 
@@ -211,6 +211,19 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
         raise
     except Exception as error:
         raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="output folders of runs, or folders that hold them")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    plots: Annotated[Path | None, typer.Option(help="also write each picture as SVG and PNG to this folder")] = None,
+    title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
+) -> None:
+    """Show runs on one HTML page that needs no network: curves, settings, comparisons, layers."""
+    require("safetensors")
+    from fastlora.report.command import report as run
+
+    print(*run(runs, out, plots, title), sep="\n")
 
 
 SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs")

@@ -46,6 +46,10 @@ class TrainResult:
     layers_replaced: int
     """Layers that run fused; 0 with backend peft."""
     log_history: list[dict[str, Any]]
+    seconds: float = math.nan
+    """Of all steps of this process, without evaluations and checkpoints."""
+    parameters: int = 0
+    """Trained ones."""
 
     def to_json(self) -> str:
         """The result as JSON; what was not measured is null."""
@@ -171,6 +175,8 @@ def _run(
         peak_memory=meter.peak_memory,
         layers_replaced=0 if report is None else len(report.replaced),
         log_history=history,
+        seconds=sum(meter.step_seconds),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     if trainer.is_world_process_zero():
         with disk_errors(config.output_dir):
