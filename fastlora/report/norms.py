@@ -112,15 +112,10 @@ def of_adapter(folder: Path) -> list[LayerChange]:
             a, scale = a * parts["lora_E"].double(), (config.get("lora_alpha") or 1) / (config.get("init_r") or rank)
         values = singular_values(a, b, scale)
         found.append(LayerChange(layer, values.square().sum().sqrt().item(), effective_rank(values), rank))
-    return sorted(
-        found, key=lambda change: (_natural(change.layer.rpartition(".")[0]), _place(change.kind), change.layer)
-    )
+    return sorted(found, key=_place)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key by which block 10 comes after block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def _place(kind: str) -> int:
-    return ORDER.index(kind) if kind in ORDER else len(ORDER)
+def _place(change: LayerChange) -> tuple[int, int, str]:
+    """A key by which layers are in the order of the model, which the file does not keep."""
+    place = ORDER.index(change.kind) if change.kind in ORDER else len(ORDER)
+    return (-1 if change.block is None else change.block, place, change.layer)

@@ -18,7 +18,6 @@ from fastlora.training.errors import UserError
 MOST_ADAPTERS = 4
 """Runs whose layers are shown."""
 NONE = "-"
-_COUNTED = ("r", "lora_alpha", "lr", "lora_dropout", "batch_size", "max_steps")
 
 
 @dataclasses.dataclass
@@ -157,7 +156,8 @@ def html(report: Report, title: str) -> str:
         parts.append(_section("comparison", "What made the difference", _figures(report.comparisons)))
     if len({run.method for run in report.runs}) > 1:
         parts.append(_section("methods", "Methods", _methods(report)))
-    parts.append(_section("runs", "Runs", _table(report)))
+    if len(report.runs) > 1:
+        parts.append(_section("runs", "Runs", _table(report)))
     if report.curves:
         parts.append(_section("curves", "Curves", _legend(report) + _figures(report.curves)))
     for name, heats in report.layers.items():
@@ -296,7 +296,7 @@ def _rows(head: Sequence[str], rows: Iterable[Sequence[str]], marked: frozenset[
 
 def _table(report: Report) -> str:
     runs, measure = report.runs, report.score
-    differ = differing(runs) if len(runs) > 1 else [key for key in _COUNTED if key in runs[0].config]
+    differ = differing(runs)
     measures = list(dict.fromkeys(key for run in runs for key in run.measures))
     if measure is not None and measure.key not in measures:
         measures.insert(0, measure.key)
@@ -312,11 +312,11 @@ def _table(report: Report) -> str:
     for run in runs:
         values = [points[-1][1] if (points := run.series(key)) else None for key in shown]
         ended = f" <small>{escape(run.failed)}</small>" if run.failed else ""
-        cells = [f"{_swatch(report, run) if len(runs) > 1 else ''}{escape(run.name)}{ended}"]
+        cells = [f"{_swatch(report, run)}{escape(run.name)}{ended}"]
         best = report.score.best(runs) if report.score else None
         for key, value in zip(shown, values, strict=True):
             text = NONE if value is None else number(value)
-            top = measure is not None and key == measure.key and run is best and len(runs) > 1
+            top = measure is not None and key == measure.key and run is best
             cells.append(f"<strong>{text}</strong>" if top else text)
         cells += [f"{run.steps:,}", *(escape(_plain(run.config.get(key))) for key in differ)]
         cells += [escape(costs[run.name][key]) for key in cost]
@@ -324,7 +324,7 @@ def _table(report: Report) -> str:
             cells.append(f"{report.ranks[run.name]:.3g}" if run.name in report.ranks else NONE)
         rows.append(cells)
     first = 2 + len(shown)
-    marked = frozenset(range(first, first + len(differ))) if len(runs) > 1 else frozenset()
+    marked = frozenset(range(first, first + len(differ)))
     note = '<p class="note">Marked columns are the settings in which the runs differ.</p>' if marked else ""
     return _rows(head, rows, marked) + note
 
@@ -353,7 +353,8 @@ def _settings(report: Report) -> str:
     items = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(_plain(v))}</dd></div>" for k, v in shared.items())
     where = "".join(f"<li>{escape(run.name)}: <code>{escape(str(run.folder))}</code></li>" for run in report.runs)
     head = "Settings that all runs share" if len(report.runs) > 1 else "All settings"
-    first = f'<details><summary>{head}</summary><dl class="settings">{items}</dl></details>' if shared else ""
+    shown = "" if len(report.runs) > 1 else " open"
+    first = f'<details{shown}><summary>{head}</summary><dl class="settings">{items}</dl></details>' if shared else ""
     return f"{first}<details><summary>Folders</summary><ul>{where}</ul></details>"
 
 
