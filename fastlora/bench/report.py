@@ -397,17 +397,14 @@ def benchmarks(results: Path) -> str:
 
 def methods(results: Path) -> str:
     """Every method of the committed runs: on the task, and in the shape of a large model."""
-    from fastlora.bench.methods import table
+    from fastlora.bench.methods import settings, table
 
     blocks = []
     for path in _found(results, "methods.json"):
         data, rows = record.read(path)
         if data.get("quick"):
             continue
-        groups: dict[str, list[Row]] = {}
-        for row in rows:
-            groups.setdefault(row.case.partition(", ")[2], []).append(row)
-        for setting, group in groups.items():
+        for setting, group in settings(rows).items():
             bound = [row for row in group if row.goal is not None]
             reached = f", {sum(row.ok for row in bound)} of {len(bound)} goals reached" if bound else ""
             blocks.append(f"{setting}: {_source(path, data)}{reached}.\n\n{table(group)}")

@@ -144,11 +144,7 @@ def _heats(changes: Sequence[norms.LayerChange], key: str) -> list[Heat]:
 def html(report: Report, title: str) -> str:
     """The page as text."""
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f"<title>{escape(title)}</title><style>{PAGE}</style></head><body><main>",
+        f"{_head(title)}<main>",
         f"<header><h1>{escape(title)}</h1><p>{_lead(report)}</p></header>",
         _tiles(report),
     ]
@@ -356,6 +352,33 @@ def _settings(report: Report) -> str:
     shown = "" if len(report.runs) > 1 else " open"
     first = f'<details{shown}><summary>{head}</summary><dl class="settings">{items}</dl></details>' if shared else ""
     return f"{first}<details><summary>Folders</summary><ul>{where}</ul></details>"
+
+
+def tables(title: str, parts: Iterable[tuple[str, Sequence[str], Iterable[Sequence[str]]]]) -> str:
+    """A page of tables alone: heading, head and rows of each. What stands between two asterisks is marked."""
+
+    def cell(text: str) -> str:
+        if text.startswith("**") and text.endswith("**"):
+            return f"<strong>{escape(text.strip('*'))}</strong>"
+        return escape(text)
+
+    body = "".join(
+        _section(
+            "", escape(name), _rows([escape(word) for word in head], [[cell(text) for text in row] for row in rows])
+        )
+        for name, head, rows in parts
+    )
+    return f"{_head(title)}<main><header><h1>{escape(title)}</h1></header>{body}</main></body></html>\n"
+
+
+def _head(title: str) -> str:
+    """Everything before the first element that is seen."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta name="color-scheme" content="light dark">'
+        f"<title>{escape(title)}</title><style>{PAGE}</style></head><body>"
+    )
 
 
 def write(report: Report, out: Path, title: str) -> Path:
