@@ -1,4 +1,4 @@
-# make demo | test | peft-tests | sanitize | lint | build | clean. Every target makes .venv first; a second call is quick.
+# make demo | test | crash-tests | peft-tests | sanitize | lint | build | clean. Every target makes .venv first; a second call is quick.
 # With a CUDA build of torch wanted instead of the pinned one: make demo TORCH=torch
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,13 +18,17 @@ PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAI
 DOWNLOAD := $(BIN)/python -m pip download -q --disable-pip-version-check -c $(CONSTRAINTS) --no-deps --no-build-isolation \
 	--no-binary :all: -d $(VENV)/share/fastlora
 
-.PHONY: demo test peft-tests sanitize lint build clean
+.PHONY: demo test crash-tests peft-tests sanitize lint build clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.test $(VENV)/.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Runs that die by kill -9 up to three times each, twenty seeds in a row.
+crash-tests: $(VENV)/.test $(VENV)/.build
+	FASTLORA_CRASHES=20 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/training/test_crashes.py
 
 # PEFT's own test files with and without fused layers: half an hour and more.
 peft-tests: $(VENV)/.test $(VENV)/.build

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from fastlora.training.errors import EXIT_INTERRUPTED, UserError, first_line, near, require
+from fastlora.training.errors import EXIT_INTERRUPTED, UserError, first_line, is_out_of_memory, near, require
 
 try:
     import typer
@@ -36,6 +36,12 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fastlora: interrupted before there was anything to save", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        advice = "pass --device cpu, ask for fewer tokens, or free the memory that other processes hold"
+        print(f"fastlora: out of memory ({first_line(error)}): {advice}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def _run(arguments: list[str]) -> int:
@@ -61,7 +67,7 @@ def build() -> typer.Typer:
         help="Fine-tune language models with fused QLoRA layers.", add_completion=False, pretty_exceptions_enable=False
     )
     app.command()(_train_command())
-    for command in (search, generate, merge, quantize, dequantize, bench, info, explain, parameters, tune):
+    for command in (search, generate, merge, quantize, dequantize, report, bench, info, explain, parameters, tune):
         app.command()(command)
     return app
 
@@ -224,6 +230,19 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
         raise
     except Exception as error:
         raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="output folders of runs, or folders that hold them")],
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    plots: Annotated[Path | None, typer.Option(help="also write each picture as SVG and PNG to this folder")] = None,
+    title: Annotated[str | None, typer.Option(help="heading of the page")] = None,
+) -> None:
+    """Show runs on one HTML page that needs no network: curves, settings, comparisons, layers."""
+    require("safetensors")
+    from fastlora.report.command import report as run
+
+    print(*run(runs, out, plots, title), sep="\n")
 
 
 SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs", "tasks")

@@ -129,12 +129,11 @@ def _trained(name: str, plan: Task, device: torch.device, base: Path, folder: Pa
 
     from fastlora.training.train import train
 
-    parameters = 0
+    tested: dict[str, float] = {}
 
-    class Count(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            nonlocal parameters
-            parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    class Test(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            tested.update(_tested(model, list(kwargs["eval_dataloader"]), device))
 
     config = TrainConfig(
         model=str(base),
@@ -155,17 +154,45 @@ def _trained(name: str, plan: Task, device: torch.device, base: Path, folder: Pa
         **_options(name, plan.lr, plan.r),
     )
     with contextlib.redirect_stdout(io.StringIO()):
-        result = train(config, [Count()])
+        result = train(config, [Test()])
     case = f"{name}, SmolLM2-135M"
     note = f"r = {config.r}, lr = {config.lr:g}, {plan.steps} steps of {plan.batch_size}"
     values = {
-        "trained parameters (1000)": parameters / 1e3,
+        "trained parameters (1000)": result.parameters / 1e3,
         "step ms": result.step_ms,
+        "training s": result.seconds,
+        **tested,
         "peak memory MiB": result.peak_memory / 2**20,
         "loss before": result.eval_loss_before,
         "loss after": result.eval_loss_after,
     }
     return [Row(case, metric, value, note=note) for metric, value in values.items()]
+
+
+@torch.no_grad()
+def _tested(model: Any, batches: list[Any], device: torch.device) -> dict[str, float]:
+    """The time of a forward pass over a batch of the evaluation data, and the score: its learned tokens, guessed right.
+
+    Both in evaluation mode, over all batches; the first is run once more before, to warm up.
+    """
+    training = model.training
+    model.eval()
+    seconds, right, asked = [], 0, 0
+    for i, batch in enumerate((batches[0], *batches)):
+        inputs = {key: value.to(device) for key, value in batch.items()}
+        began = timing.now(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(**inputs).logits
+        seconds.append(timing.now(device) - began)
+        if i:
+            labels = inputs["labels"][:, 1:]
+            guesses = logits[:, -inputs["labels"].shape[1] :][:, :-1].argmax(-1)  # virtual tokens stand before
+            learned = labels != -100
+            right += int((guesses[learned] == labels[learned]).sum())
+            asked += int(learned.sum())
+    model.train(training)
+    median = sorted(seconds[1:])[len(batches) // 2]
+    return {"inference ms": 1e3 * median, "score %": 100 * right / max(1, asked)}
 
 
 # --- the shape of a large model
@@ -212,6 +239,14 @@ class Stepper:
         self.method.stepped(self.model, self.steps, self.optimizer)
         self.optimizer.zero_grad()
 
+    @torch.no_grad()
+    def infer(self, _: int = 0) -> None:
+        """A forward pass in evaluation mode."""
+        self.model.eval()
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            self.model(input_ids=self.ids)
+        self.model.train()
+
 
 def shape(device: torch.device, shape: Shape | None = None, names: tuple[str, ...] = ()) -> Iterator[list[Row]]:
     """The rows of each method in turn, against plain LoRA in the same rounds. names: of `PLANS`, by default all."""
@@ -235,12 +270,14 @@ def _stepped(name: str, base: Any, plain: Stepper, size: Shape, device: torch.de
         if other is not this:
             variants["plain"] = other
         times = timing.measure(variants, device, rounds=size.rounds, budget_ms=size.budget_ms)
+        inference = timing.measure({"this": this.infer}, device, rounds=size.rounds, budget_ms=size.budget_ms)["this"]
         peak = timing.peak_memory(this, device)
     except torch.OutOfMemoryError as error:
         return [Row(case, "step ms", None, note=str(error).splitlines()[0])]
     rows = [
         Row(case, "trained parameters (1000)", this.parameters / 1e3),
         Row(case, "step ms", times["this"].p50 / 1e3),
+        Row(case, "inference ms", inference.p50 / 1e3),
     ]
     if "plain" in times:
         share = times["this"].p50 / times["plain"].p50
@@ -275,28 +312,50 @@ PARTS: dict[str, Callable[..., Iterator[list[Row]]]] = {"task": task, "shape": s
 QUICK: dict[str, Any] = {"task": Task(2, 1, 4, 2e-3), "shape": SMALL, "modes": modes.SMALL}
 
 
-def table(groups: dict[str, list[Row]]) -> str:
-    """A Markdown table with a line for each method and columns for the metrics of each group; a missed goal in bold.
+Cells = list[tuple[str, ...]]
+
+
+def cells(groups: dict[str, list[Row]]) -> tuple[tuple[str, ...], Cells]:
+    """A head, and a line for each method with columns for the metrics of each group; a missed goal between asterisks.
 
     groups: by what stands before their columns' names, if anything.
     """
     columns: list[tuple[str, str]] = []
-    cells: dict[str, dict[tuple[str, str], Row]] = {}
+    by_method: dict[str, dict[tuple[str, str], Row]] = {}
     for label, rows in groups.items():
         columns += [(label, metric) for metric in dict.fromkeys(row.metric for row in rows)]
         for row in rows:
-            cells.setdefault(row.case.split(",")[0], {})[label, row.metric] = row
-    names = [f"{label} {metric}".strip() for label, metric in columns]
-    lines = ["| " + " | ".join(("method", *names)) + " |", "| " + " | ".join(["---"] * (len(names) + 1)) + " |"]
-    order = [name for name in PLANS if name in cells] + [name for name in cells if name not in PLANS]
-    for method in order:
-        found = cells[method]
+            by_method.setdefault(row.case.split(",")[0], {})[label, row.metric] = row
+    body = []
+    for method in [name for name in PLANS if name in by_method] + [name for name in by_method if name not in PLANS]:
+        found = by_method[method]
         there = {label for label, _ in found}
         # Of these plain LoRA's step was measured, which is theirs.
-        same = {label for label in groups if label not in there and method in _SAME_STEP and PLAIN in cells}
+        same = {label for label in groups if label not in there and method in _SAME_STEP and PLAIN in by_method}
         texts = ["as lora" if label in same else _cell(found.get((label, metric))) for label, metric in columns]
-        lines.append("| " + " | ".join((method, *texts)) + " |")
-    return "\n".join(lines)
+        body.append((method, *texts))
+    return ("method", *(f"{label} {metric}".strip() for label, metric in columns)), body
+
+
+def table(groups: dict[str, list[Row]]) -> str:
+    """The lines of `cells` as a Markdown table; a missed goal in bold."""
+    head, body = cells(groups)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ("---",) * len(head), *body))
+
+
+def write_tables(rows: list[Row], record: Path) -> list[Path]:
+    """Write the tables beside their record, as Markdown and as an HTML page. Returns the files."""
+    from fastlora.report.page import tables
+
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case.partition(", ")[2], []).append(row)
+    markdown = "\n\n".join(f"## {setting}\n\n{table({'': group})}" for setting, group in groups.items())
+    page = tables("Methods side by side", [(setting, *cells({"": group})) for setting, group in groups.items()])
+    paths = [record.with_suffix(suffix) for suffix in (".md", ".html")]
+    for path, text in zip(paths, (f"# Methods side by side\n\n{markdown}\n", page), strict=True):
+        path.write_text(text, encoding="utf-8")
+    return paths
 
 
 def _cell(row: Row | None) -> str:

@@ -90,7 +90,10 @@ def drop_in(parts: Iterable[str], *, out: Path | None = None) -> tuple[str, Path
 
 
 def methods(parts: Iterable[str], *, quick: bool = False, out: Path | None = None) -> tuple[str, Path]:
-    """Measure the methods beside each other; the table and the record's path. The record grows with every method."""
+    """Measure the methods beside each other; the table and the record's path. The record grows with every method.
+
+    Beside the record lie its tables, ``methods.md`` and ``methods.html``.
+    """
     from fastlora.bench import methods as suite
 
     rows: list[record.Row] = []
@@ -99,6 +102,7 @@ def methods(parts: Iterable[str], *, quick: bool = False, out: Path | None = Non
         for found in suite.PARTS[part](device(), *sizes):
             rows += found
             path = record.write("methods", rows, {"quick": quick}, out)
+            suite.write_tables(rows, path)
             print(found[0].case, file=sys.stderr)
     return record.table(rows), path
 

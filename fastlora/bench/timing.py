@@ -71,6 +71,13 @@ def side_stream(device: torch.device) -> Iterator[None]:
         outer.wait_stream(stream)
 
 
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when everything that was launched on ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def _wall(call: Call, calls: int, device: torch.device, hold: bool = False) -> float:
     """Microseconds per call of ``calls`` calls in a row, until the device has finished them.
 

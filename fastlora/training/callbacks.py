@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -17,7 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastlora.training import checkpoints, durable
 from fastlora.training.errors import UserError
+
+LOG_NAME = "log.jsonl"
+"""Every log of a run, a line each, in its output folder."""
 
 
 class Meter(TrainerCallback):
@@ -32,6 +38,7 @@ class Meter(TrainerCallback):
         self._started = 0.0
         self._tokens_seen = 0
         self._logged = (0, 0)
+        self._held = 0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
@@ -56,9 +63,11 @@ class Meter(TrainerCallback):
         self.tokens += int(state.num_input_tokens_seen) - self._tokens_seen
         self._tokens_seen = int(state.num_input_tokens_seen)
         if self.device.type == "cuda":
-            self.peak_memory = torch.cuda.max_memory_allocated(self.device)
+            held = torch.cuda.max_memory_allocated(self.device)
         else:
-            self.peak_memory = max(self.peak_memory, psutil.Process().memory_info().rss)
+            held = psutil.Process().memory_info().rss
+        self._held = max(self._held, held)
+        self.peak_memory = max(self.peak_memory, held)
 
     @property
     def step_ms(self) -> float:
@@ -72,14 +81,17 @@ class Meter(TrainerCallback):
         return self.tokens / sum(self.step_seconds) if self.step_seconds else math.nan
 
     def since_last_log(self) -> dict[str, float]:
-        """``tokens_per_second`` since the last call and ``memory_gib``; empty without a step since then."""
+        """``tokens_per_second`` and ``memory_gib``, the most held, since the last call; empty without a step."""
         steps, tokens = len(self.step_seconds), self.tokens
         last_steps, last_tokens = self._logged
         if steps == last_steps:
             return {}
         self._logged = (steps, tokens)
         rate = (tokens - last_tokens) / sum(self.step_seconds[last_steps:])
-        return {"tokens_per_second": round(rate, 1), "memory_gib": round(self.peak_memory / 2**30, 3)}
+        held, self._held = self._held, 0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return {"tokens_per_second": round(rate, 1), "memory_gib": round(held / 2**30, 4)}
 
 
 class MeteredLog:
@@ -91,6 +103,34 @@ class MeteredLog:
         if self.meter is not None and "loss" in logs:
             logs = {**logs, **self.meter.since_last_log()}
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+class LogFile(TrainerCallback):
+    """Keeps every log in a file of the output folder from the moment it is made, for runs that do not end well too.
+
+    A resumed run begins with what its checkpoint knows, so that no step is there twice.
+    """
+
+    def __init__(self, output_dir: Path) -> None:
+        self.path = output_dir / LOG_NAME
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            durable.write_text(self.path, "".join(json.dumps(entry) + "\n" for entry in state.log_history))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**(logs or {}), "step": state.global_step}) + "\n")
 
 
 class Reporter(TrainerCallback):
@@ -167,10 +207,8 @@ class FiniteLoss(TrainerCallback):
     ) -> None:
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(float(loss)):
-            raise UserError(
-                f"the loss is {loss} at step {state.global_step}: lower lr (now {args.learning_rate:g}), "
-                "set bf16 false, or look for odd examples in the data"
-            )
+            advice = checkpoints.after_divergence(args.learning_rate, Path(str(args.output_dir)))
+            raise UserError(f"the loss is {loss} at step {state.global_step}: {advice}")
 
 
 class StopOnSignal(TrainerCallback):

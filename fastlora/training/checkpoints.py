@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
 import yaml
 
+from fastlora.training import durable
 from fastlora.training.config import FREE_ON_RESUME, TrainConfig
 from fastlora.training.errors import UserError, disk_errors
 
@@ -22,8 +22,9 @@ _MARGIN = 64 * 2**20
 
 
 def finished(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, oldest first. One that a crash cut short has no trainer state: it is written last."""
-    found = [p for p in output_dir.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    """Complete checkpoints, oldest first."""
+    files = ("trainer_state.json", durable.MANIFEST)
+    found = [p for p in output_dir.glob("checkpoint-*") if all((p / name).is_file() for name in files)]
     return sorted((p for p in found if p.name.split("-")[-1].isdigit()), key=lambda p: int(p.name.split("-")[-1]))
 
 
@@ -35,22 +36,69 @@ def prepare(config: TrainConfig) -> Path | None:
     output_dir = config.output_dir
     make_writable(output_dir, "output_dir")
     done = finished(output_dir)
+    shutil.rmtree(output_dir / durable.WRITING, ignore_errors=True)  # what a crash left
     if config.resume:
         if not done:
             raise UserError(
                 f"resume: no finished checkpoint in {output_dir}: drop --resume, or name the run's output_dir"
             )
         _check_same_run(config)
+        check(done)
         return done[-1]
     if config.overwrite:
         for checkpoint in output_dir.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+            durable.discard(checkpoint)
     elif done:
         raise UserError(
             f"output_dir: {output_dir} holds a run that stopped at {done[-1].name}: "
             "pass --resume to go on, --overwrite to start again, or another --output-dir"
         )
     return None
+
+
+def check(done: list[Path]) -> None:
+    """Raises UserError, which names the file, when the last of ``done`` is not what was written there."""
+    last = done[-1]
+    problem = durable.damage(last)
+    extra = [] if problem else durable.strangers(last)
+    if extra:
+        problem = f"{extra[0]} was not written by the run"
+    if problem is None:
+        return
+    before = f" to go on from {done[-2].name}" if len(done) > 1 else " and start again"
+    raise UserError(f"resume: {problem}: move it away, or delete {last}{before}")
+
+
+def rotate(output_dir: Path, limit: int | None, best: Path | None = None) -> None:
+    """Delete the oldest finished checkpoints but the last ``limit`` (None: keep all) and ``best``."""
+    if limit is None:
+        return
+    done = [path for path in finished(output_dir) if best is None or path.name != best.name]
+    for path in done[: max(0, len(done) - limit)]:
+        durable.discard(path)
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Raises UserError, which names the file, for an adapter with changed files or with pickles for weights."""
+    problem = durable.damage(folder)
+    if problem is not None:
+        raise UserError(f"adapter: {problem}: use another copy")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p for p in folder.iterdir() if p.suffix in durable.PICKLES)
+        if pickles:
+            raise UserError(
+                f"adapter: {pickles[0]} is a pickle, which can run code when it is read: "
+                "load it with PEFT where you trust it, and save it as safetensors"
+            )
+        raise UserError(f"adapter: {folder} has no .safetensors file: use another copy")
+
+
+def after_divergence(lr: float, output_dir: Path) -> str:
+    """What to do about a loss that is no number, and which checkpoint is good."""
+    done = finished(output_dir)
+    good = f"{done[-1]} is the last good checkpoint" if done else "there is no checkpoint before it"
+    advice = f"lower lr (now {lr:g}), set bf16 false, or look for odd examples in the data"
+    return f"{advice}, and start again with --overwrite; {good}"
 
 
 def make_writable(folder: Path, key: str) -> None:
@@ -99,7 +147,5 @@ def _check_same_run(config: TrainConfig) -> None:
 
 def write_config(config: TrainConfig) -> None:
     """Writes the resolved configuration, whole or not at all."""
-    part = config.output_dir / (CONFIG_NAME + ".part")
     with disk_errors(config.output_dir):
-        part.write_text(config.to_yaml(), encoding="utf-8")
-        os.replace(part, config.output_dir / CONFIG_NAME)
+        durable.write_text(config.output_dir / CONFIG_NAME, config.to_yaml())

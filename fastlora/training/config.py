@@ -37,6 +37,7 @@ FREE_ON_RESUME = frozenset(
         "step",
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
         *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "blocks", "liger", "offload_checkpoints"),
+        "gradient_checkpointing",
     }
 )
 """Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""

@@ -50,11 +50,22 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+_FULL = ("No space left on device", "os error 28", "Disk quota exceeded", "File too large", "os error 27")
+
+
 def is_disk_full(error: BaseException) -> bool:
-    """Whether ``error`` says that the disk is full: libraries wrap ENOSPC into errors of their own types."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Whether ``error`` says that the disk, a quota or a limit is full: libraries wrap ENOSPC into their own types."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    return any(text in str(error) for text in ("No space left on device", "os error 28", "Disk quota exceeded"))
+    return any(text in str(error) for text in _FULL)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that the memory of a GPU, or of the machine, does not suffice."""
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        return True
+    texts = ("CUDA out of memory", "DefaultCPUAllocator: can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 @contextlib.contextmanager

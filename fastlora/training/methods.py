@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.training import tasks
+from fastlora.training import durable, tasks
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import UserError, first_line, require
 
@@ -287,7 +287,7 @@ class AdaLora(Method):
 
 
 class DyLora(Method):
-    FILE = "dylora.pt"
+    FILE = "dylora.safetensors"
 
     def adapt(self, model: Any) -> Any:
         from fastlora.adapters import dylora
@@ -301,10 +301,10 @@ class DyLora(Method):
         self.nested.sample()
 
     def save(self, model: Any, folder: Path) -> None:
-        torch.save(self.nested.state_dict(), folder / self.FILE)
+        durable.save_tree(self.nested.state_dict(), folder / self.FILE)
 
     def after_load(self, model: Any, folder: Path) -> None:
-        self.nested.load_state_dict(torch.load(folder / self.FILE, weights_only=True))
+        self.nested.load_state_dict(durable.load_tree(folder / self.FILE))
 
 
 class DynamicRank(Method):

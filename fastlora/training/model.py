@@ -363,7 +363,10 @@ def base_of(adapter: Path, model: str | None) -> str:
 
 
 def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None:
-    """Raises UserError when a layer of ``adapter`` is missing in ``model`` or has another shape there."""
+    """Raises UserError for files that were changed, and for a layer that ``model`` has not or in another shape."""
+    from fastlora.training.checkpoints import check_adapter_files
+
+    check_adapter_files(adapter)
     trained_on = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     advice = f"the adapter was trained on {trained_on!r}: pass --model with that model"
     from fastlora.adapters import quantized
@@ -374,7 +377,8 @@ def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None
         else:
             weights = require("peft.utils").load_peft_weights(str(adapter), device="cpu")
     except Exception as error:
-        raise UserError(f"adapter: cannot read {adapter} ({first_line(error)}): use another copy") from error
+        file = adapter / (quantized.FILE if (adapter / quantized.FILE).is_file() else "adapter_model.safetensors")
+        raise UserError(f"adapter: cannot read {file} ({first_line(error)}): use another copy") from error
     shapes = linear_shapes(model)
     for key, (part, side) in _lora_parts(weights):
         name = key.removeprefix("base_model.model.").removesuffix(f".{part}.weight")

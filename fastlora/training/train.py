@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data, methods, optimizer, tasks
+from fastlora.training import checkpoints, data, durable, methods, optimizer, saving, tasks
 from fastlora.training import model as models
 from fastlora.training import step as steps
 from fastlora.training.config import TrainConfig
-from fastlora.training.errors import Interrupted, UserError, disk_errors, require
+from fastlora.training.errors import Interrupted, UserError, disk_errors, is_out_of_memory, require
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,6 +46,10 @@ class TrainResult:
     layers_replaced: int
     """Layers that run fused; 0 with backend peft."""
     log_history: list[dict[str, Any]]
+    seconds: float = math.nan
+    """Of all steps of this process, without evaluations and checkpoints."""
+    parameters: int = 0
+    """Trained ones."""
     task: str = "causal-lm"
     labels: tuple[str, ...] = ()
     """Of a classification, in the order of the model's scores."""
@@ -156,7 +160,7 @@ def _run(
     method: methods.Method,
     callbacks: list[Any],
 ) -> TrainResult:
-    from fastlora.training.callbacks import FiniteLoss, Meter, Reporter, StopOnSignal
+    from fastlora.training.callbacks import FiniteLoss, LogFile, Meter, Reporter, StopOnSignal
 
     meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
     trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
@@ -167,7 +171,8 @@ def _run(
 
         trainer.add_callback(OffloadCheckpoints())
     # The meter measures the step without what the callbacks after it do.
-    for callback in (meter, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter):
+    log = LogFile(config.output_dir)
+    for callback in (meter, log, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter):
         trainer.add_callback(callback)
     try:
         with reporter, stop, disk_errors(config.output_dir):
@@ -199,11 +204,14 @@ def _run(
         labels=examples.labels,
         metrics_before=measured[0],
         metrics_after=measured[-1],
+        seconds=sum(meter.step_seconds),
+        parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
     if trainer.is_world_process_zero():
         with disk_errors(config.output_dir):
-            method.finish_and_save(model, adapter)
-            (config.output_dir / RESULT_NAME).write_text(result.to_json(), encoding="utf-8")
+            with durable.whole_folder(adapter, ".safetensors") as folder:
+                method.finish_and_save(model, folder)
+            durable.write_text(config.output_dir / RESULT_NAME, result.to_json())
     return result
 
 
@@ -226,16 +234,25 @@ def _how_to_go_on(config: TrainConfig) -> str:
 def _out_of_memory(config: TrainConfig) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         advice = [f"halve batch_size (now {config.batch_size}) and double gradient_accumulation_steps"]
         if config.batch_size == 1:
             advice = []
         if not config.gradient_checkpointing:
             advice.append("set gradient_checkpointing true")
+        elif not config.offload_checkpoints and config.step == "eager":
+            advice.append("set offload_checkpoints true")
         advice.append(f"lower max_length (now {config.max_length})")
         if config.quantization == "none":
             advice.append("set quantization nf4")
-        raise UserError(f"out of GPU memory: {', or '.join(advice)}") from error
+        if not config.liger:
+            advice.append("set liger true, which computes the loss in chunks")
+        where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error) else "memory"
+        done = checkpoints.finished(config.output_dir)
+        go_on = f"; --resume goes on from {done[-1].name} where the setting allows it" if done else ""
+        raise UserError(f"out of {where}: {', or '.join(advice)}{go_on}") from error
 
 
 def uses_trl(config: TrainConfig) -> bool:
@@ -305,7 +322,14 @@ def make_trainer(
     if fixed:
         tokenizer.padding_side = "right"
     padding: dict[str, Any] = {"padding": "max_length", "max_length": config.max_length} if fixed else {}
-    bases = (methods.MethodTrainer, steps.StepLauncher, optimizer.FusedClipping, MeteredLog, trainer_class)
+    bases = (
+        saving.SafeCheckpoints,
+        methods.MethodTrainer,
+        steps.StepLauncher,
+        optimizer.FusedClipping,
+        MeteredLog,
+        trainer_class,
+    )
     trainer = type("MeteredTrainer", bases, {"causal": fixed, "captured": config.step == "cuda_graphs"})(
         model=model,
         args=args,

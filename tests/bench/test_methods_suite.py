@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ def test_rows_of_the_shape() -> None:
     for row in rows:
         metrics.setdefault(row.case.split(",")[0], set()).add(row.metric)
     assert list(metrics) == list(names)
-    assert metrics["lora"] == {"trained parameters (1000)", "step ms", "speed-up over PEFT"}
+    assert metrics["lora"] == {"trained parameters (1000)", "step ms", "inference ms", "speed-up over PEFT"}
     assert metrics["vera"] == metrics["lora"] | {"times plain LoRA"}
-    assert metrics["delta-lora"] == {"trained parameters (1000)", "step ms", "times plain LoRA"}
+    assert metrics["delta-lora"] == {"trained parameters (1000)", "step ms", "inference ms", "times plain LoRA"}
     assert all(row.value is not None and row.value > 0 for row in rows)
     by = {(row.case.split(",")[0], row.metric): row for row in rows}
     assert by["vera", "times plain LoRA"].goal == 1.3
@@ -182,3 +183,32 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "lora, x" in capsys.readouterr().out
     (path,) = tmp_path.glob("*/methods.json")
     assert json.loads(path.read_text())["quick"] is True
+    assert "| lora | 1 |" in path.with_suffix(".md").read_text()
+    assert '<th scope="row">lora</th><td>1</td>' in path.with_suffix(".html").read_text()
+
+
+def test_score_and_time_of_inference() -> None:
+    """Of a model that always guesses one token, and puts two virtual ones before."""
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> Any:
+            assert not self.training
+            logits = torch.zeros(*input_ids.shape, 5)
+            logits[..., 3] = 1
+            return types.SimpleNamespace(logits=torch.cat((torch.zeros(1, 2, 5), logits), 1))
+
+    batches = [{"input_ids": torch.ones(1, 4).long(), "labels": torch.tensor([[3, -100, 3, 3 - i]])} for i in (0, 1)]
+    model = Model().train()
+    found = methods._tested(model, batches, CPU)
+    assert found["score %"] == 75.0
+    assert found["inference ms"] > 0
+    assert model.training
+
+
+def test_a_page_of_tables() -> None:
+    from fastlora.report.page import tables
+
+    text = tables("a & b", [("here", ("method", "x"), [("lora", "**1**"), ("<i>", "2")])])
+    assert "<h1>a &amp; b</h1>" in text
+    assert "<td><strong>1</strong></td>" in text
+    assert "&lt;i&gt;" in text

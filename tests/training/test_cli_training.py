@@ -116,12 +116,12 @@ def test_broken_configuration_files(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_disk_full(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import transformers
+    from fastlora.training import durable
 
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(durable, "save_tree", full)
     assert_one_line(capsys, main(flags(options, max_steps=1)), "is full", "--resume")
 
 

@@ -70,6 +70,7 @@ def test_tensorboard_has_every_curve(trained: TrainResult) -> None:
     accumulator.Reload()
     tags = set(accumulator.Tags()["scalars"])
     assert tags >= {"train/loss", "train/tokens_per_second", "train/memory_gib", "eval/loss", "train/learning_rate"}
+    assert tags >= {"train/grad_norm"}
     assert [event.step for event in accumulator.Scalars("eval/loss")] == [0, 8, 16]
     losses = [event.value for event in accumulator.Scalars("train/loss")]
     assert losses == pytest.approx([loss for _, loss in trained.losses])
