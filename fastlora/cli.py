@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -31,11 +32,18 @@ def main(arguments: list[str] | None = None) -> int:
         require("typer")
         return _run(arguments)
     except UserError as error:
-        print(f"fastlora: {error}", file=sys.stderr)
+        if error.alone or _first_process():
+            print(f"fastlora: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fastlora: interrupted before there was anything to save", file=sys.stderr)
+        if _first_process():
+            print("fastlora: interrupted before there was anything to save", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _first_process() -> bool:
+    """Whether this is the first process of those that a launcher has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(arguments: list[str]) -> int:
@@ -79,7 +87,9 @@ def _train_command() -> Any:
         from fastlora.training.train import train as run
 
         with _quiet():
-            print(run(resolved).summary())
+            result = run(resolved)
+        if _first_process():
+            print(result.summary())
 
     argument = typer.Argument(help="YAML file; see examples/train.yaml", show_default=False)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD

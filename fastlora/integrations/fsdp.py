@@ -94,7 +94,7 @@ def shard(
     if mesh is None:
         if not distributed.is_initialized():
             raise RuntimeError("sharding needs a process group: start the processes with torchrun")
-        kind = "cuda" if torch.cuda.is_available() and "nccl" in str(distributed.get_backend()) else "cpu"
+        kind = "cuda" if "nccl" in distributed.get_backend_config() else "cpu"
         mesh = distributed.init_device_mesh(kind, (distributed.get_world_size(),))
     device = torch.device("cpu")
     if mesh.device_type == "cuda":
