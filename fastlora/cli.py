@@ -217,7 +217,7 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
         raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
 
 
-SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs")
+SUITES = ("layer", "goals", "train", "distributed", "methods", "cpu", "drop-in", "merge", "runs")
 """What `bench` measures."""
 
 
@@ -231,8 +231,10 @@ def bench(
     providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
     graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
     only: Annotated[str | None, typer.Option(help="train, drop-in, methods: parts, comma-separated")] = None,
+    gpus: Annotated[int | None, typer.Option(help="distributed: processes, one a GPU [default: 2]")] = None,
+    blocks: Annotated[int | None, typer.Option(help="distributed: blocks of the large model, at most")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="goals, train, methods: so small that a CPU can run them")
+        bool, typer.Option("--quick", help="goals, train, distributed, methods: so small that a CPU can run them")
     ] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
 ) -> None:
@@ -255,14 +257,33 @@ def bench(
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods"))
-    strange += ["--quick"] * (quick and suite not in ("goals", "train", "methods"))
+    strange += ["--quick"] * (quick and suite not in ("goals", "train", "distributed", "methods"))
+    spread = {"gpus": gpus, "blocks": blocks}
+    strange += [f"--{name}" for name, value in spread.items() if value is not None and suite != "distributed"]
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
     for package in ("rich", "bitsandbytes", "peft"):
         require(package, "bench")
     with _quiet():
-        table, path = _run_suite(suite, given, graph, only, quick, out)
+        if suite == "distributed":
+            table, path = _run_distributed(gpus or 2, blocks, quick, out)
+        else:
+            table, path = _run_suite(suite, given, graph, only, quick, out)
     print(table, path, sep="\n")
+
+
+def _run_distributed(gpus: int, blocks: int | None, quick: bool, out: Path) -> tuple[str, Path]:
+    import torch
+
+    from fastlora.bench import run
+
+    require("transformers", "bench")
+    visible = torch.cuda.device_count()
+    if gpus < 2 or (blocks is not None and blocks < 1):
+        raise UserError("gpus should be at least 2, and blocks at least 1")
+    if visible < gpus and (visible or not quick):
+        raise UserError(f"{gpus} GPUs are to be measured and {visible} are visible: --quick on a CPU tries tiny models")
+    return run.distributed(quick=quick, out=out, world=gpus, blocks=blocks)
 
 
 def _run_suite(
