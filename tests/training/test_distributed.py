@@ -116,6 +116,29 @@ def test_a_killed_process_ends_the_run_and_resume_goes_on(plain: dict[str, Any],
     assert one.steps == 6, "one process goes on from what two have saved"
 
 
+def run_train(rank: int, values: dict[str, Any]) -> int:
+    result = train(load(None, values))
+    assert result.processes == processes.WORLD
+    return 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_two_gpus_learn_what_one_does(plain: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    """Over NCCL, in float32, and on from a checkpoint."""
+    if torch.cuda.device_count() < processes.WORLD:
+        pytest.skip(f"needs {processes.WORLD} GPUs")
+    values = plain | {"device": "cuda", "bf16": False, "blocks": True, "distributed": kind}
+    processes.check(processes.run(run_train, values, folder=tmp_path))
+    more = values | {"resume": True, "max_steps": 5}
+    processes.check(processes.run(run_train, more, folder=tmp_path))
+    one = values | {"distributed": "auto", "batch_size": 2 * plain["batch_size"], "max_steps": 5}
+    wanted = train(load(None, one | {"output_dir": str(tmp_path / "one")}))
+    found = adapter(plain["output_dir"])
+    for name, t in adapter(wanted.output_dir).items():
+        torch.testing.assert_close(found[name], t, rtol=0.02, atol=2e-3, msg=name)
+
+
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     "accelerate": [
