@@ -120,6 +120,11 @@ def test_one_failure_does_not_take_the_rest(
     assert second.links["all-gather"] > 0
 
 
+def test_the_page_of_the_project_has_its_place_for_the_table() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    assert report.fill(page, {"distributed": "here"}).count("here") > page.count("here")
+
+
 def test_found_survives_json() -> None:
     one = found(DDP, gpu_ms={"products": 1.0})
     assert Found.from_json(json.dumps(dataclasses.asdict(one))) == one
