@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import re
 import sys
 import warnings
@@ -31,10 +32,12 @@ def main(arguments: list[str] | None = None) -> int:
         require("typer")
         return _run(arguments)
     except UserError as error:
-        print(f"fastlora: {error}", file=sys.stderr)
+        if error.alone or _first_process():
+            print(f"fastlora: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("fastlora: interrupted before there was anything to save", file=sys.stderr)
+        if _first_process():
+            print("fastlora: interrupted before there was anything to save", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
         if not is_out_of_memory(error):
@@ -42,6 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         advice = "pass --device cpu, ask for fewer tokens, or free the memory that other processes hold"
         print(f"fastlora: out of memory ({first_line(error)}): {advice}", file=sys.stderr)
         return UserError.exit_code
+
+
+def _first_process() -> bool:
+    """Whether this is the first process of those that a launcher has started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _run(arguments: list[str]) -> int:
@@ -85,7 +93,9 @@ def _train_command() -> Any:
         from fastlora.training.train import train as run
 
         with _quiet():
-            print(run(resolved).summary())
+            result = run(resolved)
+        if _first_process():
+            print(result.summary())
 
     argument = typer.Argument(help="YAML file; see examples/train.yaml", show_default=False)
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -245,7 +255,7 @@ def report(
     print(*run(runs, out, plots, title), sep="\n")
 
 
-SUITES = ("layer", "goals", "train", "methods", "cpu", "drop-in", "merge", "runs", "tasks")
+SUITES = ("layer", "goals", "train", "distributed", "methods", "cpu", "drop-in", "merge", "runs", "tasks")
 """What `bench` measures."""
 
 
@@ -259,8 +269,10 @@ def bench(
     providers: Annotated[str | None, typer.Option(help="layer: who computes it, comma-separated")] = None,
     graph: Annotated[bool, typer.Option(help="layer: GPU time alone, from CUDA graphs, too")] = True,
     only: Annotated[str | None, typer.Option(help="train, drop-in, methods, tasks: parts, comma-separated")] = None,
+    gpus: Annotated[int | None, typer.Option(help="distributed: processes, one a GPU [default: 2]")] = None,
+    blocks: Annotated[int | None, typer.Option(help="distributed: blocks of the large model, at most")] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help="goals, train, methods, tasks: so small that a CPU can run them")
+        bool, typer.Option("--quick", help="goals, train, distributed, methods, tasks: for a CPU")
     ] = False,
     out: Annotated[Path, typer.Option(help="folder of the records")] = Path("bench/results"),
 ) -> None:
@@ -283,14 +295,33 @@ def bench(
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods", "tasks"))
-    strange += ["--quick"] * (quick and suite not in ("goals", "train", "methods", "tasks"))
+    strange += ["--quick"] * (quick and suite not in ("goals", "train", "distributed", "methods", "tasks"))
+    spread = {"gpus": gpus, "blocks": blocks}
+    strange += [f"--{name}" for name, value in spread.items() if value is not None and suite != "distributed"]
     if strange:
         raise UserError(f"{strange[0]} is no option of --suite {suite}")
     for package in ("rich", "bitsandbytes", "peft"):
         require(package, "bench")
     with _quiet():
-        table, path = _run_suite(suite, given, graph, only, quick, out)
+        if suite == "distributed":
+            table, path = _run_distributed(gpus or 2, blocks, quick, out)
+        else:
+            table, path = _run_suite(suite, given, graph, only, quick, out)
     print(table, path, sep="\n")
+
+
+def _run_distributed(gpus: int, blocks: int | None, quick: bool, out: Path) -> tuple[str, Path]:
+    import torch
+
+    from fastlora.bench import run
+
+    require("transformers", "bench")
+    visible = torch.cuda.device_count()
+    if gpus < 2 or (blocks is not None and blocks < 1):
+        raise UserError("gpus should be at least 2, and blocks at least 1")
+    if visible < gpus and (visible or not quick):
+        raise UserError(f"{gpus} GPUs are to be measured and {visible} are visible: --quick on a CPU tries tiny models")
+    return run.distributed(quick=quick, out=out, world=gpus, blocks=blocks)
 
 
 def _run_suite(

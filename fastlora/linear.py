@@ -231,6 +231,31 @@ def base_weight(base: nn.Module) -> Weight:
     return weight if state is None else NF4Weight.from_bitsandbytes(weight, state)
 
 
+def kept_weight(owner: nn.Module, base: Any) -> Weight:
+    """`base_weight` of ``base``, kept on ``owner`` for as long as it has the same bytes and statistics.
+
+    A weight that FSDP2 gathers anew for each pass has one storage, which is emptied and filled again: the view of it
+    that is kept sees each of them. Raises ValueError or AttributeError when there is no such weight.
+    """
+    packed = base.weight
+    state = getattr(packed, "quant_state", None)
+    if state is None:
+        state = getattr(base, "quant_state", None)
+    if state is None or ops.must_dispatch(packed.data):
+        return base_weight(base)
+    known = owner.__dict__.get("fastlora_weight")
+    # The statistics are kept alive, so that no other object can pass for them.
+    if (
+        known is None
+        or known[0] is not state
+        or known[1] is not state.absmax
+        or known[2].w_packed.data_ptr() != packed.data_ptr()
+    ):
+        weight = NF4Weight.from_bitsandbytes(packed, state)
+        known = owner.__dict__["fastlora_weight"] = (state, state.absmax, weight)
+    return known[2]
+
+
 def compute_type(
     base: nn.Module, weight: Weight, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.dtype | None, torch.dtype]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastlora.training.step import checkpoint_blocks
 
@@ -23,6 +25,30 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 8192,
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
+    },
+    "llama-3-70b": {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
     },
     "qwen2.5-7b": {
         "model_type": "qwen2",
@@ -105,6 +131,19 @@ def base(config: Any, device: torch.device, *, seed: int = 0, dtype: torch.dtype
     return model
 
 
+def repeated(config: Any, device: torch.device) -> Any:
+    """As `base`, of blocks that all have the weights of the first: of a large model only one block is ever dense."""
+    count, config.num_hidden_layers = config.num_hidden_layers, 1
+    model = base(config, device)
+    config.num_hidden_layers = count
+    blocks = model.get_decoder().layers
+    for i in range(1, count):
+        block = copy.deepcopy(blocks[0])
+        block.self_attn.layer_idx = i
+        blocks.append(block)
+    return model
+
+
 def trainable(config: Any, device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> Any:
     """As `base`, by transformers' own quantizer, which its Trainer asks for: all layers are dense at first."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
@@ -168,6 +207,8 @@ def restart(model: Any, seed: int) -> None:
         for name, parameter in sorted(adapters(model)):
             if "lora_A" in name:
                 values = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+                if isinstance(parameter, DTensor):
+                    values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
                 parameter.copy_(values)
             else:
                 parameter.zero_()

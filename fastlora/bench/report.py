@@ -422,6 +422,37 @@ def methods(results: Path) -> str:
     return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite methods` writes the record."
 
 
+def distributed(results: Path) -> str:
+    """What the committed runs over several GPUs measured: goals, speed and memory by stack, loss."""
+    blocks = []
+    for path in _found(results, "distributed.json"):
+        data, rows = record.read(path)
+        if data.get("quick"):
+            continue
+        bound = [row for row in rows if row.goal is not None]
+        head = f"{_source(path, data)}, {data.get('processes')} GPUs"
+        blocks.append(f"{head}: {sum(row.ok for row in bound)} of {len(bound)} goals reached.\n\n{rows_table(bound)}")
+        blocks += [f"### {case}\n\n{_ways_table(group)}" for case, group in _by_stack(rows).items()]
+        other = [row for row in rows if row.goal is None and not _STACK.fullmatch(row.metric)]
+        if other:
+            blocks.append(rows_table(other))
+    return (
+        "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite distributed` on two GPUs writes the record."
+    )
+
+
+def _ways_table(stacks: dict[str, dict[str, Row]]) -> str:
+    columns = ("tokens/s", "ms a step", "peak memory GiB", "base GiB a GPU", "loss")
+    kinds = dict.fromkeys(what for found in stacks.values() for what in found if what.startswith("GPU ms"))
+    body = []
+    for stack, found in stacks.items():
+        cells = [_number(found[what].value if what in found else None) for what in columns]
+        note = found["tokens/s"].note.replace("|", "/") if "tokens/s" in found else ""
+        body.append((stack, *cells, note))
+    text = _markdown(("stack", *columns, "note"), body)
+    return f"{text}\n\n{_classes_table(stacks)}" if kinds else text
+
+
 README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "goals": goals,
     "training": training,
@@ -472,6 +503,11 @@ def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
         text = fill(methods_page.read_text(encoding="utf-8"), {"methods": methods(results)})
         methods_page.write_text(text, encoding="utf-8")
         written.append(methods_page)
+    page = docs / "distributed.md"
+    if page.is_file():
+        text = fill(page.read_text(encoding="utf-8"), {"distributed": distributed(results)})
+        page.write_text(text, encoding="utf-8")
+        written.append(page)
     for path in _found(results, "layer.jsonl"):
         lines = record.read_lines(path)
         for group in _groups(path, lines):

@@ -165,6 +165,28 @@ def train(
         yield record.table(list(suite.by_case(part, found))), path
 
 
+def distributed(
+    *, quick: bool = False, out: Path | None = None, world: int = 2, blocks: int | None = None, seconds: float = 270
+) -> tuple[str, Path]:
+    """Measure training steps over ``world`` processes; the table and the record's path. The record grows with every
+    task. blocks: of the large model, at most. seconds: after which what is left is not measured.
+    """
+    from fastlora.bench import distributed as suite
+
+    sizes = suite.QUICK if quick else suite.FULL
+    if blocks is not None:
+        sizes = dataclasses.replace(sizes, large=dataclasses.replace(sizes.large, blocks=blocks))
+    cuda = device().type == "cuda"
+    found: list[suite.Found] = []
+    path = record.write("distributed", [], {"quick": quick}, out)
+    for one in suite.measure(suite.tasks(sizes), world, cuda=cuda, steps=sizes.steps, seconds=seconds):
+        found.append(one)
+        print(f"distributed: {suite.line(one)}", file=sys.stderr, flush=True)
+        extra = {"quick": quick, "processes": world, "loss_curves": suite.curves(found)}
+        path = record.write("distributed", suite.rows(found, world), extra, out)
+    return record.table(suite.rows(found, world)), path
+
+
 def merge(*, out: Path | None = None) -> tuple[str, Path]:
     """Measure what each way of merging keeps of a fine-tune; the table and the record's path."""
     from fastlora.bench import merge as suite

@@ -164,6 +164,7 @@ class Measured:
 # What a kernel is, by its name; the first that matches. Products of the rank are told by their sizes, in `breakdown`.
 GEMM, SIDE, IDLE = "products", "LoRA side passes", "idle"
 _CLASSES = (
+    ("communication", r"nccl"),
     ("loss", r"cross_?entropy|nll_loss|soft_?max|_ce_|chunked"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("optimizer", r"multi_tensor|adam|lpnorm"),
@@ -236,8 +237,10 @@ def _apply_liger(model_type: str) -> None:
     monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN[model_type]()
 
 
-def _model(stack: Stack, case: Case, device: torch.device, folder: Path | None) -> Any:
-    """The PEFT model of a case as the stack runs it."""
+def _model(
+    stack: Stack, case: Case, device: torch.device, folder: Path | None = None, base: Callable[..., Any] | None = None
+) -> Any:
+    """The PEFT model of a case as the stack runs it. base: in place of `models.base`."""
     from fastlora.bench import models
 
     if stack.process == "Unsloth":
@@ -246,7 +249,7 @@ def _model(stack: Stack, case: Case, device: torch.device, folder: Path | None) 
     config = case.config()
     if stack.liger and not stack.fuse:
         _apply_liger(config.model_type)
-    model = models.base(config, device)
+    model = (base or models.base)(config, device)
     model.config.use_cache = False
     model = models.adapt(model, r=R, alpha=ALPHA)
     if stack.fuse:
@@ -311,8 +314,13 @@ def _unsloth(case: Case, folder: Path) -> Any:
     return FastLanguageModel.for_training(model, use_gradient_checkpointing=bool(case.checkpointing)) or model
 
 
-def train_step(model: Any, stack: Stack, case: Case, device: torch.device) -> Callable[[], torch.Tensor]:
-    """One step of a stack on a case from the start of its adapters: the loss of the batch before it."""
+def train_step(
+    model: Any, stack: Stack, case: Case, device: torch.device, *, call: Any = None, seed: int = 0
+) -> Callable[[], torch.Tensor]:
+    """One step of a stack on a case from the start of its adapters: the loss of the batch before it.
+
+    call: what is called with a batch instead of ``model``, such as a wrapper of it. seed: of the tokens.
+    """
     from fastlora.bench import models
     from fastlora.training import step as steps
     from fastlora.training.offload import offload_checkpoints
@@ -327,11 +335,12 @@ def train_step(model: Any, stack: Stack, case: Case, device: torch.device) -> Ca
     if stack.offloaded:
         offload_checkpoints(model)
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
-    (ids,) = models.token_batches(case.config(), case.batch, case.length, device, 0, 1)
+    (ids,) = models.token_batches(case.config(), case.batch, case.length, device, seed, 1)
+    forward = model if call is None else call
 
     def run(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16):
-            loss = model(input_ids=batch["ids"], labels=batch["ids"]).loss
+            loss = forward(input_ids=batch["ids"], labels=batch["ids"]).loss
         loss.backward()
         return loss.detach()
 
@@ -376,10 +385,18 @@ def time_steps(step: Callable[[], torch.Tensor], device: torch.device, steps: in
 
 
 def measure(
-    name: str, case: Case, model: Any, device: torch.device, *, profile: bool, ceiling: float | None
+    name: str,
+    case: Case,
+    model: Any,
+    device: torch.device,
+    *,
+    profile: bool,
+    ceiling: float | None,
+    call: Any = None,
+    seed: int = 0,
 ) -> Measured:
-    """A stack on a case."""
-    step = train_step(model, STACKS[name], case, device)
+    """A stack on a case. call, seed: as for `train_step`."""
+    step = train_step(model, STACKS[name], case, device, call=call, seed=seed)
     warm_up, timed = (WARM_UP, TIMED) if case.blocks <= FEW_BLOCKS else (2, 4)
     # What a replay writes to was allocated when the graph was captured.
     captured = STACKS[name].captured

@@ -16,9 +16,8 @@ try:
 except ImportError as error:
     raise ImportError("fusing 4-bit layers needs bitsandbytes: pip install 'fastlora-kernels[train]'") from error
 
-from fastlora import backends, ops
-from fastlora.linear import base_weight, factors_forward
-from fastlora.nf4 import Weight
+from fastlora import backends
+from fastlora.linear import factors_forward, kept_weight
 
 
 class FusedLinear4bit(bnb.nn.Linear4bit):
@@ -29,18 +28,7 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_floating_point() or x.dim() == 0:
             return super().forward(x)
-        return factors_forward(self, x, None, None, 1.0, 0.0, self._packed(), self.fastlora_backend)
-
-    def _packed(self) -> Weight:
-        packed, state = self.weight, getattr(self.weight, "quant_state", None)
-        if state is None or ops.must_dispatch(packed.data):
-            return base_weight(self)
-        key = (packed.data_ptr(), id(state), id(state.absmax))
-        known = self.__dict__.get("fastlora_weight")
-        if known is None or known[0] != key:
-            # The statistics are kept alive with their ids, so that no other object can come to have them.
-            known = self.__dict__["fastlora_weight"] = (key, base_weight(self), state, state.absmax)
-        return known[1]
+        return factors_forward(self, x, None, None, 1.0, 0.0, kept_weight(self, self), self.fastlora_backend)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "fastlora_weight"}

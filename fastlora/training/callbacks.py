@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.training import checkpoints, durable
+from fastlora.training.distributed import any_process
 from fastlora.training.errors import UserError
 
 LOG_NAME = "log.jsonl"
@@ -241,6 +242,8 @@ class StopOnSignal(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # The processes of a run stop at one and the same step, whichever of them were told to.
+        self.requested = any_process(self.requested)
         if self.requested:
             control.should_save = True
             control.should_training_stop = True

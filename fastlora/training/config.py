@@ -34,7 +34,7 @@ Device = Literal["auto", "cpu", "cuda"]
 
 FREE_ON_RESUME = frozenset(
     {
-        "step",
+        *("step", "distributed"),
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
         *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "blocks", "liger", "offload_checkpoints"),
         "gradient_checkpointing",
@@ -131,6 +131,11 @@ class TrainConfig(BaseModel):
     bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
     step: Literal["eager", "compile", "cuda_graphs"] = Field(
         "eager", description="launch a step kernel by kernel, compile the model, or replay captured CUDA graphs"
+    )
+    distributed: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="several processes: ddp, each with the whole base; fsdp, each with a share of it; auto for ddp, or "
+        "for fsdp where accelerate is told so",
     )
     device: Device = Field("auto", description="cpu, cuda, or cuda where there is one")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of adapter, data order and dropout")

@@ -49,9 +49,9 @@ def _sync(path: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The files of a folder and its subfolders, but for hidden ones and the manifest."""
+    """The files of a folder and its subfolders, but for the manifest."""
     paths = (p for p in sorted(folder.rglob("*")) if p.is_file())
-    return [p for p in paths if p.relative_to(folder).as_posix() != MANIFEST and not p.name.startswith(".")]
+    return [p for p in paths if p.relative_to(folder).as_posix() != MANIFEST]
 
 
 def _digest(path: Path) -> dict[str, Any]:

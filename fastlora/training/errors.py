@@ -11,12 +11,16 @@ from types import ModuleType
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_LOST = 3
+"""Of a process whose run lost another one."""
 
 
 class UserError(Exception):
     """An input that cannot work. The message is one line and says what to change."""
 
     exit_code = EXIT_USER_ERROR
+    alone = False
+    """Whether other processes of the run may not know of it; all other errors the first process prints for all."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))

@@ -204,6 +204,15 @@ def adapter_parameters(model: PreTrainedModel, target_modules: str | list[str], 
     return sum(r * sum(shapes[name]) for name in targets(model, target_modules))
 
 
+def base_bytes(model: PreTrainedModel, quantization: str) -> int:
+    """Bytes of a base model once it is loaded: 4-bit linear layers but the head, the rest in 16 bits."""
+    shapes = linear_shapes(model) if quantization != "none" else {}
+    head = model.get_output_embeddings()
+    packed = sum(n * k for name, (n, k) in shapes.items() if model.get_submodule(name) is not head)
+    rest = sum(p.numel() for p in model.parameters()) - packed
+    return int(packed * (0.5 + 1 / 16)) + 2 * rest
+
+
 def pick_device(device: str) -> torch.device:
     """The device of a configuration. Raises UserError when CUDA is asked for and not there."""
     if device == "cuda" and not torch.cuda.is_available():

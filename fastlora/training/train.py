@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastlora.training import checkpoints, data, durable, methods, optimizer, saving, tasks
+from fastlora.training import checkpoints, data, distributed, durable, methods, optimizer, saving, tasks
 from fastlora.training import model as models
 from fastlora.training import step as steps
 from fastlora.training.config import TrainConfig
@@ -56,6 +56,9 @@ class TrainResult:
     metrics_before: dict[str, float] = dataclasses.field(default_factory=dict)
     """What was evaluated beside the loss before training: accuracy and f1 of a classification."""
     metrics_after: dict[str, float] = dataclasses.field(default_factory=dict)
+    processes: int = 1
+    distributed: str = "none"
+    """ddp, fsdp, or none for one process. ``peak_memory`` is this process's, tokens are those of all."""
 
     def to_json(self) -> str:
         """The result as JSON; what was not measured is null."""
@@ -89,8 +92,11 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
 
     callbacks: further transformers.TrainerCallback objects.
 
-    Raises UserError for every input that cannot work, before anything large is loaded where that is possible, and
-    Interrupted after Ctrl-C, with a checkpoint of the last whole step.
+    In a process of several, which ``torchrun`` or ``accelerate launch`` has started, it trains with the others; the
+    first of them prints and writes (see `fastlora.training.distributed`).
+
+    Raises UserError for every input that cannot work, before anything large is loaded where that is possible,
+    Interrupted after Ctrl-C, with a checkpoint of the last whole step, and LostProcess after another process died.
     """
     models.transformers()
     for package in PACKAGES:
@@ -98,6 +104,13 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
     if config.tensorboard:
         require("tensorboard")
     models.check_backend(config.backend)
+    world = distributed.resolve(config)
+    on_gpu = models.pick_device(config.device).type == "cuda"
+    with distributed.processes(world, on_gpu), distributed.lost_processes(world, lambda: _how_to_go_on(config)):
+        return _train(config, world, callbacks or [])
+
+
+def _train(config: TrainConfig, world: distributed.World, callbacks: list[Any]) -> TrainResult:
     device = models.pick_device(config.device)
     bf16 = models.pick_bf16(config.bf16, device)
     optimizer.choose(config, device)
@@ -108,25 +121,28 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
     if config.eval_data is not None:
         data.check_source(config.eval_data, "eval_data")
     source = models.find(config.model)
-    checkpoint = checkpoints.prepare(config)
+    checkpoint = distributed.on_main(world, lambda: checkpoints.prepare(config))
 
     skeleton = models.skeleton(source, task.auto_class)
     parameters = models.adapter_parameters(skeleton, config.target_modules, config.r)
-    checkpoints.check_space(config.output_dir, checkpoints.needed_bytes(config, parameters), "output_dir")
+    needed = checkpoints.needed_bytes(config, parameters)
+    distributed.on_main(world, lambda: checkpoints.check_space(config.output_dir, needed, "output_dir"))
     tokenizer = models.load_tokenizer(source)
-    examples = task.prepare(tokenizer)
-    print(f"data: {len(examples.train)} blocks with {examples.tokens:,} tokens", flush=True)
-    if examples.labels:
-        print(f"labels: {', '.join(examples.labels)}", flush=True)
+    examples = distributed.main_first(world, lambda: task.prepare(tokenizer))
+    if world.main:
+        print(f"data: {len(examples.train)} blocks with {examples.tokens:,} tokens", flush=True)
+        if examples.labels:
+            print(f"labels: {', '.join(examples.labels)}", flush=True)
 
     models.transformers().set_seed(config.seed)  # a new head is drawn as the model is loaded
+    whole = world.kind != "fsdp" or distributed.fits(models.base_bytes(skeleton, config.quantization), device)
     with _out_of_memory(config):
         base = models.load_base(
             source,
             quantization=config.quantization,
             double_quant=config.double_quant,
             blocksize=config.blocksize,
-            device=device,
+            device=device if whole else torch.device("cpu"),
             dtype=torch.bfloat16 if bf16 else torch.float32,
             auto_class=task.auto_class,
             heads=task.heads,
@@ -135,7 +151,7 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
         method = methods.make(config)
         model = method.adapt(base)
         report = method.accelerate(model)
-        if report is not None:
+        if report is not None and world.main:
             print(report, flush=True)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # not all methods wrap it
         if config.gradient_checkpointing:
@@ -144,12 +160,15 @@ def train(config: TrainConfig, callbacks: list[Any] | None = None) -> TrainResul
             steps.compile_model(model)
         elif config.step == "cuda_graphs":
             steps.use_causal_attention(inner)
-        checkpoints.write_config(config)
-        return _run(config, model, tokenizer, examples, device, bf16, checkpoint, report, method, callbacks or [])
+        if world.kind == "fsdp":
+            distributed.shard(model, world, device)
+        distributed.on_main(world, lambda: checkpoints.write_config(config))
+        return _run(config, world, model, tokenizer, examples, device, bf16, checkpoint, report, method, callbacks)
 
 
 def _run(
     config: TrainConfig,
+    world: distributed.World,
     model: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: data.TokenizedData,
@@ -164,7 +183,7 @@ def _run(
 
     meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
     trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
-    trainer.method = method
+    trainer.method, trainer.world = method, world
     trainer.meter = meter
     if config.offload_checkpoints:
         from fastlora.training.offload import OffloadCheckpoints
@@ -175,7 +194,7 @@ def _run(
     for callback in (meter, log, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter):
         trainer.add_callback(callback)
     try:
-        with reporter, stop, disk_errors(config.output_dir):
+        with reporter if world.main else contextlib.nullcontext(), stop, disk_errors(config.output_dir):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except KeyboardInterrupt:
         stop.requested = True
@@ -206,6 +225,8 @@ def _run(
         metrics_after=measured[-1],
         seconds=sum(meter.step_seconds),
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        processes=world.size,
+        distributed=world.kind,
     )
     if trainer.is_world_process_zero():
         with disk_errors(config.output_dir):
@@ -323,6 +344,7 @@ def make_trainer(
         tokenizer.padding_side = "right"
     padding: dict[str, Any] = {"padding": "max_length", "max_length": config.max_length} if fixed else {}
     bases = (
+        distributed.DistributedTrainer,
         saving.SafeCheckpoints,
         methods.MethodTrainer,
         steps.StepLauncher,
@@ -340,7 +362,7 @@ def make_trainer(
         compute_metrics=metrics,
         preprocess_logits_for_metrics=None if metrics is None else tasks.best_labels,
         optimizer_cls_and_kwargs=optimizer_class,
-        callbacks=[_tensorboard(config)] if config.tensorboard else None,
+        callbacks=[_tensorboard(config)] if config.tensorboard and args.process_index == 0 else None,
     )
     # SFTTrainer rounds the adapters to bfloat16, in which small updates vanish: the master weights stay in float32.
     for name, parameter in model.named_parameters():

@@ -147,9 +147,9 @@ def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, back
 def _row_norms(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor | None:
     """`dora.row_norms` of a packed weight, kept on the layer for as long as the weight stays what it is."""
     known = layer.__dict__.get("fastlora_weight")
-    if known is None or known[1] is not weight:  # a dense weight, or one that a compiler traces
+    if known is None or known[2] is not weight:  # a dense weight, or one that a compiler traces
         return None
-    key = (weight, packed._version, known[3]._version)
+    key = (weight, packed._version, known[1]._version)
     norms = layer.__dict__.get("fastlora_norms")
     if norms is None or norms[0] != key:
         norms = layer.__dict__["fastlora_norms"] = (key, dora.row_norms(weight))

@@ -13,11 +13,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import ops
 from fastlora.adapters.quantized import QuantizedFactor
 from fastlora.adapters.variant import Variant
 from fastlora.integrations.peft.forward import adapters_forward, dora_forward
-from fastlora.linear import adapter_forward, base_weight
+from fastlora.linear import adapter_forward, kept_weight
 from fastlora.nf4 import Weight
 
 Situation = tuple[Callable[..., torch.Tensor], Any, Weight]
@@ -117,16 +116,7 @@ def layer_weight(layer: Any) -> Weight:
     Raises ValueError or AttributeError when there is no such weight.
     """
     base = layer._modules["base_layer"]
-    packed = base.weight
-    state = getattr(packed, "quant_state", None)
-    if state is None or ops.must_dispatch(packed.data):
-        return packed.T if type(base) is Conv1D else base_weight(base)
-    key = (packed.data_ptr(), id(state), id(state.absmax))
-    known = layer.__dict__.get("fastlora_weight")
-    if known is None or known[0] != key:
-        # The statistics are kept alive with their ids, so that no other object can come to have them.
-        known = layer.__dict__["fastlora_weight"] = (key, base_weight(base), state, state.absmax)
-    return known[1]
+    return base.weight.T if type(base) is Conv1D else kept_weight(layer, base)
 
 
 def _fused_weight(layer: Any) -> str | Weight:

@@ -1,0 +1,78 @@
+"""Several gloo processes on the CPU. They are forked from one server process, which imports the libraries once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+WORLD = 2
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launcher_environment(rank: int, port: int) -> dict[str, str]:
+    """What torchrun sets in its processes."""
+    values = (rank, rank, WORLD, WORLD, "127.0.0.1", port)
+    return dict(zip(LAUNCHER, map(str, values), strict=True))
+
+
+def _child(
+    function: Callable[..., Any], rank: int, port: int, log: str, paths: list[str], args: tuple[Any, ...]
+) -> None:
+    """A process as torchrun starts it; what it prints is the file ``log``."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ |= launcher_environment(rank, port)
+    sys.path[:] = paths
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        code = function(rank, *args) or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def run(function: Callable[..., Any], *args: Any, folder: Path, timeout: float = 90) -> list[tuple[int, str]]:
+    """``function(rank, *args)`` in `WORLD` processes: the exit code and the output of each.
+
+    A process that takes longer than ``timeout`` seconds is killed, and its exit code is negative.
+    """
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"])
+    port = free_port()
+    logs = [folder / f"rank-{rank}.log" for rank in range(WORLD)]
+    started = [
+        server.Process(target=_child, args=(function, rank, port, str(logs[rank]), list(sys.path), args))
+        for rank in range(WORLD)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(timeout)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [(process.exitcode or 0, log.read_text()) for process, log in zip(started, logs, strict=True)]
+
+
+def check(results: list[tuple[int, str]]) -> None:
+    """Fails with the output of the processes that failed."""
+    failed = [f"process {rank} ended with {code}:\n{text}" for rank, (code, text) in enumerate(results) if code]
+    assert not failed, "\n".join(failed)
