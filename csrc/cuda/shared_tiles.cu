@@ -14,166 +14,47 @@
 namespace fastlora {
 namespace {
 
-constexpr int kRows = 128;  // of the transposed result, in a tile: two warpgroups of 64
-constexpr int kStep = 64;   // of the reduced side: a swizzled row
+constexpr int kRows = SharedTiles::kRows;  // of the transposed result, in a tile: two warpgroups of 64
+constexpr int kTokensTile = SharedTiles::kTokens;
+constexpr int kStep = 64;  // of the reduced side: a swizzled row
 constexpr int kConsumers = 2;
-constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
 constexpr int kWeightBytes = kRows * kStep * 2;  // decoded
 constexpr int kPackedBytes = kRows * kStep / 2;
 constexpr int kPackedSlots = 4;  // packed tiles under way, of all teams
 constexpr int kStoreTokens = 32;
 constexpr int kStoreBytes = kStoreTokens * kStep * 2;  // of a part of the result: 64 rows
-constexpr int kGroup = 4;                              // steps whose statistics lie together, forward
 
-// Either product. The side of the result that is no token is n, forward, or k; the other one is the reduced side.
-struct ProductParams : PackedWeight {
-  const void* adapter;  // lora_b (n, r) or lora_a (r, k), of adapter_dtype
-  const void* bias;     // of the result, of bias_dtype, or null
-  void* out;            // (m, n) or (m, k) of out_dtype
-  int32_t m;
-  int32_t r;
-  DType adapter_dtype;
-  DType bias_dtype;
-  DType out_dtype;
-  float codes[kCodes];
-};
+constexpr int kTeams = 2;
+constexpr int kTokenBytes = kTokensTile * kStep * 2;
+constexpr int kStages = 4;
+constexpr int kProductThreads = (kConsumers + kTeams) * kWarpgroup;
+// Shared memory, by distances from its first multiple of 1024.
+constexpr int kWeightsAt = kStages * kTokenBytes;
+constexpr int kPackedAt = kWeightsAt + kStages * kWeightBytes;
+constexpr int kStoresAt = kPackedAt + kPackedSlots * kPackedBytes;
+constexpr int kStatisticsAt = kStoresAt + kConsumers * 2 * kStoreBytes;
+constexpr int kBarriersAt = kStatisticsAt + kStatisticsBytes;
+constexpr int kShared = 1024 + kBarriersAt + 2 * (kStages + kPackedSlots) * static_cast<int>(sizeof(uint64_t));
 
-template <int kTokensTile, int kTeams>
-struct ProductShape {
-  static constexpr int kTokenBytes = kTokensTile * kStep * 2;
-  static constexpr int kStages = kTokensTile == 256 ? 4 : kTokensTile == 128 ? 6 : 8;
-  static constexpr int kThreads = (kConsumers + kTeams) * kWarpgroup;
-  static constexpr int kSlots = kPackedSlots / kTeams;  // of a team
-  static constexpr int kWeightsAt = kStages * kTokenBytes;
-  static constexpr int kPackedAt = kWeightsAt + kStages * kWeightBytes;
-  static constexpr int kStoresAt = kPackedAt + kPackedSlots * kPackedBytes;
-  static constexpr int kStatisticsAt = kStoresAt + kConsumers * 2 * kStoreBytes;
-  static constexpr int kBarriersAt = kStatisticsAt + kStatisticsBytes;
-  static constexpr int kShared = 1024 + kBarriersAt + 2 * (kStages + kPackedSlots) * static_cast<int>(sizeof(uint64_t));
-  // Registers of a thread: 65536 for all.
-  static constexpr int kConsumerRegisters = kTeams == 1 ? 216 : 168;
-  static constexpr int kTeamRegisters = kTeams == 1 ? 72 : 88;
-};
-
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-#if defined(FASTLORA_WGMMA)
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
-}
-
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-#if defined(FASTLORA_WGMMA)
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-#endif
-}
-
-// What this thread wrote to shared memory is seen by the tensor cores and the copies that a later barrier lets start.
-__device__ __forceinline__ void publish_writes() {
-#if defined(FASTLORA_HOPPER)
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-// A box of shared memory to a matrix, what lies outside of it left out.
-__device__ __forceinline__ void store_box(const CUtensorMap& map, int column, int row, uint32_t source) {
-#if defined(FASTLORA_HOPPER)
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
-               "cp.async.bulk.commit_group;" ::"l"(&map),
-               "r"(column), "r"(row), "r"(source)
-               : "memory");
-#endif
-}
-
-// Until at most `kPending` of this thread's stores still read shared memory.
-template <int kPending>
-__device__ __forceinline__ void wait_stores() {
-#if defined(FASTLORA_HOPPER)
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-#endif
-}
-
-// Four 8 x 8 matrices in the fragments of the tensor core, transposed: a lane's address is that of a row of 16 bytes.
-__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-#if defined(FASTLORA_HOPPER)
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a),
-               "r"(b), "r"(c), "r"(d)
-               : "memory");
-#endif
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-               : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 v;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(address));
-  return v;
-}
-
-__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
-  uint32_t bytes;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
-  return bytes;
-}
-
-// The 16 values of a block, rounded once each: their low bytes in four registers and their high ones in four.
-struct BlockTable {
-  uint32_t low[4], high[4];
-
-  template <typename T>
-  static __device__ __forceinline__ BlockTable of(const float (&codes)[kCodes], float absmax) {
-    BlockTable table;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const auto value = [&](int j) { return __fmul_rn(codes[4 * i + j], absmax); };
-      const uint32_t first = Numeric<T>::pack(value(0), value(1)), second = Numeric<T>::pack(value(2), value(3));
-      table.low[i] = permute(first, second, 0x6420);
-      table.high[i] = permute(first, second, 0x7531);
-    }
-    return table;
-  }
-
-  // The eight values of a word. Three bits of a nibble select among eight bytes of either half of the table, and the
-  // fourth one between the two bytes found.
-  __device__ __forceinline__ uint4 look_up(uint32_t word) const {
-    const uint32_t three = word & 0x77777777u, fourth = (word >> 1 & 0x44444444u) | 0x32103210u;
-    uint4 values;
-    two_pairs(three, fourth, values.x, values.y);
-    two_pairs(three >> 16, fourth >> 16, values.z, values.w);
-    return values;
-  }
-
- private:
-  __device__ __forceinline__ void two_pairs(uint32_t three, uint32_t fourth, uint32_t& a, uint32_t& b) const {
-    const uint32_t lows = permute(permute(low[0], low[1], three), permute(low[2], low[3], three), fourth);
-    const uint32_t highs = permute(permute(high[0], high[1], three), permute(high[2], high[3], three), fourth);
-    a = permute(lows, highs, 0x4051);  // the first element of a byte is its high nibble
-    b = permute(lows, highs, 0x6273);
-  }
-};
-
-template <typename T, int kTokensTile, int kTeams, bool kBackward, bool kNested>
-__global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1) product_kernel(
+template <typename T, bool kBackward, bool kNested>
+__global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
     const __grid_constant__ CUtensorMap rows_map,
     const __grid_constant__ CUtensorMap w_map,
     const __grid_constant__ CUtensorMap narrow_map,
     const __grid_constant__ CUtensorMap out_map,
-    const __grid_constant__ ProductParams p,
+    const __grid_constant__ TileParams p,
+    const __grid_constant__ Codes codes_of_type,
     int log2_blocksize) {
 #if defined(FASTLORA_WGMMA)
-  using Layout = ProductShape<kTokensTile, kTeams>;
-  constexpr int kStages = Layout::kStages;
+  constexpr int kConsumerWarps = kConsumers * kWarpgroup / 32;
+  constexpr int kSlots = kPackedSlots / kTeams;                 // of a team
+  constexpr int kGroup = 4;                                     // steps whose statistics lie together, forward
+  constexpr int kConsumerRegisters = 168, kTeamRegisters = 88;  // of a thread: 65536 for all
   extern __shared__ unsigned char shared[];
   const uint32_t tokens_at = (shared_address(shared) + 1023) / 1024 * 1024;
-  const uint32_t weights_at = tokens_at + Layout::kWeightsAt, packed_at = tokens_at + Layout::kPackedAt;
-  const uint32_t barriers = tokens_at + Layout::kBarriersAt;
-  float* statistics = reinterpret_cast<float*>(shared + (tokens_at - shared_address(shared)) + Layout::kStatisticsAt);
+  const uint32_t weights_at = tokens_at + kWeightsAt, packed_at = tokens_at + kPackedAt;
+  const uint32_t barriers = tokens_at + kBarriersAt;
+  float* statistics = reinterpret_cast<float*>(shared + (tokens_at - shared_address(shared)) + kStatisticsAt);
   const auto full = [&](int slot) { return barriers + slot * 8; };
   const auto empty = [&](int slot) { return barriers + (kStages + slot) * 8; };
   const auto full_packed = [&](int slot) { return barriers + (2 * kStages + slot) * 8; };
@@ -205,12 +86,12 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
   const auto token_of = [&](int tile) { return tile / row_tiles * kTokensTile; };
 
   if (warpgroup >= kConsumers) {
-    give_registers<Layout::kTeamRegisters>();
+    give_registers<kTeamRegisters>();
     const int team = warpgroup - kConsumers;
     const bool fetches = thread == 0;
     const bool wide = p.adapter_dtype == DType::kFloat32;
     const float offset = kNested ? __ldg(p.absmax_offset) : 0.0f;
-    const int slot0 = team * Layout::kSlots;
+    const int slot0 = team * kSlots;
     const int chunks = static_cast<int>(p.k / kStep);  // of 64 elements in a row of W
     // Whether the statistics of a group are one aligned word, or one vector.
     const bool aligned = kNested ? reinterpret_cast<uintptr_t>(p.absmax_q) % sizeof(uint32_t) == 0
@@ -233,13 +114,14 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
       expect_bytes(full_packed(slot), kPackedBytes);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int column = kBackward ? row0 + i * kStep : step * kStep, row = kBackward ? step * kStep : row0 + i * kStep;
+        const int column = kBackward ? row0 + i * kStep : step * kStep,
+                  row = kBackward ? step * kStep : row0 + i * kStep;
         copy_box(packed_at + slot * kPackedBytes + i * kPackedBytes / 2, w_map, column / 2, row, full_packed(slot));
       }
       ahead_step += kTeams;
     };
     if (fetches) {
-      for (int i = 0; i < Layout::kSlots; ++i) fetch_packed(slot0 + i);
+      for (int i = 0; i < kSlots; ++i) fetch_packed(slot0 + i);
     }
 
     // Beyond the matrix any statistic will do: those sums are not used, or the rows are zero there.
@@ -281,7 +163,7 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
     };
     if (team < steps) load_next(first_tile, grouped ? 0 : team);
 
-    Ring<Layout::kSlots> packed;
+    Ring<kSlots> packed;
     float4 values = next_values;
     uint32_t codes = 0;
     bool waited = false;
@@ -297,10 +179,10 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
         if (fetches) {
           if (step >= steps && !waited) wait_for_previous();
           waited |= step >= steps;
-          expect_bytes(full(slot), Layout::kTokenBytes);
+          expect_bytes(full(slot), kTokenBytes);
           const CUtensorMap& map = step < steps ? rows_map : narrow_map;
           const int column = (step < steps ? step : step - steps) * kStep;
-          copy_box(tokens_at + slot * Layout::kTokenBytes, map, column, token0, full(slot));
+          copy_box(tokens_at + slot * kTokenBytes, map, column, token0, full(slot));
         }
         if (step < steps) {
           if (!grouped || (step & (kGroup - 1)) == team) {
@@ -324,7 +206,7 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
           } else {
             absmax = absmax_of(Statistic{values.x, codes});
           }
-          const BlockTable table = BlockTable::of<T>(p.codes, absmax);
+          const BlockTable table = BlockTable::of<T>(codes_of_type, absmax);
           const int from = slot0 + packed.slot();
           wait_barrier(full_packed(from), packed.parity());
           // Of 32 bytes a thread, the two halves are swapped in every other four.
@@ -333,11 +215,6 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
           const uint4 a = load_shared(bytes_at + swap), b = load_shared(bytes_at + (swap ^ 16));
           __syncwarp();
           if (lane == 0) arrive(empty_packed(from));
-#if HOP_PROBE == 1
-          put(0, a); put(1, b); put(2, a); put(3, b); put(4, make_uint4(table.low[0], table.low[1], table.high[0], table.high[3])); put(5, b); put(6, a); put(7, b);
-#elif HOP_PROBE == 2
-          if (table.low[0] == 0x12345678u && a.x == b.y) put(0, a);
-#else
           put(0, table.look_up(a.x));
           put(1, table.look_up(a.y));
           put(2, table.look_up(a.z));
@@ -346,7 +223,6 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
           put(5, table.look_up(b.y));
           put(6, table.look_up(b.z));
           put(7, table.look_up(b.w));
-#endif
         } else {
           const int rank0 = (step - steps) * kStep, ranks = (min(kStep, p.r - rank0) + 15) / 16 * 16;
           if constexpr (kBackward) {
@@ -389,34 +265,33 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
       }
     }
   } else {
-    take_registers<Layout::kConsumerRegisters>();
+    take_registers<kConsumerRegisters>();
     const int g = lane / 4, t = lane % 4;
     const bool bias_wide = p.bias_dtype == DType::kFloat32, out_wide = p.out_dtype == DType::kFloat32;
     // 16 elements further along the reduced side.
     constexpr uint64_t kFurther = (kBackward ? 16 * kStep * 2 : 16 * 2) >> 4;
-    const uint32_t stores_at = tokens_at + Layout::kStoresAt + warpgroup * 2 * kStoreBytes;
+    const uint32_t stores_at = tokens_at + kStoresAt + warpgroup * 2 * kStoreBytes;
     const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroup) : "memory"); };
 
     Ring<kStages> stage;
-    // Two instructions of 128 tokens where the registers at the launch would not do for one of 256.
-    constexpr int kParts = kTokensTile == 256 && kTeams == 2 ? 2 : 1;
-    float acc[kParts][kTokensTile / kParts / 2];
+    // Two instructions of 128 tokens: the registers that a thread has at the launch would not do for one of 256.
+    constexpr int kParts = 2, kPart = kTokensTile / kParts;
+    float acc[kParts][kPart / 2];
     const auto multiply = [&](uint64_t a, uint64_t b) {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        constexpr int kPart = kTokensTile / kParts;
         multiply_shared<kBackward>(T{}, Size<kPart>{}, acc[i], a, b + i * (kPart * kStep * 2 >> 4));
       }
     };
-    const auto sum = [&](int i) -> float { return acc[i / (kTokensTile / kParts / 2)][i % (kTokensTile / kParts / 2)]; };
+    const auto sum = [&](int i) -> float& { return acc[i / (kPart / 2)][i % (kPart / 2)]; };
     for (int tile = first_tile; tile < tiles; tile += tile_step) {
 #pragma unroll
-      for (int i = 0; i < kTokensTile / 2; ++i) acc[i / (kTokensTile / kParts / 2)][i % (kTokensTile / kParts / 2)] = 0.0f;
+      for (int i = 0; i < kTokensTile / 2; ++i) sum(i) = 0.0f;
       int pending = -1;  // slot that may still be read
       const auto a_of = [&](int slot) {
         return matrix_descriptor(weights_at + slot * kWeightBytes + warpgroup * kWeightBytes / 2);
       };
-      const auto b_of = [&](int slot) { return matrix_descriptor(tokens_at + slot * Layout::kTokenBytes); };
+      const auto b_of = [&](int slot) { return matrix_descriptor(tokens_at + slot * kTokenBytes); };
       const auto release = [&](int slot) {
         if (pending >= 0 && lane == 0) arrive(empty(pending));
         pending = slot;
@@ -477,8 +352,8 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
           };
           const int token = 16 * i + lane / 16 * 8 + lane % 8, unit = warp % 4 * 2 + lane / 8 % 2;
           store_transposed(
-              buffer + token * kStep * 2 + ((unit ^ (token & 7)) * 16),
-              pack(0, bias_a), pack(2, bias_b), pack(4, bias_a), pack(6, bias_b));
+              buffer + token * kStep * 2 + ((unit ^ (token & 7)) * 16), pack(0, bias_a), pack(2, bias_b),
+              pack(4, bias_a), pack(6, bias_b));
         }
         publish_writes();
         meet();
@@ -491,55 +366,50 @@ __global__ void __launch_bounds__(ProductShape<kTokensTile, kTeams>::kThreads, 1
 #endif
 }
 
-// What a product multiplies: x and scale * u, or dy and du; the narrow one in rows of a multiple of 8.
-struct ProductOperands {
-  const void* rows;
-  const void* narrow;
-};
-
-int64_t cut(int64_t size, int64_t part) { return (size + part - 1) / part; }
-
-template <typename T, int kTokensTile, int kTeams, bool kBackward>
+template <typename T, bool kBackward>
 cudaError_t launch_product(
-    const ProductParams& p,
-    const ProductOperands& operands,
-    bool overlap,
-    const DeviceLimits& limits,
-    cudaStream_t stream) {
-  using Layout = ProductShape<kTokensTile, kTeams>;
-  const auto kernel = p.nested ? product_kernel<T, kTokensTile, kTeams, kBackward, true>
-                               : product_kernel<T, kTokensTile, kTeams, kBackward, false>;
+    const TileParams& p, const TileOperands& operands, const DeviceLimits& limits, cudaStream_t stream) {
+  const auto kernel = p.nested ? product_kernel<T, kBackward, true> : product_kernel<T, kBackward, false>;
   static Slots slots_of_kernel[2];
   const int* slots = nullptr;
-  cudaError_t status = slots_of_kernel[p.nested].find(kernel, Layout::kThreads, Layout::kShared, limits, slots);
+  cudaError_t status = slots_of_kernel[p.nested].find(kernel, kProductThreads, kShared, limits, slots);
   if (status != cudaSuccess) return status;
-  const auto type =
-      Numeric<T>::kType == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   const int64_t side = kBackward ? p.k : p.n;
-  CUtensorMap rows_map, w_map, narrow_map{}, out_map{};
-  status = make_map(
-      rows_map, type, sizeof(T), operands.rows, p.m, kBackward ? p.n : p.k, kTokensTile, kStep,
-      CU_TENSOR_MAP_SWIZZLE_128B);
+  CUtensorMap rows_map{}, w_map{}, narrow_map{}, out_map{};
+  status = make_token_maps<T>(rows_map, narrow_map, p, operands, kBackward ? p.n : p.k, kTokensTile, kStep);
   if (status != cudaSuccess) return status;
   status = make_map(
       w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.w_packed, p.n, p.k / 2, kStep, kStep / 2, CU_TENSOR_MAP_SWIZZLE_32B);
   if (status != cudaSuccess) return status;
-  if (p.r > 0) {
-    status = make_map(
-        narrow_map, type, sizeof(T), operands.narrow, p.m, cut(p.r, 8) * 8, kTokensTile, kStep,
-        CU_TENSOR_MAP_SWIZZLE_128B);
-    if (status != cudaSuccess) return status;
-  }
   if (p.out_dtype != DType::kFloat32) {
-    status = make_map(out_map, type, sizeof(T), p.out, p.m, side, kStoreTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
+    status = make_map(
+        out_map, tensor_map_type<T>(), sizeof(T), p.out, p.m, side, kStoreTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
+  Codes codes{};
+  for (int i = 0; i < kCodes; ++i) codes.value[i] = code_value(p.quant_type, i);
   const int64_t tiles = cut(side, kRows) * cut(p.m, kTokensTile);
   const int64_t blocks = std::min<int64_t>(tiles, limits.multiprocessors);
   return launch_few_rows(
-      kernel, dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kShared, 1, overlap, stream, rows_map,
-      w_map, narrow_map, out_map, p, log2_of(p.blocksize));
+      kernel, dim3(static_cast<unsigned>(blocks)), kProductThreads, kShared, 1, !kBackward && p.r > 0, stream, rows_map,
+      w_map, narrow_map, out_map, p, codes, log2_of(p.blocksize));
 }
 
 }  // namespace
+
+cudaError_t SharedTiles::launch(
+    DType dtype,
+    bool backward,
+    const TileParams& p,
+    const TileOperands& operands,
+    const DeviceLimits& limits,
+    cudaStream_t stream) {
+  if (dtype == DType::kBFloat16) {
+    return backward ? launch_product<__nv_bfloat16, true>(p, operands, limits, stream)
+                    : launch_product<__nv_bfloat16, false>(p, operands, limits, stream);
+  }
+  return backward ? launch_product<__half, true>(p, operands, limits, stream)
+                  : launch_product<__half, false>(p, operands, limits, stream);
+}
+
 }  // namespace fastlora
