@@ -129,46 +129,25 @@ struct Warpgroup<__half> {
 #define FASTLORA_SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FASTLORA_SUMS_16(d, i) \
   FASTLORA_SUMS_4(d, i), FASTLORA_SUMS_4(d, i + 4), FASTLORA_SUMS_4(d, i + 8), FASTLORA_SUMS_4(d, i + 12)
-#define FASTLORA_SUMS_32(d, i) FASTLORA_SUMS_16(d, i), FASTLORA_SUMS_16(d, i + 16)
-#define FASTLORA_SUMS_64(d, i) FASTLORA_SUMS_32(d, i), FASTLORA_SUMS_32(d, i + 32)
-#define FASTLORA_SUMS_128(d, i) FASTLORA_SUMS_64(d, i), FASTLORA_SUMS_64(d, i + 64)
-#define FASTLORA_NAMES_32                                                                                        \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23" \
-  ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define FASTLORA_NAMES_64                                                                                           \
-  FASTLORA_NAMES_32                                                                                                 \
-  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53"  \
-  ", %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define FASTLORA_NAMES_128                                                                                          \
-  FASTLORA_NAMES_64                                                                                                 \
-  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85"  \
-  ", %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105"      \
-  ", %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123"    \
-  ", %124, %125, %126, %127"
-#define FASTLORA_SHARED_PRODUCT(type, name, columns, sums, names, a_at, b_at, transposed_at)                         \
-  template <bool kTransposed>                                                                                       \
-  __device__ __forceinline__ void multiply_shared(type, Size<columns>, float (&d)[sums], uint64_t a, uint64_t b) {  \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name  \
-                 "." name " {" names "}, " a_at ", " b_at ", p, 1, 1, " transposed_at ", 0; }"                      \
-                 : FASTLORA_SUMS_##sums(d, 0)                                                                       \
-                 : "l"(a), "l"(b), "n"(kTransposed ? 1 : 0));                                                       \
+#define FASTLORA_SHARED_PRODUCT(type, name)                                                                    \
+  template <bool kTransposed>                                                                                  \
+  __device__ __forceinline__ void multiply_shared(type, Size<128>, float (&d)[64], uint64_t a, uint64_t b) {   \
+    asm volatile(                                                                                              \
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name      \
+        " {"                                                                                                   \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+        "%62, %63}, %64, %65, p, 1, 1, %66, 0; }"                                                              \
+        : FASTLORA_SUMS_16(d, 0), FASTLORA_SUMS_16(d, 16), FASTLORA_SUMS_16(d, 32), FASTLORA_SUMS_16(d, 48)    \
+        : "l"(a), "l"(b), "n"(kTransposed ? 1 : 0));                                                           \
   }
 
 // The same with a (64, 16) from shared memory as well, `kTransposed`: stored as (16, 64).
-FASTLORA_SHARED_PRODUCT(__nv_bfloat16, "bf16", 64, 32, FASTLORA_NAMES_32, "%32", "%33", "%34")
-FASTLORA_SHARED_PRODUCT(__nv_bfloat16, "bf16", 128, 64, FASTLORA_NAMES_64, "%64", "%65", "%66")
-FASTLORA_SHARED_PRODUCT(__nv_bfloat16, "bf16", 256, 128, FASTLORA_NAMES_128, "%128", "%129", "%130")
-FASTLORA_SHARED_PRODUCT(__half, "f16", 64, 32, FASTLORA_NAMES_32, "%32", "%33", "%34")
-FASTLORA_SHARED_PRODUCT(__half, "f16", 128, 64, FASTLORA_NAMES_64, "%64", "%65", "%66")
-FASTLORA_SHARED_PRODUCT(__half, "f16", 256, 128, FASTLORA_NAMES_128, "%128", "%129", "%130")
+FASTLORA_SHARED_PRODUCT(__nv_bfloat16, "bf16")
+FASTLORA_SHARED_PRODUCT(__half, "f16")
 
 #undef FASTLORA_SHARED_PRODUCT
-#undef FASTLORA_NAMES_128
-#undef FASTLORA_NAMES_64
-#undef FASTLORA_NAMES_32
-#undef FASTLORA_SUMS_128
-#undef FASTLORA_SUMS_64
-#undef FASTLORA_SUMS_32
 #undef FASTLORA_SUMS_16
 #undef FASTLORA_SUMS_4
 
