@@ -183,7 +183,7 @@ def chosen_form(
     kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), "packed", r)
     if measured := tables.fastest_form("cuda", able, device, kind, m, n, k, captured):
         return measured
-    if "tile" in able and m in tables.TILE_ROWS:
+    if "tile" in able and tables.tiles_gain(m, n if direction == "forward" else k, device.multiprocessors):
         return "tile"
     return "few_rows" if "few_rows" in able else "library"
 

@@ -40,6 +40,11 @@ def main() -> None:
             if m in (3, 140):
                 for form in ("split", "persistent", "library", "decode") if m == 3 else ("persistent", "decode"):
                     run(problem, "triton", form)
+        if "tile" in native.forms(2300, 1992, 1024, 8, 64, capability):  # enough tiles for those of 256 rows
+            problem = make_problem(
+                2300, 1992, 1024, 8, dtype, nested=nested, quant_type=quant_type, bias=True, device="cuda"
+            )
+            run(problem, "cuda", "tile")
         problem = make_problem(
             33, 72, 192, 16, dtype, nested=nested, quant_type=quant_type, dropout_p=0.1, device="cuda"
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import NF4Weight, backends
+from fastlora import NF4Weight, backends, tables
 from fastlora.backends import BACKENDS, Backend, Machine, Problem, dequantizer, explain, select
 
 H100 = Machine(triton=None, native_cpu=None, native_cuda=None, capability=(9, 0))
@@ -84,6 +84,13 @@ class TestSelect:
         assert select(dataclasses.replace(few, captured=True), machine=H100).name == "triton"
         assert select(dataclasses.replace(few, captured=True, m=1), machine=H100).name == "cuda"
         assert select(dataclasses.replace(few, captured=True, direction="backward"), machine=H100).name == "cuda"
+
+    @pytest.mark.parametrize("direction", ["forward", "backward"])
+    def test_auto_decodes_in_tiles_where_they_fill_the_device(self, direction: str) -> None:
+        machine = dataclasses.replace(H100, gpu=tables.Device("cuda", "A GPU", "9.0", 132))
+        for m, name in ((1024, "cuda"), (1280, "triton"), (2048, "cuda"), (8192, "triton")):
+            problem = dataclasses.replace(STEP, m=m, n=4096, k=4096, direction=direction, captured=True)
+            assert select(problem, machine=machine, known=tables.Tables()).name == name
 
     @pytest.mark.parametrize("direction", ["forward", "backward"])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

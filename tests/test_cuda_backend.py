@@ -241,6 +241,44 @@ def test_every_format_of_tiles(quant_type: str, blocksize: int, nested: bool) ->
 
 
 @HOPPER
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, None])
+@pytest.mark.parametrize("r", [0, 5, 16, 72])
+@pytest.mark.parametrize(("m", "n", "k"), [(2500, 2056, 1984), (4100, 1032, 1088)])
+def test_every_rank_of_tiles_of_many_rows(
+    m: int, n: int, k: int, r: int, adapter_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    check_tile(make_problem(m, n, k, r, dtype, adapter_dtype=adapter_dtype, bias=True, device="cuda"))
+
+
+@HOPPER
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize(("blocksize", "k"), [(64, 2048), (64, 1984), (128, 1984), (4096, 2048)])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_format_of_tiles_of_many_rows(quant_type: str, blocksize: int, k: int, nested: bool) -> None:
+    check_tile(
+        make_problem(
+            2048, 2048, k, 16, torch.bfloat16, quant_type=quant_type, blocksize=blocksize, nested=nested, device="cuda"
+        )
+    )
+
+
+@HOPPER
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tiles_of_many_rows_decode_to_the_same_bits(dtype: torch.dtype, backward: bool) -> None:
+    # Each row picks a row or a column of the weight.
+    w = make_problem(1, 2048, 2048, 0, dtype, device="cuda").w
+    rows = torch.eye(2048, dtype=dtype, device="cuda")
+    if backward:
+        got, _, _ = native.backward(rows, None, None, w, None, None, 1.0, None, (True, False, False), "tile")
+        assert torch.equal(got, w.dequantize(dtype))
+    else:
+        got, _ = native.forward(rows, w, None, None, None, 1.0, None, form="tile")
+        assert torch.equal(got, w.dequantize(dtype).T)
+
+
+@HOPPER
 @pytest.mark.parametrize("m", [32, 64, 256, 2048])
 def test_two_runs_of_tiles_give_the_same_bits(m: int) -> None:
     p = make_problem(m, 4096, 4096, 16, torch.bfloat16, device="cuda")

@@ -226,7 +226,11 @@ def test_cuda_runs_on_the_current_stream() -> None:
         ((9, 0), 16, (4096, 4096, 16), "forward", "few_rows"),
         ((9, 0), 17, (4096, 4096, 16), "forward", "tile"),
         ((9, 0), 512, (4096, 4096, 16), "backward", "tile"),
-        ((9, 0), 513, (4096, 4096, 16), "forward", "library"),
+        ((9, 0), 513, (4096, 4096, 16), "forward", "tile"),  # 96 tiles for 100 multiprocessors
+        ((9, 0), 1024, (4096, 4096, 16), "forward", "library"),  # 128: a second wave would be almost empty
+        ((9, 0), 1500, (1024, 4096, 16), "backward", "tile"),  # 192: dx has in_features
+        ((9, 0), 1500, (1024, 4096, 16), "forward", "library"),  # 48
+        ((9, 0), 2049, (14336, 4096, 16), "forward", "library"),
         ((9, 0), 64, (4096, 4064, 16), "forward", "few_rows"),  # in_features is no multiple of 64
         ((9, 0), 100, (4096, 4096, 7), "forward", "tile"),
         ((9, 0), 100, (4096, 4096, 7), "backward", "library"),  # du has no aligned rows

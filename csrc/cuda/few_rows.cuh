@@ -267,32 +267,39 @@ struct Sums {
   }
 };
 
-// Sums u = x A^T for the 16 ranks and the 8 tokens of a block, whose warps split K, and hands each to
+// Sums u = x A^T for the 16 ranks and the 8 kGroups tokens of a block, whose warps split K, and hands each to
 // `store(token, rank, sum)`; ranks from r on are zero.
-template <typename T, int kBlockThreads, typename Store>
+template <typename T, int kBlockThreads, int kGroups = 1, typename Store>
 __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
-  constexpr int kWarps = kBlockThreads / 32;
-  __shared__ float sums[kWarps][kFragment][kTokens];
+  constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups;
+  static_assert(kFragment * kTileTokens <= kBlockThreads);
+  __shared__ float sums[kWarps][kFragment][kTileTokens];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTokens;
+  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTileTokens;
   const bool wide = p.adapter_dtype == DType::kFloat32;
-  const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r, token = m0 + g < p.m;
+  const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r;
   const uint4 nothing = make_uint4(0, 0, 0, 0);
-  float acc[4] = {};
-#pragma unroll 4
+  float acc[kGroups][4] = {};
+#pragma unroll(kGroups == 1 ? 4 : 2)
   for (int64_t k = warp * 32 + t * 8; k < p.k; k += kWarps * 32) {
     const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
     const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
-    const uint4 b = token ? eight<T>(p.x, (m0 + g) * p.k + k, false) : nothing;
-    Numeric<T>::mma(acc, a0.x, a1.x, a0.y, a1.y, b.x, b.y);
-    Numeric<T>::mma(acc, a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      const int64_t token = m0 + i * kTokens + g;
+      const uint4 b = token < p.m ? eight<T>(p.x, token * p.k + k, false) : nothing;
+      Numeric<T>::mma(acc[i], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+      Numeric<T>::mma(acc[i], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+    }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[warp][g + i / 2 * 8][2 * t + i % 2] = acc[i];
+  for (int i = 0; i < 4 * kGroups; ++i) {
+    sums[warp][g + i % 4 / 2 * 8][i / 4 * kTokens + 2 * t + i % 2] = acc[i / 4][i % 4];
+  }
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
-  if (column >= kTokens || m0 + column >= p.m) return;
+  if (column >= kTileTokens || m0 + column >= p.m) return;
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];

@@ -123,6 +123,113 @@ __device__ __forceinline__ void wait_products() {
 #endif
 }
 
+template <int kRegisters>
+__device__ __forceinline__ void take_registers() {
+#if defined(FASTLORA_WGMMA)
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+template <int kRegisters>
+__device__ __forceinline__ void give_registers() {
+#if defined(FASTLORA_WGMMA)
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#endif
+}
+
+// What this thread wrote to shared memory is seen by the tensor cores and the copies that a later barrier lets start.
+__device__ __forceinline__ void publish_writes() {
+#if defined(FASTLORA_HOPPER)
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+// A box of shared memory to a matrix, what lies outside of it left out.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, int column, int row, uint32_t source) {
+#if defined(FASTLORA_HOPPER)
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+      "cp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(column), "r"(row), "r"(source)
+      : "memory");
+#endif
+}
+
+// Until at most `kPending` of this thread's stores still read shared memory.
+template <int kPending>
+__device__ __forceinline__ void wait_stores() {
+#if defined(FASTLORA_HOPPER)
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices in the fragments of the tensor core, transposed: a lane's address is that of a row of 16 bytes.
+__device__ __forceinline__ void store_transposed(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+#if defined(FASTLORA_HOPPER)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b),
+               "r"(c), "r"(d)
+               : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
+}
+
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+  return bytes;
+}
+
+// The values of the 16 codes.
+struct Codes {
+  float value[kCodes];
+};
+
+// The 16 values of a block, rounded once each: their low bytes in four registers and their high ones in four.
+struct BlockTable {
+  uint32_t low[4], high[4];
+
+  template <typename T>
+  static __device__ __forceinline__ BlockTable of(const Codes& codes, float absmax) {
+    BlockTable table;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const auto value = [&](int j) { return __fmul_rn(codes.value[4 * i + j], absmax); };
+      const uint32_t first = Numeric<T>::pack(value(0), value(1)), second = Numeric<T>::pack(value(2), value(3));
+      table.low[i] = permute(first, second, 0x6420);
+      table.high[i] = permute(first, second, 0x7531);
+    }
+    return table;
+  }
+
+  // The eight values of a word. Three bits of a nibble select among eight bytes of either half of the table, and the
+  // fourth one between the two bytes found.
+  __device__ __forceinline__ uint4 look_up(uint32_t word) const {
+    const uint32_t three = word & 0x77777777u, fourth = (word >> 1 & 0x44444444u) | 0x32103210u;
+    uint4 values;
+    two_pairs(three, fourth, values.x, values.y);
+    two_pairs(three >> 16, fourth >> 16, values.z, values.w);
+    return values;
+  }
+
+ private:
+  __device__ __forceinline__ void two_pairs(uint32_t three, uint32_t fourth, uint32_t& a, uint32_t& b) const {
+    const uint32_t lows = permute(permute(low[0], low[1], three), permute(low[2], low[3], three), fourth);
+    const uint32_t highs = permute(permute(high[0], high[1], three), permute(high[2], high[3], three), fourth);
+    a = permute(lows, highs, 0x4051);  // the first element of a byte is its high nibble
+    b = permute(lows, highs, 0x6273);
+  }
+};
+
 // ---------------------------------------------------------------------------------------------------------------- host
 
 // A map of a contiguous matrix (rows, columns) for boxes of (box_rows, box_columns).
@@ -159,5 +266,65 @@ inline cudaError_t make_map(
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
+
+template <typename T>
+constexpr CUtensorMapDataType tensor_map_type() {
+  return Numeric<T>::kType == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+}
+
+inline int64_t cut(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
+// Either product with W decoded inside of it. The side of the result that is no token is n, forward, or k; the other
+// one is the reduced side.
+struct TileParams : PackedWeight {
+  const void* adapter;  // lora_b (n, r) or lora_a (r, k), of adapter_dtype
+  const void* bias;     // of the result, of bias_dtype, or null
+  void* out;            // (m, n) or (m, k) of out_dtype
+  int32_t m;
+  int32_t r;
+  DType adapter_dtype;
+  DType bias_dtype;
+  DType out_dtype;
+};
+
+// What it multiplies: x and scale * u, or dy and du; the narrow one in rows of a multiple of 8.
+struct TileOperands {
+  const void* rows;
+  const void* narrow;
+};
+
+// The maps of both for boxes of (tokens, columns), which are swizzled rows; without LoRA the second is left as it is.
+template <typename T>
+cudaError_t make_token_maps(
+    CUtensorMap& rows_map,
+    CUtensorMap& narrow_map,
+    const TileParams& p,
+    const TileOperands& operands,
+    int64_t reduced,
+    int tokens,
+    int columns) {
+  const cudaError_t status = make_map(
+      rows_map, tensor_map_type<T>(), sizeof(T), operands.rows, p.m, reduced, tokens, columns,
+      CU_TENSOR_MAP_SWIZZLE_128B);
+  if (status != cudaSuccess || p.r == 0) return status;
+  return make_map(
+      narrow_map, tensor_map_type<T>(), sizeof(T), operands.narrow, p.m, cut(p.r, 8) * 8, tokens, columns,
+      CU_TENSOR_MAP_SWIZZLE_128B);
+}
+
+// The product by shared_tiles.cu. Forward it may start while the kernel before it still makes scale * u.
+struct SharedTiles {
+  static constexpr int kRows = 128;  // of the transposed result, in a tile
+  static constexpr int kTokens = 256;
+  // What a wave of tiles takes, as measured on an H200, in cycles of `Launcher::plan` of tiles.cu.
+  static double wave_cycles(int64_t reduced) { return static_cast<double>(cut(reduced, 64) + 6) * 1430; }
+  static cudaError_t launch(
+      DType dtype,
+      bool backward,
+      const TileParams& p,
+      const TileOperands& operands,
+      const DeviceLimits& limits,
+      cudaStream_t stream);
+};
 
 }  // namespace fastlora

@@ -21,18 +21,6 @@ constexpr int kWeightBytes = kRows * kWeightStep / 2;
 constexpr int kWeightSteps = 4;                                                      // tiles of W under way
 constexpr int kAbsmaxBytes = 4 * 2 * kWeightStep * static_cast<int>(sizeof(float));  // backward: two buffers a team
 
-// Either product. The side of the result that is no token is n, forward, or k; the other one is the reduced side.
-struct TileParams : PackedWeight {
-  const void* adapter;  // lora_b (n, r) or lora_a (r, k), of adapter_dtype
-  const void* bias;     // of the result, of bias_dtype, or null
-  void* out;            // (m, n) or (m, k) of out_dtype
-  int32_t m;
-  int32_t r;
-  DType adapter_dtype;
-  DType bias_dtype;
-  DType out_dtype;
-};
-
 // Shared memory, by its addresses there: W and what is small, the table where `LaneTable` wants it, the tokens. The
 // sums of other teams and blocks have a place of their own, or that of the tokens once those are done with.
 template <int kTokensTile>
@@ -437,25 +425,38 @@ __global__ void __launch_bounds__(TileShape<kTokensTile>::kThreads, 1) tile_kern
 #endif
 }
 
-// u, and scale * u in rows of a multiple of 8, which the product reads: 16 ranks and 8 tokens a block.
+// u, and scale * u in rows of a multiple of 8, which the product reads: 16 ranks and 8 kGroups tokens a block.
 constexpr int kProjectThreads = 512;
+constexpr int kMostGroups = 4;
+constexpr int kManyRows = 2048;  // from here on the device is full of blocks that read A for more tokens at once
 
-template <typename T>
+template <typename T, int kGroups>
 __global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsForward p, T* scaled_u, int width) {
   let_next_start();
-  project<T, kProjectThreads>(p, [&](int64_t token, int r, float sum) {
+  project<T, kProjectThreads, kGroups>(p, [&](int64_t token, int r, float sum) {
     if (r < width) scaled_u[token * width + r] = Numeric<T>::narrow(p.scale * sum);
     if (r < p.r) static_cast<T*>(p.u)[token * p.r + r] = Numeric<T>::narrow(sum);
   });
 }
 
-// What a product multiplies: x and scale * u, or dy and du; the narrow one in rows of a multiple of 8.
-struct Operands {
-  const void* rows;
-  const void* narrow;
-};
-
-int64_t cut(int64_t size, int64_t part) { return (size + part - 1) / part; }
+template <typename T, int kGroups>
+cudaError_t launch_project(const FewRowsForward& p, T* scaled_u, cudaStream_t stream) {
+  constexpr int64_t kMostBlocks = 65535;  // of the second axis of a grid
+  const int width = static_cast<int>(cut(p.r, 8)) * 8;
+  const int64_t blocks = cut(p.m, kTokens * kGroups);
+  for (int64_t first = 0; first < blocks; first += kMostBlocks) {
+    FewRowsForward part = p;
+    const int64_t row = first * kTokens * kGroups;
+    part.m = static_cast<int32_t>(p.m - row);
+    part.x = static_cast<const T*>(p.x) + row * p.k;
+    part.u = static_cast<T*>(p.u) + row * p.r;
+    const dim3 grid(
+        static_cast<unsigned>(cut(width, kFragment)), static_cast<unsigned>(std::min(blocks - first, kMostBlocks)));
+    project_kernel<T, kGroups><<<grid, kProjectThreads, 0, stream>>>(part, scaled_u + row * width, width);
+    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
 
 template <typename T, bool kBackward>
 struct Launcher {
@@ -495,24 +496,15 @@ struct Launcher {
 
   template <int kTokensTile>
   static cudaError_t launch(
-      const TileParams& p, const Operands& operands, int ranks, const DeviceLimits& limits, cudaStream_t stream) {
-    const auto type =
-        Numeric<T>::kType == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-    CUtensorMap rows_map, w_map, narrow_map{};
-    cudaError_t status = make_map(
-        rows_map, type, sizeof(T), operands.rows, p.m, kBackward ? p.n : p.k, kTokensTile, kStep,
-        CU_TENSOR_MAP_SWIZZLE_128B);
+      const TileParams& p, const TileOperands& operands, int ranks, const DeviceLimits& limits, cudaStream_t stream) {
+    CUtensorMap rows_map{}, w_map{}, narrow_map{};
+    cudaError_t status =
+        make_token_maps<T>(rows_map, narrow_map, p, operands, kBackward ? p.n : p.k, kTokensTile, kStep);
     if (status != cudaSuccess) return status;
     status = make_map(
         w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.w_packed, p.n, p.k / 2, kRows, kWeightStep / 2,
         CU_TENSOR_MAP_SWIZZLE_64B);
     if (status != cudaSuccess) return status;
-    if (p.r > 0) {
-      status = make_map(
-          narrow_map, type, sizeof(T), operands.narrow, p.m, cut(p.r, 8) * 8, kTokensTile, kStep,
-          CU_TENSOR_MAP_SWIZZLE_128B);
-      if (status != cudaSuccess) return status;
-    }
     const int64_t all = tiles(p, kTokensTile);
     const int64_t blocks = ranks > 1 ? all * ranks : std::min<int64_t>(all, limits.multiprocessors);
     using Layout = TileShape<kTokensTile>;
@@ -522,7 +514,7 @@ struct Launcher {
   }
 
   static cudaError_t run(
-      const TileParams& p, const Operands& operands, const DeviceLimits& limits, cudaStream_t stream) {
+      const TileParams& p, const TileOperands& operands, const DeviceLimits& limits, cudaStream_t stream) {
     Plan narrow{}, wide{};
     if (p.m <= 32) {
       if (const cudaError_t status = plan<32>(p, limits, narrow); status != cudaSuccess) return status;
@@ -530,6 +522,12 @@ struct Launcher {
     }
     if (const cudaError_t status = plan<64>(p, limits, narrow); status != cudaSuccess) return status;
     if (const cudaError_t status = plan<128>(p, limits, wide); status != cudaSuccess) return status;
+    // Tiles of more tokens, decoded by warps that do nothing else, gain where they fill the device.
+    const int64_t waves = cut(tiles(p, SharedTiles::kTokens), limits.multiprocessors);
+    const double shared_cycles = static_cast<double>(waves) * SharedTiles::wave_cycles(kBackward ? p.n : p.k);
+    if (p.m > 128 && shared_cycles < std::min(narrow.cycles, wide.cycles)) {
+      return SharedTiles::launch(Numeric<T>::kType, kBackward, p, operands, limits, stream);
+    }
     if (p.m <= 64 || narrow.cycles <= wide.cycles) return launch<64>(p, operands, narrow.ranks, limits, stream);
     return launch<128>(p, operands, wide.ranks, limits, stream);
   }
@@ -545,13 +543,13 @@ cudaError_t forward(const FewRowsForward& p, void* scaled_u, cudaStream_t stream
   DeviceLimits limits{};
   if (const cudaError_t status = hopper_limits(limits); status != cudaSuccess) return status;
   if (p.r > 0) {
-    const int width = static_cast<int>(cut(p.r, 8)) * 8;
-    const dim3 grid(static_cast<unsigned>(cut(width, kFragment)), static_cast<unsigned>(cut(p.m, kTokens)));
-    project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(p, static_cast<T*>(scaled_u), width);
-    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+    T* target = static_cast<T*>(scaled_u);
+    const cudaError_t status =
+        p.m < kManyRows ? launch_project<T, 1>(p, target, stream) : launch_project<T, kMostGroups>(p, target, stream);
+    if (status != cudaSuccess) return status;
   }
   const TileParams tile{p, p.lora_b, p.bias, p.y, p.m, p.r, p.adapter_dtype, p.bias_dtype, p.out_dtype};
-  return Launcher<T, false>::run(tile, Operands{p.x, scaled_u}, limits, stream);
+  return Launcher<T, false>::run(tile, TileOperands{p.x, scaled_u}, limits, stream);
 }
 
 template <typename T>
@@ -559,7 +557,7 @@ cudaError_t input_gradient(const FewRowsBackward& p, cudaStream_t stream) {
   DeviceLimits limits{};
   if (const cudaError_t status = hopper_limits(limits); status != cudaSuccess) return status;
   const TileParams tile{p, p.lora_a, nullptr, p.dx, p.m, p.r, p.adapter_dtype, p.dtype, p.dtype};
-  return Launcher<T, true>::run(tile, Operands{p.dy, p.du}, limits, stream);
+  return Launcher<T, true>::run(tile, TileOperands{p.dy, p.du}, limits, stream);
 }
 
 }  // namespace

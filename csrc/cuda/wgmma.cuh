@@ -126,4 +126,29 @@ struct Warpgroup<__half> {
 
 // clang-format on
 
+#define FASTLORA_SUMS_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FASTLORA_SUMS_16(d, i) \
+  FASTLORA_SUMS_4(d, i), FASTLORA_SUMS_4(d, i + 4), FASTLORA_SUMS_4(d, i + 8), FASTLORA_SUMS_4(d, i + 12)
+#define FASTLORA_SHARED_PRODUCT(type, name)                                                                    \
+  template <bool kTransposed>                                                                                  \
+  __device__ __forceinline__ void multiply_shared(type, Size<128>, float (&d)[64], uint64_t a, uint64_t b) {   \
+    asm volatile(                                                                                              \
+        "{ .reg .pred p; setp.ne.b32 p, 1, 0; wgmma.mma_async.sync.aligned.m64n128k16.f32." name "." name      \
+        " {"                                                                                                   \
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
+        "%22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, " \
+        "%42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, " \
+        "%62, %63}, %64, %65, p, 1, 1, %66, 0; }"                                                              \
+        : FASTLORA_SUMS_16(d, 0), FASTLORA_SUMS_16(d, 16), FASTLORA_SUMS_16(d, 32), FASTLORA_SUMS_16(d, 48)    \
+        : "l"(a), "l"(b), "n"(kTransposed ? 1 : 0));                                                           \
+  }
+
+// The same with a (64, 16) from shared memory as well, `kTransposed`: stored as (16, 64).
+FASTLORA_SHARED_PRODUCT(__nv_bfloat16, "bf16")
+FASTLORA_SHARED_PRODUCT(__half, "f16")
+
+#undef FASTLORA_SHARED_PRODUCT
+#undef FASTLORA_SUMS_16
+#undef FASTLORA_SUMS_4
+
 }  // namespace fastlora

@@ -49,6 +49,12 @@ TILE_ROWS = range(17, 513)
 """Without a table: rows for which a tensor core product that decodes the weight in its tiles (compute capability 9.0)
 takes less time than the kernels for fewer rows, and than making the weight dense for library products, as measured on
 an H200."""
+FULL_TILE_ROWS = range(513, 2049)
+"""The same where the tiles of that product, of 128 outputs by 256 rows, leave few multiprocessors idle in their last
+wave. Decoding inside of them costs a wave a fifth of its time, decoding before costs the same for any number of rows:
+on an H200 both cost the same at about 2048 rows."""
+TILE_FILL = 0.8
+"""The part of the multiprocessors' time, over all waves, that has to have a tile."""
 SPLIT_ROWS = range(9, 129)
 """Without a table: rows for which Triton's product that reads the packed weight once, its reduced side split among
 programs, takes the GPU less time than C++, though its launches cost the host more. Its tiles hold no more rows than
@@ -313,6 +319,14 @@ def _tables_in(directory: Path, user: bool) -> list[Table]:
 
 
 # -- looking up ------------------------------------------------------------------------------------------------------
+
+
+def tiles_gain(m: int, side: int, multiprocessors: int) -> bool:
+    """Whether, without a table, m rows are left to the tiles of `TILE_ROWS`; ``side``: columns of the result."""
+    if m not in FULL_TILE_ROWS:
+        return m in TILE_ROWS
+    tiles = -(-m // 256) * -(-side // 128)
+    return tiles >= TILE_FILL * -(-tiles // multiprocessors) * multiprocessors
 
 
 def bucket(m: int) -> int:
