@@ -1,4 +1,7 @@
-"""Builds the optional extension fastlora._C; everything else is in pyproject.toml.
+"""Builds the optional extensions; everything else is in pyproject.toml.
+
+fastlora._C has the kernels, for every torch from 2.10 on and every Python; fastlora._autograd_<torch> has the autograd
+node, for the torch and the Python that build it, and is left out where it does not compile.
 
 FASTLORA_BUILD = auto (default) | cpu | cuda | none. ``auto`` builds what the machine can build and installs the
 pure-Python package when that fails; ``cpu`` and ``cuda`` fail instead. Whether CUDA code is built depends on nvcc and
@@ -15,7 +18,7 @@ import shutil
 from glob import glob
 from pathlib import Path
 
-from setuptools import Command, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.build_py import build_py
 
 MODE = os.environ.get("FASTLORA_BUILD", "auto")
@@ -68,6 +71,13 @@ def plan() -> tuple[list, dict, str]:
         # The tensor core product of 9.0 needs the instructions of that architecture alone.
         os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"9\.0a?", "9.0a", wanted)
 
+    # The name says which torch may load it: see fastlora.native.autograd.
+    node = CppExtension(
+        "fastlora._autograd_" + re.sub(r"\W", "_", torch.__version__.partition("+")[0]),
+        ["csrc/autograd.cpp"],
+        extra_compile_args=["-O2", "-g0", "-fvisibility=hidden", "-Wall"],
+    )
+
     class build_ext(BuildExtension):
         def run(self) -> None:
             self.in_place = bool(self.inplace or getattr(self, "editable_mode", False))
@@ -86,6 +96,15 @@ def plan() -> tuple[list, dict, str]:
                     extension.optional = True
             record(self, self.in_place, reason)
 
+        def build_extension(self, extension: Extension) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if extension is not node:
+                    raise
+                extension.optional = True
+                self.announce(f"fastlora: without the autograd node in C++: {error}", level=4)
+
     stable_abi = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     no_contraction = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
     define = ["-DFASTLORA_WITH_CUDA", "-DUSE_CUDA"] if with_cuda else []
@@ -99,7 +118,7 @@ def plan() -> tuple[list, dict, str]:
         },
         py_limited_api=True,
     )
-    return [extension], {"build_ext": build_ext}, ""
+    return [extension, node], {"build_ext": build_ext}, ""
 
 
 extensions, commands, no_extension = plan()

@@ -11,6 +11,7 @@ from fastlora import FastLoRALinear, backends, cli, native, reference
 assert Path(fastlora.__file__).is_relative_to(sys.prefix), fastlora.__file__
 assert cli.main(["info"]) == 0
 assert native.available("cpu") is None, native.available("cpu")
+assert native.autograd()[1] is None, native.autograd()[1]
 
 torch.manual_seed(0)
 for dtype, error in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):

@@ -1,4 +1,5 @@
-// The only file that includes torch: checks, device guard, stream, launch, status to exception.
+// The operators: checks, device guard, stream, launch, status to exception. The only file that includes torch, beside
+// autograd.cpp, which needs more of it.
 //
 // It uses torch's stable ABI at the level of 2.10 and Python's limited API, not pybind11 and not the C++ API of ATen:
 // those tie a binary to one minor version of torch and one of Python, these let one `_C.abi3.so` serve every torch

@@ -420,6 +420,7 @@ def info() -> str:
         )
     lines.append(f"extension, cpu   {machine.native_cpu or 'loaded: ' + native.capability()}")
     lines.append(f"extension, cuda  {machine.native_cuda or 'loaded'}")
+    lines.append(f"autograd in C++  {native.autograd()[1] or 'loaded'}")
     names = [str(table) for table in tables.current().tables]
     lines.append(f"tables           {', '.join(names) or 'none'}; the user's are in {tables.folder()}")
     for device_type in ("cuda", "cpu"):

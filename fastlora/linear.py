@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import ops
+from fastlora import node, ops
 from fastlora.dropout import draw_seed
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -37,6 +37,11 @@ def lora_linear(
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
     backend cannot run.
     """
+    if dropout_p == 0:
+        # It declines whatever the checks below would refuse, and costs less than they do.
+        y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend, autocast=True)
+        if y is not None:
+            return y
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"the last dimension of x must be in_features = {k}, got shape {tuple(x.shape)}")
@@ -85,6 +90,10 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     """`lora_linear` of arguments known to fit, in the type of x."""
+    if dropout_p == 0 or lora_a is None:
+        y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend)
+        if y is not None:
+            return y
     factor = 1.0
     if lora_a is not None and lora_b is not None:
         if isinstance(scale, torch.Tensor) or torch.compiler.is_compiling():
@@ -125,10 +134,25 @@ class NF4Linear(nn.Module):
 
     @property
     def nf4(self) -> NF4Weight:
-        """The weight (N, K)."""
-        statistics = {name: getattr(self, name) for name in self._STATISTICS}
+        """The weight (N, K): the same object for as long as the layer has the same buffers."""
+        buffers = self._buffers
+        if not torch.compiler.is_compiling():
+            known: NF4Weight | None = self.__dict__.get("_known")
+            if known is not None and (
+                buffers["weight"] is known.w_packed
+                and buffers["absmax"] is known.absmax
+                and buffers["absmax_q"] is known.absmax_q
+                and buffers["absmax_scale"] is known.absmax_scale
+                and buffers["absmax_code"] is known.absmax_code
+                and buffers["absmax_offset"] is known.absmax_offset
+            ):
+                return known
+        statistics = {name: buffers[name] for name in self._STATISTICS}
         shape = (self.out_features, self.in_features)
-        return NF4Weight(self.weight, shape, self.blocksize, self.quant_type, self.dtype, **statistics)
+        weight = NF4Weight(self.weight, shape, self.blocksize, self.quant_type, self.dtype, **statistics)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_known"] = weight
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return lora_linear(x, self.nf4, bias=self.bias)
@@ -235,9 +259,9 @@ def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, b
     dropout = modules["lora_dropout"]._modules[adapter]
     p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
     variant: Any = layer.lora_variant.get(adapter) if layer.lora_variant else None
-    if hasattr(variant, "run"):
+    if variant is not None and hasattr(variant, "run"):
         return variant.run(layer, _autocast(x), adapter, weight, p, backend)
-    if hasattr(variant, "factors"):
+    if variant is not None and hasattr(variant, "factors"):
         lora_a, lora_b, scale = variant.factors(layer, adapter)
     else:
         lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
@@ -257,6 +281,12 @@ def factors_forward(
 ) -> torch.Tensor:
     """`lora_linear` of a layer ``base``, of `base_weight` ``weight``, in the type that `compute_type` says."""
     bias = base.bias
+    own = isinstance(base, NF4Linear)
+    if (p == 0 or lora_a is None) and (own or getattr(base, "compute_dtype", None) in (None, x.dtype)):
+        # It declines whatever the check below would refuse, and costs less.
+        y = node.call(x, weight, lora_a, lora_b, bias, None, scale, backend, autocast=own)
+        if y is not None:
+            return y
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
         return lora_linear(x, weight, lora_a, lora_b, bias)  # says what is wrong
     x, wide, dtype = compute_type(base, weight, x)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,24 @@ def _load() -> tuple[Any, str | None]:
 
 
 @functools.cache
-def _best_capability() -> int:
+def autograd() -> tuple[Any, str | None]:
+    """The module with the autograd node, or None and the reason.
+
+    It is built against torch's C++ API: the name of the file carries the version of torch, and its suffix that of
+    Python, so that no other version ever loads it.
+    """
+    version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])
+    try:
+        return importlib.import_module(f"fastlora._autograd_{version}"), None
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError):
+            return None, f"not built for torch {torch.__version__} and Python {platform.python_version()}"
+        return None, f"cannot be loaded: {' '.join(str(error).split())}"
+
+
+@functools.cache
+def best_capability() -> int:
+    """The best of `CAPABILITIES` on this processor, as a number."""
     return int(torch.ops.fastlora_native.cpu_capability())
 
 
@@ -80,7 +99,7 @@ def _capability() -> int:
     reason = available("cpu")
     if reason is not None:
         raise RuntimeError(reason)
-    best = _best_capability()
+    best = best_capability()
     name = os.environ.get(CAPABILITY_VARIABLE)
     if not name:
         return best
@@ -89,7 +108,8 @@ def _capability() -> int:
     return CAPABILITIES.index(name)
 
 
-def _arguments(w: NF4Weight) -> tuple[Any, ...]:
+def weight_arguments(w: NF4Weight) -> tuple[Any, ...]:
+    """The arguments that stand for a packed weight in every operator of the extension."""
     statistics = (w.absmax, w.absmax_q, w.absmax_scale, w.absmax_code, w.absmax_offset)
     return (w.w_packed, *statistics, *w.shape, w.blocksize, w.quant_type == "fp4")
 
@@ -107,7 +127,7 @@ def dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor
     elif out.dtype != dtype:
         raise ValueError(f"out must be {dtype}, got {out.dtype}")
     capability = _capability() if w.device.type == "cpu" else 0
-    operator(*_arguments(w), capability, out)
+    operator(*weight_arguments(w), capability, out)
     return out
 
 
@@ -149,14 +169,15 @@ def _form(x: torch.Tensor, w: NF4Weight, r: int, direction: str) -> str:
     if tables.forced_forms and "cuda" in tables.forced_forms:
         return tables.forced_forms["cuda"]
     shape = (x.shape[0], *w.shape)
-    return _chosen_form(*shape, w.blocksize, x.dtype, x.device.index, r, direction, tables.captured())
+    return chosen_form(*shape, w.blocksize, x.dtype, x.device.index, r, direction, tables.captured())
 
 
 @tables.cached(maxsize=4096)
-def _chosen_form(
+def chosen_form(
     m: int, n: int, k: int, blocksize: int, dtype: torch.dtype, index: int | None, r: int, direction: str,
     captured: bool,
 ) -> str:  # fmt: skip
+    """The one of `forms` that `forward` or `backward` takes on GPU ``index``, unless a measurement forces another."""
     capability, device = gpu(index)
     able = forms(m, n, k, r, blocksize, capability, direction)
     kind = tables.Class(direction, tables.dtype_class(dtype, "cuda"), "packed", r)
@@ -198,7 +219,7 @@ def forward(
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
     if bias is not None:
         bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
-    arguments = (x, *_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
+    arguments = (x, *weight_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
     if x.device.type == "cpu":
         return _operator("linear_forward", "cpu")(*arguments, _capability())
     form = form or _form(x, w, 0 if lora_a is None else lora_a.shape[0], "forward")
@@ -220,7 +241,7 @@ def backward(
     """dx, dA and dB as ``fastlora.reference.backward``; form one of `forms`, as there."""
     need_dx, need_da, need_db = needs
     a, b = _adapters(dy, lora_a, lora_b)
-    arguments = (dy, x, u, *_arguments(w), a, b, scale, need_dx, need_da, need_db)
+    arguments = (dy, x, u, *weight_arguments(w), a, b, scale, need_dx, need_da, need_db)
     if dy.device.type == "cpu":
         dx, da, db = _operator("linear_backward", "cpu")(*arguments, _capability())
     else:

@@ -98,6 +98,10 @@ class NF4Weight:
     absmax_offset: torch.Tensor | None = None
     """float32, no dimensions."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields alone: what calls keep beside them belongs to this process and these tensors."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def nested(self) -> bool:
         return self.absmax_q is not None

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from fastlora import backends, tables
-from fastlora.backends import Backend, Problem
+from fastlora import backends, node, tables
+from fastlora.backends import Backend
 from fastlora.dropout import Dropout
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -63,17 +63,12 @@ def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
 _N_WEIGHT = 10
 
 
-@tables.cached(maxsize=4096)  # what it costs to ask is felt by small layers
-def _chosen(backend: str, *problem: Any) -> str:
-    return backends.select(Problem(*problem), backend).name
-
-
 def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, backend: str) -> Backend:
     n, k = w.shape
     format_: tuple[Any, ...] = (None, 0, False)
     if isinstance(w, NF4Weight):
         format_ = (w.quant_type, w.blocksize, w.nested)
-    name = _chosen(
+    name = node.chosen(
         backend, x.shape[0], n, k, r, x.dtype, x.device.type, *format_, direction, dropout, tables.captured()
     )
     return backends.BACKENDS[name]

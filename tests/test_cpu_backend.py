@@ -170,7 +170,7 @@ def call_forward(**changes: object) -> None:
     assert isinstance(problem.w, NF4Weight)
     given = {"x": problem.x, "lora_a": problem.lora_a, "lora_b": problem.lora_b, "bias": problem.bias} | changes
     adapters = (given["lora_a"], given["lora_b"], given["bias"], 1.0, False, 0)
-    torch.ops.fastlora_native.linear_forward(given["x"], *native._arguments(problem.w), *adapters)
+    torch.ops.fastlora_native.linear_forward(given["x"], *native.weight_arguments(problem.w), *adapters)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +236,6 @@ def test_only_what_a_gradient_needs_is_asked_for() -> None:
 def test_too_capable_a_path() -> None:
     problem = make_problem(4, 40, 64, 0)
     assert isinstance(problem.w, NF4Weight)
-    arguments = (problem.x, *native._arguments(problem.w), None, None, None, 1.0, False, len(native.CAPABILITIES))
+    arguments = (problem.x, *native.weight_arguments(problem.w), None, None, None, 1.0, False, len(native.CAPABILITIES))
     with pytest.raises(ValueError, match="capability must be from 0 to"):
         torch.ops.fastlora_native.linear_forward(*arguments)

@@ -248,7 +248,7 @@ def test_the_form_without_a_table(
     device = tables.Device("cuda", "A GPU", ".".join(map(str, capability)), 100)
     monkeypatch.setattr(native, "gpu", lambda index: (capability, device))
     with tables.use(tables.Tables()):
-        assert native._chosen_form(m, n, k, 64, torch.bfloat16, 0, r, direction, False) == form
+        assert native.chosen_form(m, n, k, 64, torch.bfloat16, 0, r, direction, False) == form
 
 
 def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,5 +260,5 @@ def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     known = tables.Tables((tables.Table(device, {kind: {(64, 4096, 4096): times}}),))
     with tables.use(known):
-        assert native._chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", False) == "library"
-        assert native._chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", True) == "tile"
+        assert native.chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", False) == "library"
+        assert native.chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", True) == "tile"

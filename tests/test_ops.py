@@ -14,7 +14,7 @@ from tolerance import GRADS, Problem, Results, assert_close, make_problem, truth
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import NF4Weight, backends, lora_linear, ops, reference, tables
+from fastlora import NF4Weight, backends, lora_linear, node, ops, reference, tables
 from fastlora.dropout import Dropout, draw_seed
 
 BACKENDS = tuple(backends.BACKENDS)
@@ -771,8 +771,8 @@ def test_for_graphs_reaches_selection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "select", spy)
     problem = make_problem(3, 5, 7)
     for captured in (False, True):
-        ops._chosen.cache_clear()
+        node.chosen.cache_clear()
         with tables.for_graphs() if captured else contextlib.nullcontext():
             through_autograd(problem, "auto")
     assert asked == [False, False, True, True]
-    ops._chosen.cache_clear()
+    node.chosen.cache_clear()

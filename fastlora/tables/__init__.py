@@ -403,6 +403,7 @@ def _tile_distance(measured: Mapping[str, int | str], asked: Mapping[str, int | 
 
 
 _clear: list[Callable[[], None]] = []
+_replaced = 0
 
 
 def cached(maxsize: int) -> Callable[[_Function], _Function]:
@@ -469,8 +470,9 @@ def reload() -> None:
 
 
 def _replace(tables: Tables | None) -> None:
-    global _current
+    global _current, _replaced
     _current = tables
+    _replaced += 1
     for clear in _clear:
         clear()
 
@@ -494,6 +496,11 @@ _scopes_for_graphs = 0
 def captured() -> bool:
     """Whether the GPU's time alone counts now, as within `fastlora.for_graphs`."""
     return _scopes_for_graphs > 0
+
+
+def state() -> int:
+    """A number that changes whenever what the tables and `captured` say may change: a key for other caches."""
+    return 2 * _replaced + (_scopes_for_graphs > 0)
 
 
 @contextlib.contextmanager
