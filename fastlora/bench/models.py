@@ -180,11 +180,12 @@ def adapters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
             yield name[name.find("layers.") :], parameter
 
 
-def checkpoint(model: Any, on: bool, *, captured: bool = False) -> None:
-    """Turn gradient checkpointing of a PEFT model on or off, for a step that is captured or not."""
+def checkpoint(model: Any, on: bool, *, captured: bool = False, keep: int = 0) -> None:
+    """Turn gradient checkpointing of a PEFT model on, but for the last ``keep`` blocks, or off, for a step that is
+    captured or not."""
     inner = model.get_base_model()
     if on:
-        checkpoint_blocks(inner, random=not captured)
+        checkpoint_blocks(inner, random=not captured, keep=keep)
     else:
         getattr(inner, "activation_checkpointing_disable", inner.gradient_checkpointing_disable)()
 
