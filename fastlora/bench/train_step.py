@@ -250,7 +250,6 @@ def _model(stack: Stack, case: Case, device: torch.device, folder: Path | None) 
     if stack.liger and not stack.fuse:
         _apply_liger(config.model_type)
     model = models.base(config, device)
-    model.config.use_cache = False
     model = models.adapt(model, r=R, alpha=ALPHA)
     if stack.fuse:
         import fastlora
