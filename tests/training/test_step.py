@@ -15,6 +15,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: trai
 
 import fastlora
 from fastlora.bench import models
+from fastlora.integrations.peft import loss as loss_module
 from fastlora.training import attention
 from fastlora.training import step as steps
 from fastlora.training.attention import CAUSAL, KERNELS, fastest, use_causal_attention
@@ -243,9 +244,31 @@ def test_training_through_captured_steps_has_the_same_losses(
     assert captures[0].captures == 1
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_training_with_a_chunked_loss_and_no_masks_has_the_same_losses(
+    options: dict[str, Any], tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options | {"lora_dropout": 0.0, "packing": packing, "gradient_accumulation_steps": 2}
+    eager = run_of(options, tmp_path / "eager")
+    calls: list[Any] = []
+    real = loss_module.linear_cross_entropy
+    monkeypatch.setattr(loss_module, "linear_cross_entropy", lambda *a, **k: calls.append(k["count"]) or real(*a, **k))
+    values = {"chunked_loss": True, "attention": "auto", "blocks": True, "gradient_checkpointing": True}
+    found = run_of(options, tmp_path / "found", kept_blocks=1, **values)
+    assert [loss for _, loss in found.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
+    assert found.eval_loss_after == pytest.approx(eager.eval_loss_after, rel=1e-4)
+    assert calls
+    assert all(isinstance(count, torch.Tensor) for count in calls)
+
+
 @pytest.mark.parametrize(
     ("values", "device", "words"),
     [
+        ({"attention": "cudnn", "trainer": "trl"}, "cuda", "set attention stock"),
+        ({"chunked_loss": True, "trainer": "trl"}, "cpu", "set chunked_loss false"),
+        ({"attention": "auto", "method": "prefix"}, "cpu", "set step eager and attention stock"),
+        ({"attention": "auto", "trainer": "auto"}, "cpu", None),
+        ({"chunked_loss": True, "trainer": "auto"}, "cpu", None),
         ({"step": "cuda_graphs"}, "cpu", "needs a CUDA GPU"),
         ({"step": "cuda_graphs", "trainer": "trl"}, "cuda", "set trainer transformers"),
         ({"step": "compile", "trainer": "trl"}, "cpu", "set trainer transformers"),
