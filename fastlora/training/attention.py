@@ -31,13 +31,24 @@ def fastest(capability: tuple[int, int] | None) -> str:
     return "cudnn"
 
 
-def _causal_mask(*args: Any, kv_length: int, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask where plain causal attention is meant, so that the attention kernel needs none."""
+def _causal_mask(
+    *args: Any, kv_length: int, local_size: int | None = None, attention_mask: Any = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """No mask where plain causal attention is meant, so that the attention kernel needs none; never one of padding."""
     from transformers.masking_utils import sdpa_mask
 
     if local_size is None or kv_length <= local_size:
         return None
-    return sdpa_mask(*args, kv_length=kv_length, local_size=local_size, **kwargs)
+    return sdpa_mask(*args, kv_length=kv_length, local_size=local_size, attention_mask=None, **kwargs)
+
+
+def _all_tokens(decoder: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A mask of all tokens where there is none: transformers would ask the positions for packed sequences."""
+    given = kwargs.get("inputs_embeds")
+    given = kwargs.get("input_ids") if given is None else given
+    if args or given is None or kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None:
+        return None
+    return args, kwargs | {"attention_mask": torch.ones(given.shape[:2], dtype=torch.bool, device=given.device)}
 
 
 def _windowed(config: Any) -> bool:
@@ -82,4 +93,7 @@ def use_causal_attention(model: Any, kernel: str = "pytorch") -> None:
     ALL_ATTENTION_FUNCTIONS.register(name, _attend(kernel))
     if windowed:
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, _causal_mask)
+        decoder = getattr(model, model.base_model_prefix, model)
+        if _all_tokens not in decoder._forward_pre_hooks.values():
+            decoder.register_forward_pre_hook(_all_tokens, with_kwargs=True)
     model.config._attn_implementation = name

@@ -87,6 +87,24 @@ def test_attention_without_masks_still_keeps_to_its_window(name: str) -> None:
         assert abs(gradients(model, ids)[0] - loss) > 1e-5
 
 
+@pytest.mark.parametrize("name", ["mistral-7b", "llama-3-8b"])
+def test_attention_without_masks_asks_for_no_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    def looked(*args: Any) -> None:
+        raise AssertionError("values were looked at on the host")
+
+    model = model_of(name)
+    (ids,) = models.token_batches(model.config, 2, 16, CPU, 0, 1)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked)
+    with pytest.raises(AssertionError, match="looked at"):
+        gradients(model, ids)
+    for kernel in ("pytorch", "auto"):
+        use_causal_attention(model.get_base_model(), kernel)
+    gradients(model, ids)
+    assert len(model.get_base_model().model._forward_pre_hooks) <= 1
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_attention_kernel_computes_the_same(kernel: str) -> None:
     model = model_of("llama-3-8b")
