@@ -13,6 +13,7 @@ projects it again for the backward pass; the MLP is two of them with the activat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -128,47 +129,83 @@ def _with_tensors(projections: Sequence[Projection], tensors: Sequence[Any]) -> 
     return [Projection(p.w, part[0], part[1], part[2], p.scale) for p, part in zip(projections, parts, strict=True)]
 
 
+@dataclasses.dataclass
+class _Middle:
+    """What the two nodes of a gated MLP hand each other beside tensors that autograd keeps."""
+
+    gate: torch.Tensor | None = None
+    up: torch.Tensor | None = None
+    kept: Sequence[torch.Tensor | None] = (None,)
+    """Of down, from the end of the forward pass."""
+
+
 class _GatedMLP(torch.autograd.Function):
+    """gate and up of x, and the whole backward pass.
+
+    What it returns has no values, only the shape of y: `_Down` makes y of it, keeps nothing, and hands dy back. So
+    when a checkpoint computes a block again, what the backward pass needs is complete before down is multiplied, and
+    where nothing after the MLP is needed either PyTorch stops there.
+    """
+
     @staticmethod
     def forward(
-        ctx: Any, x: Any, inner: Any, down: Any, activation: Any, out_dtype: Any, form: Any, *tensors: Any
+        ctx: Any, x: Any, middle: Any, inner: Any, down: Any, activation: Any, out_dtype: Any, form: Any, *tensors: Any
     ) -> Any:
         _refuse_trained_base([*inner, down])
         with ops._without_autocast(x.device.type):
-            y, gate, up, inner_kept, down_kept = _mlp_forward(x, inner, down, activation, out_dtype, form)
-        flags = ctx.needs_input_grad[6:]
-        needs = _needs(flags[:-_PER_PROJECTION], True)
-        ctx.sizes = (len(inner_kept), len(down_kept))
+            ys, inner_kept = form.forward(x, inner, None)
+        middle.gate, middle.up = gate, up = _halves(ys)
+        needs = _needs(ctx.needs_input_grad[7:-_PER_PROJECTION], True)
         ctx.save_for_backward(
             x if any(needs.da) else None,
             gate,
             up,
             *(inner_kept if any(needs.db) else [None] * len(inner_kept)),
-            *(down_kept if flags[-2] else [None] * len(down_kept)),
             *tensors,
         )
+        ctx.middle, ctx.kept = middle, len(inner_kept)
         ctx.inner, ctx.down = [_without_tensors(p) for p in inner], _without_tensors(down)
         ctx.activation, ctx.form, ctx.dtype = activation, form, x.dtype
-        return y.data
+        return x.new_empty((), dtype=out_dtype or x.dtype).expand(x.shape[0], down.w.shape[0])
 
     @staticmethod
     @_once
     def backward(ctx: Any, dy: Any) -> Any:
         x, gate, up, *rest = ctx.saved_tensors
-        inner_kept, down_kept = rest[: ctx.sizes[0]], rest[ctx.sizes[0] : sum(ctx.sizes)]
-        tensors = rest[sum(ctx.sizes) :]
+        inner_kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
         *inner, down = _with_tensors([*ctx.inner, ctx.down], tensors)
-        flags = ctx.needs_input_grad[6:]
+        flags = ctx.needs_input_grad[7:]
         inner_flags, down_flags = flags[:-_PER_PROJECTION], flags[-_PER_PROJECTION:]
         inner_needs = _needs(inner_flags, ctx.needs_input_grad[0])
         below = inner_needs.dx or any(inner_flags)
         down_needs = _needs(down_flags, below or down_flags[0] or down_flags[1])
         with ops._without_autocast(dy.device.type):
             dx, inner_grads, down_grads = _mlp_backward(
-                dy.to(ctx.dtype), x, gate, up, inner_kept, down_kept, inner, down, ctx.activation, ctx.form,
+                dy.to(ctx.dtype), x, gate, up, inner_kept, ctx.middle.kept, inner, down, ctx.activation, ctx.form,
                 inner_needs, down_needs, (inner_flags, down_flags),
             )  # fmt: skip
-        return dx, None, None, None, None, None, *inner_grads, *down_grads
+        if ops.freed_after_use():
+            ctx.middle.kept = (None,)
+        return dx, None, None, None, None, None, None, *inner_grads, *down_grads
+
+
+class _Down(torch.autograd.Function):
+    """The rest of the forward pass of a gated MLP."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: Any, middle: Any, down: Any, activation: Any, out_dtype: Any, form: Any) -> Any:
+        gate, up = middle.gate, middle.up
+        middle.gate = middle.up = None
+        with ops._without_autocast(gate.device.type):
+            compute = kernels("gated").forward if _on_kernels(gate, form) else plain.forward
+            (y,), kept = form.forward(compute(gate, up, activation), [down], out_dtype)
+        if ctx.needs_input_grad[0] and down.lora_b is not None and down.lora_b.requires_grad:
+            middle.kept = kept
+        return y.data
+
+    @staticmethod
+    def backward(ctx: Any, dy: Any) -> Any:
+        return dy, None, None, None, None, None
 
 
 def _on_kernels(x: torch.Tensor, form: Form) -> bool:
@@ -184,24 +221,6 @@ def _halves(ys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         return ys[0], ys[1]
     gate, up = ys[0].chunk(2, dim=1)
     return gate, up
-
-
-def _mlp_forward(
-    x: torch.Tensor, inner: Sequence[Projection], down: Projection, activation: str,
-    out_dtype: torch.dtype | None, form: Form,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
-    """y, gate, up, and what the two groups keep."""
-    ys, inner_kept = form.forward(x, inner, None)
-    gate, up = _halves(ys)
-    compute = kernels("gated").forward if _on_kernels(x, form) else plain.forward
-    (y,), down_kept = form.forward(compute(gate, up, activation), [down], out_dtype)
-    return y, gate, up, inner_kept, down_kept
-
-
-def _freed_after_use() -> bool:
-    """Whether the backward pass that runs frees what was kept for it, so that it may be written over."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return keeps is not None and not keeps()
 
 
 def _mlp_backward(
@@ -227,7 +246,7 @@ def _mlp_backward(
         adapters = form.adapters([down], dy)
         dy, du = stacked.project_gradients([dy], adapters, dtype)
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
-        in_place = _freed_after_use() and groups.as_one([gate, up]) is not None
+        in_place = ops.freed_after_use() and groups.as_one([gate, up]) is not None
         d, h = gated.backward(gate, up, dh, activation, in_place=in_place)
         last = Needs(False, down_needs.da, down_needs.db)
         _, das, dbs = form.backward([dy], h, down_kept, [down], last, dtype, adapters, (dy, du))
@@ -505,7 +524,9 @@ def gated_mlp(
     form = groups.form(rows, inner, backend)
     if isinstance(form, Stacked) and not isinstance(_down_form(rows, down, backend), Stacked):
         form = Each(backend)
-    y = _GatedMLP.apply(rows, tuple(inner), down, activation, out_dtype, form, *_tensors([*inner, down]))
+    middle, tensors = _Middle(), _tensors([*inner, down])
+    shape = _GatedMLP.apply(rows, middle, tuple(inner), down, activation, out_dtype, form, *tensors)
+    y = _Down.apply(shape, middle, down, activation, out_dtype, form)
     return y.view(*x.shape[:-1], y.shape[1])
 
 

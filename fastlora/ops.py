@@ -326,6 +326,12 @@ class _Eager(torch.autograd.Function):
         return dx, da, db, dbias, None, None, None, None, None, None
 
 
+def freed_after_use() -> bool:
+    """Whether the backward pass that runs frees what was kept for it, so that it may be written over."""
+    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keeps is not None and not keeps()
+
+
 def must_dispatch(x: torch.Tensor) -> bool:
     """Whether somebody is to see the operator itself: a compiler, a dispatch mode, a transform, a tensor subclass."""
     return (

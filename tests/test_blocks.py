@@ -348,6 +348,35 @@ def test_checkpointing(backend: str, device: str) -> None:
             t.grad = None
 
 
+@pytest.mark.parametrize("after", [False, True], ids=["last", "then a norm"])
+def test_a_checkpoint_multiplies_by_down_again_only_where_needed(
+    after: bool, backend: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, inner, down = small(device)
+    x.requires_grad_()
+    every = [x, *leaves([*inner, down])]
+    products: list[int] = []
+    real = blocks._Down.forward
+
+    def counted(*args: Any) -> Any:
+        products.append(1)
+        return real(*args)
+
+    monkeypatch.setattr(blocks._Down, "forward", staticmethod(counted))
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x + gated_mlp(x, inner, down, backend=backend)
+        return torch.nn.functional.rms_norm(y, y.shape[-1:]) if after else y
+
+    want = torch.autograd.grad(run(x).float().sum(), every)
+    y = torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
+    y.float().sum().backward()
+    for t, grad in zip(every, want, strict=True):
+        assert torch.equal(t.grad, grad)
+        t.grad = None
+    assert len(products) == 2 + after
+
+
 def test_offloaded(backend: str, device: str) -> None:
     """What is kept may come back as other tensors than went."""
     x, inner, down = small(device)

@@ -113,21 +113,26 @@ def base(config: Any, device: torch.device, *, seed: int = 0, dtype: torch.dtype
     """The model of a transformers configuration with random weights, its blocks' linear layers in nested NF4.
 
     Weights are drawn and quantized on ``device``, so that billions of them take seconds on a GPU. The same seed gives
-    the same weights on the same kind of device.
+    the same weights on the same kind of device. The model says of itself what one that transformers quantized does: to
+    PEFT, to trainers, and in a saved configuration.
     """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from fastlora.training import model as models
 
     torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    quantize_linears(model, dtype)
-    # What a model that transformers quantized says of itself: to PEFT, to trainers, and in a saved configuration.
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+    models.quantize_in_place(model, quantization, models.DEFAULT_BLOCKSIZE, device)
     model.config.quantization_config = quantization
-    model.is_loaded_in_4bit = model.is_quantized = True
-    model.quantization_method = quantization.quant_method
+    model.config.use_cache = False
+    model.is_loaded_in_4bit = True
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # it would repack the bytes in place
     return model
 
 
@@ -142,52 +147,6 @@ def repeated(config: Any, device: torch.device) -> Any:
         block.self_attn.layer_idx = i
         blocks.append(block)
     return model
-
-
-def trainable(config: Any, device: torch.device, *, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """As `base`, by transformers' own quantizer, which its Trainer asks for: all layers are dense at first."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from fastlora.training import model as models
-
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    options = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-    models.quantize_in_place(model, options, 64, device)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would repack the bytes in place
-    model.config.use_cache = False
-    return model
-
-
-def quantize_linears(model: Any, dtype: torch.dtype) -> None:
-    """Turn the dense linear layers of ``model``, but its head, into bitsandbytes' 4-bit layers, one after another."""
-    import bitsandbytes as bnb
-
-    head = model.get_output_embeddings()
-    for name, dense in list(model.named_modules()):
-        if type(dense) is not nn.Linear or dense is head:
-            continue
-        device = dense.weight.device
-        packed = bnb.nn.Linear4bit(
-            dense.in_features,
-            dense.out_features,
-            dense.bias is not None,
-            compute_dtype=dtype,
-            quant_type="nf4",
-            device="meta",
-        )
-        packed.weight = bnb.nn.Params4bit(dense.weight.data, requires_grad=False, quant_type="nf4", module=packed).to(
-            device
-        )
-        packed.bias = dense.bias
-        packed.support_avx512bf16_for_cpu = False  # it would repack the bytes in place
-        dense.register_parameter("weight", None)
-        model.set_submodule(name, packed.requires_grad_(False))
 
 
 def adapt(model: Any, *, r: int = 16, alpha: float = 32, seed: int = 0) -> Any:
@@ -221,11 +180,12 @@ def adapters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
             yield name[name.find("layers.") :], parameter
 
 
-def checkpoint(model: Any, on: bool, *, captured: bool = False) -> None:
-    """Turn gradient checkpointing of a PEFT model on or off, for a step that is captured or not."""
+def checkpoint(model: Any, on: bool, *, captured: bool = False, keep: int = 0) -> None:
+    """Turn gradient checkpointing of a PEFT model on, but for the last ``keep`` blocks, or off, for a step that is
+    captured or not."""
     inner = model.get_base_model()
     if on:
-        checkpoint_blocks(inner, random=not captured)
+        checkpoint_blocks(inner, random=not captured, keep=keep)
     else:
         getattr(inner, "activation_checkpointing_disable", inner.gradient_checkpointing_disable)()
 

@@ -60,7 +60,7 @@ def base_model(shape: Shape, device: torch.device) -> Any:
         max_position_embeddings=shape.tokens,
         pad_token_id=0,
     )
-    return models.trainable(config, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return models.base(config, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 def rows(device: torch.device, shape: Shape | None = None) -> Iterator[list[Row]]:

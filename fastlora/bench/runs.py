@@ -102,7 +102,7 @@ def _prepare(model: str, device: torch.device, plan: Plan) -> tuple[Any, real.Ro
         shape["num_hidden_layers"] = plan.llama_layers
     name = f"{shape['num_hidden_layers']} layers of hidden size {shape['hidden_size']}, random weights"
     config = models.transformers().LlamaConfig(**shape)
-    return random_models.trainable(config, device), _random_text(plan.steps * plan.batch_size), _any_tokenizer(), name
+    return random_models.base(config, device), _random_text(plan.steps * plan.batch_size), _any_tokenizer(), name
 
 
 def _any_tokenizer() -> Any:

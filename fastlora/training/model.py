@@ -333,17 +333,20 @@ def check_backend(backend: str) -> None:
         raise UserError(f"backend: {backend!r} is not one of {', '.join(names)}; {near(backend, names)}")
 
 
-def accelerate(model: nn.Module, backend: str, *, blocks: bool = False, liger: bool | str = False) -> Any:
+def accelerate(
+    model: nn.Module, backend: str, *, blocks: bool = False, liger: bool | str = False, loss: bool = False
+) -> Any:
     """Fuses the LoRA layers of ``model`` and returns fastlora's report; None when ``backend`` is peft.
 
-    blocks, liger: as for `fastlora.accelerate`. Raises UserError where Liger is missing or does not know the model.
+    blocks, liger, loss: as for `fastlora.accelerate`. Raises UserError where Liger is missing or does not know the
+    model.
     """
     if backend == "peft":
         return None
     import fastlora
 
     try:
-        return fastlora.accelerate(model, backend=backend, blocks=blocks, liger=liger)
+        return fastlora.accelerate(model, backend=backend, blocks=blocks, liger=liger, loss=loss)
     except RuntimeError as error:
         raise UserError(f"backend: {first_line(error)}: set backend auto") from error
     except (ImportError, ValueError) as error:

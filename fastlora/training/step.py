@@ -16,46 +16,21 @@ import torch
 from torch import nn
 
 from fastlora.tables import for_graphs
+from fastlora.training.attention import use_causal_attention
 
-CAUSAL = "fastlora_causal"
-"""The attention implementation that `use_causal_attention` sets."""
 Inputs = dict[str, torch.Tensor]
 _WARM_UP = 3
 _SHAPES = 4
 """Batch shapes captured at most: every graph keeps its activations."""
 
 
-def _causal_mask(*args: Any, kv_length: int, local_size: int | None = None, **kwargs: Any) -> torch.Tensor | None:
-    """No mask where plain causal attention is meant, so that the attention kernel needs none."""
-    from transformers.masking_utils import sdpa_mask
-
-    if local_size is None or kv_length <= local_size:
-        return None
-    return sdpa_mask(*args, kv_length=kv_length, local_size=local_size, **kwargs)
-
-
-def use_causal_attention(model: Any) -> None:
-    """Let a transformers model that attends through PyTorch's ``scaled_dot_product_attention`` do so without masks.
-
-    While a step is traced or captured, transformers cannot look whether a mask is all ones, and builds one, with which
-    the fastest kernels do not run. Right as long as padding, if any, is on the right: no token sees what is after it.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if model.config._attn_implementation != "sdpa":
-        return
-    ALL_ATTENTION_FUNCTIONS.register(CAUSAL, sdpa_attention_forward)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(CAUSAL, _causal_mask)
-    model.config._attn_implementation = CAUSAL
-
-
-def checkpoint_blocks(model: Any, *, random: bool = True) -> None:
+def checkpoint_blocks(model: Any, *, random: bool = True, keep: int = 0) -> None:
     """Let a transformers model recompute its blocks in the backward pass.
 
     random: whether blocks draw random numbers (dropout), which are then drawn again as they were. A captured step
     cannot: nobody may ask for the state of a generator while it is captured.
+    keep: the last so many blocks keep what they computed. One costs no memory where the loss takes less than the
+    backward pass of a block, since it would be computed again right after the loss.
 
     Its embeddings are not made to require gradients, as transformers does for a kind of checkpointing that needs it:
     the first block would compute a gradient that nobody uses, and a compiler could not take the model as one graph.
@@ -64,15 +39,19 @@ def checkpoint_blocks(model: Any, *, random: bool = True) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": random})
     model.disable_input_require_grads()
+    lists: list[list[Any]] = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = [block for block in max(lists, key=len, default=[]) if getattr(block, "gradient_checkpointing", False)]
+    for block in blocks[len(blocks) - min(keep, len(blocks)) :]:
+        block.gradient_checkpointing = False
 
 
-def compile_model(model: Any, **options: Any) -> None:
+def compile_model(model: Any, attention: str = "pytorch", **options: Any) -> None:
     """Compile the transformers model inside a PEFT model, in place and as one graph, for batches of one shape each.
 
-    options: what `torch.compile` takes besides.
+    attention: the kernel of `use_causal_attention`. options: what `torch.compile` takes besides.
     """
     inner = model.get_base_model()
-    use_causal_attention(inner)
+    use_causal_attention(inner, attention)
     inner.compile(fullgraph=True, dynamic=False, **options)
 
 

@@ -16,6 +16,7 @@ import torch
 from fastlora.training import checkpoints, data, distributed, durable, methods, optimizer, saving, tasks
 from fastlora.training import model as models
 from fastlora.training import step as steps
+from fastlora.training.attention import use_causal_attention
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import Interrupted, UserError, disk_errors, is_out_of_memory, require
 
@@ -155,11 +156,12 @@ def _train(config: TrainConfig, world: distributed.World, callbacks: list[Any]) 
             print(report, flush=True)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # not all methods wrap it
         if config.gradient_checkpointing:
-            steps.checkpoint_blocks(inner, random=config.step != "cuda_graphs")
+            steps.checkpoint_blocks(inner, random=config.step != "cuda_graphs", keep=config.kept_blocks)
+        kernel = "pytorch" if config.attention == "stock" else config.attention
         if config.step == "compile":
-            steps.compile_model(model)
-        elif config.step == "cuda_graphs":
-            steps.use_causal_attention(inner)
+            steps.compile_model(model, kernel)
+        elif without_masks(config):
+            use_causal_attention(inner, kernel)
         if world.kind == "fsdp":
             distributed.shard(model, world, device)
         distributed.on_main(world, lambda: checkpoints.write_config(config))
@@ -279,15 +281,26 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
 def uses_trl(config: TrainConfig) -> bool:
     """Whether TRL's SFTTrainer runs. Raises UserError when it is asked for and not installed."""
     if config.trainer == "auto":
-        return config.step == "eager" and importlib.util.find_spec("trl") is not None
+        return not (without_masks(config) or config.chunked_loss) and importlib.util.find_spec("trl") is not None
     if config.trainer == "trl":
         require("trl", extra="trl")
         return True
     return False
 
 
+def without_masks(config: TrainConfig) -> bool:
+    """Whether batches are padded on the right and attended without masks."""
+    return config.step != "eager" or config.attention != "stock"
+
+
 def check_step(config: TrainConfig, device: torch.device) -> None:
     """Raises UserError when the step cannot be launched as ``config`` asks."""
+    if config.trainer == "trl" and config.chunked_loss:
+        raise UserError("chunked_loss: TRL's SFTTrainer looks at logits, and there are none: set chunked_loss false")
+    if without_masks(config) and config.method == "prefix":
+        raise UserError("method: prefix puts keys before every token: set step eager and attention stock")
+    if config.attention != "stock" and config.trainer == "trl":
+        raise UserError("attention: TRL's SFTTrainer makes its masks itself: set attention stock")
     if config.step == "eager":
         return
     if config.method in methods.CHANGING:
@@ -338,9 +351,9 @@ def make_trainer(
     # One process drives one device: the 4-bit layers cannot be replicated by DataParallel.
     args._n_gpu = min(args.n_gpu, 1)
     adapters = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    # Compiled or captured, a batch has always the same shape, and its padding on the right.
-    fixed = config.step != "eager"
-    if fixed:
+    # Compiled or captured, a batch has always the same shape.
+    fixed, causal = config.step != "eager", without_masks(config)
+    if causal:
         tokenizer.padding_side = "right"
     padding: dict[str, Any] = {"padding": "max_length", "max_length": config.max_length} if fixed else {}
     bases = (
@@ -352,7 +365,7 @@ def make_trainer(
         MeteredLog,
         trainer_class,
     )
-    trainer = type("MeteredTrainer", bases, {"causal": fixed, "captured": config.step == "cuda_graphs"})(
+    trainer = type("MeteredTrainer", bases, {"causal": causal, "captured": config.step == "cuda_graphs"})(
         model=model,
         args=args,
         train_dataset=examples.train,

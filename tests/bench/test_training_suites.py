@@ -67,7 +67,7 @@ def test_no_case_is_begun_too_late(tiny: None) -> None:
 
 def test_merge(tiny: None) -> None:
     rows, plan = runs._random_text(24, 16), merge.Plan(steps=30, batch_size=4, lr=2e-2, rank=4, calibration=8)
-    model = models.trainable(transformers.LlamaConfig(**SHAPE), CPU, dtype=torch.float32)
+    model = models.base(transformers.LlamaConfig(**SHAPE), CPU, dtype=torch.float32)
     found = merge.measure(model, rows[:16], rows[:8], plan, CPU, "tiny")
     values = {row.metric: row.value for row in found}
     assert values["loss, adapter beside the base"] < 0.95 * values["loss, base"]

@@ -25,7 +25,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora import kernels
 from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
-from fastlora.kernels import columns, config, gated, launch, split, stacked
+from fastlora.kernels import columns, config, cross_entropy, gated, launch, split, stacked
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
@@ -216,6 +216,25 @@ def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:
             columns.folded(*products, w, b.float() if nested else b, 2.0**-60)
 
 
+def loss_of(compiler: Compiler, dtype: torch.dtype) -> None:
+    """The cross-entropy of logits."""
+    logits, labels = torch.empty(3, 32000, dtype=dtype), torch.zeros(3, dtype=torch.long)
+    losses, scale = torch.empty(3), torch.ones(())
+    for softcap, smoothing, gradient in ((None, 0.0, True), (30.0, 0.1, True), (None, 0.0, False)):
+        compiler.case = f"loss {softcap} {smoothing} {dtype}"
+        cross_entropy.cross_entropy(
+            logits,
+            labels,
+            losses,
+            scale,
+            ignore_index=-100,
+            label_smoothing=smoothing,
+            softcap=softcap,
+            gradient=gradient,
+        )
+    cross_entropy.rescale(logits, scale)
+
+
 def main(capability: str, *dtypes: str) -> None:
     major, minor = capability.split(".")
     compiler = Compiler((int(major), int(minor)))
@@ -232,6 +251,7 @@ def main(capability: str, *dtypes: str) -> None:
         "stacked",
         "gated",
         "columns",
+        "cross_entropy",
     ):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()
@@ -239,6 +259,7 @@ def main(capability: str, *dtypes: str) -> None:
         dtype = getattr(torch, name)
         decoding(compiler, dtype, thorough=i == 0)
         columns_of(compiler, dtype)
+        loss_of(compiler, dtype)
         if dtype != torch.float32:
             buffered(compiler, dtype, thorough=i == 0)
             few_rows(compiler, dtype, thorough=i == 0)

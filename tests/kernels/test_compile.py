@@ -18,6 +18,7 @@ KERNELS = {
     "dequantize_kernel", "dequantize_words_kernel", "project_kernel", "linear_kernel", "input_gradient_kernel",
     "gradient_kernel", "gradients_kernel", "add_parts_kernel", "epilogue_kernel", "dequantize_stacked_kernel",
     "merged_kernel", "partial_kernel", "finish_kernel", "scaled_kernel", "scaled_gradients_kernel", "row_norm_kernel",
+    "cross_entropy_kernel", "rescale_kernel",
 }  # fmt: skip
 BLOCKS = {
     "pack_kernel", "project_stacked_kernel", "gradients_stacked_kernel", "gated_kernel", "gated_backward_kernel",

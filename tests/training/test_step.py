@@ -15,7 +15,10 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: trai
 
 import fastlora
 from fastlora.bench import models
+from fastlora.integrations.peft import loss as loss_module
+from fastlora.training import attention
 from fastlora.training import step as steps
+from fastlora.training.attention import CAUSAL, KERNELS, fastest, use_causal_attention
 
 CPU = torch.device("cpu")
 SIZES = {
@@ -73,8 +76,8 @@ def test_attention_without_masks_still_keeps_to_its_window(name: str) -> None:
     model = model_of(name)
     (ids,) = models.token_batches(model.config, 2, 16, CPU, 0, 1)
     loss, grads = gradients(model, ids)
-    steps.use_causal_attention(model.get_base_model())
-    assert model.config._attn_implementation == steps.CAUSAL
+    use_causal_attention(model.get_base_model())
+    assert model.config._attn_implementation.startswith(CAUSAL)
     found, found_grads = gradients(model, ids)
     assert found == pytest.approx(loss, rel=1e-6)
     for a, b in zip(found_grads, grads, strict=True):
@@ -82,6 +85,64 @@ def test_attention_without_masks_still_keeps_to_its_window(name: str) -> None:
     if name == "mistral-7b":
         model.config.sliding_window = None
         assert abs(gradients(model, ids)[0] - loss) > 1e-5
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "llama-3-8b"])
+def test_attention_without_masks_asks_for_no_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    def looked(*args: Any) -> None:
+        raise AssertionError("values were looked at on the host")
+
+    model = model_of(name)
+    (ids,) = models.token_batches(model.config, 2, 16, CPU, 0, 1)
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", looked)
+    with pytest.raises(AssertionError, match="looked at"):
+        gradients(model, ids)
+    for kernel in ("pytorch", "auto"):
+        use_causal_attention(model.get_base_model(), kernel)
+    gradients(model, ids)
+    assert len(model.get_base_model().model._forward_pre_hooks) <= 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_attention_kernel_computes_the_same(kernel: str) -> None:
+    model = model_of("llama-3-8b")
+    (ids,) = models.token_batches(model.config, 2, 16, CPU, 0, 1)
+    loss, grads = gradients(model, ids)
+    use_causal_attention(model.get_base_model(), kernel)
+    found, found_grads = gradients(model, ids)
+    assert found == pytest.approx(loss, rel=1e-6)
+    for a, b in zip(found_grads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_which_attention_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert [fastest(c) for c in (None, (8, 0), (8, 9), (9, 0), (10, 0))] == ["pytorch"] * 3 + ["cudnn"] * 2
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: False)
+    assert fastest((9, 0)) == "pytorch"
+    with pytest.raises(ValueError, match="unknown attention kernel 'flsh'; choose from auto, pytorch"):
+        use_causal_attention(model_of("llama-3-8b").get_base_model(), "flsh")
+
+
+def test_the_last_blocks_may_keep_what_they_computed() -> None:
+    model = model_of("llama-3-8b")
+    layers = model.get_base_model().model.layers
+    (ids,) = models.token_batches(model.config, 2, 16, CPU, 0, 1)
+    expected = gradients(model, ids)
+    calls: list[int] = []
+    for layer in layers:
+        layer.self_attn.register_forward_hook(lambda *args: calls.append(1))
+    for keep, flags in ((1, [True, False]), (5, [False, False]), (0, [True, True])):
+        steps.checkpoint_blocks(model.get_base_model(), keep=keep)
+        assert [layer.gradient_checkpointing for layer in layers] == flags
+        calls.clear()
+        loss, grads = gradients(model, ids)
+        assert len(calls) == 2 + sum(flags)
+        assert loss == expected[0]
+        for a, b in zip(grads, expected[1], strict=True):
+            torch.testing.assert_close(a, b)
 
 
 class Rerun(steps.CapturedStep):
@@ -180,7 +241,7 @@ def test_training_compiled_has_the_same_losses(
     real = steps.compile_model
     torch._dynamo.reset()
     # The default compiler would need longer than the whole test.
-    monkeypatch.setattr(steps, "compile_model", lambda model: real(model, backend="aot_eager"))
+    monkeypatch.setattr(steps, "compile_model", lambda model, kernel: real(model, kernel, backend="aot_eager"))
     compiled = run_of(options, tmp_path / "compiled", step="compile")
     assert [loss for _, loss in compiled.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
     assert compiled.eval_loss_after == pytest.approx(eager.eval_loss_after, rel=1e-4)
@@ -201,9 +262,31 @@ def test_training_through_captured_steps_has_the_same_losses(
     assert captures[0].captures == 1
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_training_with_a_chunked_loss_and_no_masks_has_the_same_losses(
+    options: dict[str, Any], tmp_path: Path, packing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = options | {"lora_dropout": 0.0, "packing": packing, "gradient_accumulation_steps": 2}
+    eager = run_of(options, tmp_path / "eager")
+    calls: list[Any] = []
+    real = loss_module.linear_cross_entropy
+    monkeypatch.setattr(loss_module, "linear_cross_entropy", lambda *a, **k: calls.append(k["count"]) or real(*a, **k))
+    values = {"chunked_loss": True, "attention": "auto", "blocks": True, "gradient_checkpointing": True}
+    found = run_of(options, tmp_path / "found", kept_blocks=1, **values)
+    assert [loss for _, loss in found.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
+    assert found.eval_loss_after == pytest.approx(eager.eval_loss_after, rel=1e-4)
+    assert calls
+    assert all(isinstance(count, torch.Tensor) for count in calls)
+
+
 @pytest.mark.parametrize(
     ("values", "device", "words"),
     [
+        ({"attention": "cudnn", "trainer": "trl"}, "cuda", "set attention stock"),
+        ({"chunked_loss": True, "trainer": "trl"}, "cpu", "set chunked_loss false"),
+        ({"attention": "auto", "method": "prefix"}, "cpu", "set step eager and attention stock"),
+        ({"attention": "auto", "trainer": "auto"}, "cpu", None),
+        ({"chunked_loss": True, "trainer": "auto"}, "cpu", None),
         ({"step": "cuda_graphs"}, "cpu", "needs a CUDA GPU"),
         ({"step": "cuda_graphs", "trainer": "trl"}, "cuda", "set trainer transformers"),
         ({"step": "compile", "trainer": "trl"}, "cpu", "set trainer transformers"),
@@ -238,7 +321,11 @@ def test_checkpointed_blocks_repeat_their_random_numbers_unless_told_not_to() ->
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("options", [{}, {"blocks": True}, {"blocks": True, "liger": "captured"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"blocks": True}, {"blocks": True, "liger": "captured"}, {"blocks": True, "liger": True, "loss": True}],
+    ids=str,
+)
 def test_a_graph_replays_the_step(options: dict[str, Any], checkpointing: bool) -> None:
     if options.get("liger"):
         pytest.importorskip("liger_kernel.transformers")
@@ -248,8 +335,8 @@ def test_a_graph_replays_the_step(options: dict[str, Any], checkpointing: bool) 
     for kind in ("eager", "captured"):
         model = models.adapt(models.base(config, device), r=4)
         fastlora.accelerate(model, **options)
-        models.checkpoint(model.train(), checkpointing, captured=kind == "captured")
-        steps.use_causal_attention(model.get_base_model())
+        models.checkpoint(model.train(), checkpointing, captured=kind == "captured", keep=len(options) - 2)
+        use_causal_attention(model.get_base_model(), "auto")
         optimizer = torch.optim.AdamW([p for _, p in models.adapters(model)], lr=1e-2, fused=True)
 
         def run(batch: steps.Inputs, model: Any = model) -> torch.Tensor:
@@ -270,3 +357,71 @@ def test_a_graph_replays_the_step(options: dict[str, Any], checkpointing: bool) 
         assert (len(captured._graphs) == 1) == (kind == "captured")
         results.append(losses)
     assert results[1] == pytest.approx(results[0], rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("liger", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_eager_step_waits_for_nothing(checkpointing: bool, liger: bool) -> None:
+    if liger:
+        pytest.importorskip("liger_kernel.transformers")
+    device = torch.device("cuda")
+    config = models.config("llama-3-8b", 2, 97, **(SIZES | {"head_dim": 64}))
+    model = models.adapt(models.base(config, device), r=4)
+    fastlora.accelerate(model, blocks=True, liger=liger, loss=True)
+    models.checkpoint(model.train(), checkpointing, keep=1)
+    use_causal_attention(model.get_base_model(), "auto")
+    optimizer = torch.optim.AdamW([p for _, p in models.adapters(model)], lr=1e-2, fused=True)
+    (ids,) = models.token_batches(config, 2, 32, device, 0, 1)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        fastlora.restore(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["flash", "cudnn"])
+@pytest.mark.parametrize("length", [64, 200])
+def test_attention_kernels_on_grouped_heads(kernel: str, length: int) -> None:
+    from tolerance import assert_close
+    from torch.profiler import ProfilerActivity, profile
+
+    if kernel == "cudnn" and fastest(torch.cuda.get_device_capability()) != "cudnn":
+        pytest.skip("not where cuDNN is chosen")
+    batch, heads, groups, width = 2, 8, 2, 128
+    # As q, k and v of one product lie: rows of all heads side by side.
+    joint = torch.randn(batch, length, (heads + 2 * groups) * width, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(batch, length, heads * width, device="cuda", dtype=torch.bfloat16)
+
+    def results(joint: torch.Tensor, dy: torch.Tensor, name: str) -> list[torch.Tensor]:
+        joint = joint.detach().requires_grad_()
+        parts = joint.split([heads * width, groups * width, groups * width], -1)
+        q, k, v = (part.view(batch, length, -1, width).transpose(1, 2) for part in parts)
+        module = torch.nn.Module()
+        module.num_key_value_groups = heads // groups
+        module.is_causal = True
+        y, _ = attention._attend(name)(module, q, k, v, None, scaling=width**-0.5)
+        y = y.reshape(dy.shape)
+        return [y.detach(), torch.autograd.grad(y, joint, dy)[0]]
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        found = results(joint, dy, kernel)
+        torch.cuda.synchronize()
+    names = " ".join(event.name for event in profiler.events() or ())
+    assert ("cudnn" if kernel == "cudnn" else "flash") in names
+    truth = results(joint.double(), dy.double(), "pytorch")
+    for actual, base, true in zip(found, results(joint, dy, "pytorch"), truth, strict=True):
+        assert_close(actual, base, true)

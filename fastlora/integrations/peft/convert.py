@@ -15,8 +15,9 @@ from torch import nn
 from fastlora import backends
 from fastlora.integrations.peft import blocks as joint
 from fastlora.integrations.peft import liger as liger_kernels
+from fastlora.integrations.peft import loss as losses
 from fastlora.integrations.peft.layers import FUSED, Fused, FusedMethod, convert, convertible, revert
-from fastlora.integrations.peft.report import Report, report_layer
+from fastlora.integrations.peft.report import BlockReport, Report, report_layer
 from fastlora.integrations.peft.situation import Situation, situation
 
 
@@ -37,7 +38,9 @@ def _situation(layer: Any) -> str | Situation:
     return kind.fastlora_situation(layer) if issubclass(kind, FusedMethod) else situation(layer)
 
 
-def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool | str = False) -> Report:
+def accelerate(
+    model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool | str = False, loss: bool = False
+) -> Report:
     """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights; so, too, the
     layers of VeRA and AdaLoRA.
 
@@ -46,11 +49,13 @@ def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False,
     blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`.
     liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model; "captured":
         all but the cross-entropy, which reads the number of labels on the host, so that a step can be a CUDA graph.
+    loss: compute the cross-entropy of training some tokens at a time, as `fastlora.loss` does, instead of Liger's: the
+        logits of all tokens never exist (an output has none), and nothing waits for the device.
 
-    Returns the report of every LoRA layer: fused, or left to PEFT and why; and of every block. Raises ValueError when
-    the model has no PEFT LoRA layer, the backend or ``liger`` is unknown, or Liger has no kernels for the model,
-    RuntimeError when a named backend cannot run on these layers, ImportError when Liger is not installed; the model is
-    then unchanged.
+    Returns the report of every LoRA layer: fused, or left to PEFT and why; of every block; and of the loss. Raises
+    ValueError when the model has no PEFT LoRA layer, the backend or ``liger`` is unknown, or Liger has no kernels for
+    the model, RuntimeError when a named backend cannot run on these layers, ImportError when Liger is not installed;
+    the model is then unchanged.
     """
     _check_backend(backend)
     if liger not in (True, False, "captured"):
@@ -71,9 +76,15 @@ def accelerate(model: nn.Module, backend: str = "auto", *, blocks: bool = False,
         convert(layer, backend)
     joint.separate(model)
     joined = tuple(joint.join(model)) if blocks else ()
-    without = liger_kernels.LOSSES if liger == "captured" else ()
-    replaced = liger_kernels.apply(model, without) if liger else ()
-    report = Report(tuple(reports), joined, replaced, bool(without))
+    losses.undo(model)
+    if loss:
+        reason = losses.reason(model)
+        joined += (BlockReport("", "head and loss", (losses.HEAD,), reason),)
+        if reason is None:
+            losses.fuse(model)
+    own = loss and joined[-1].reason is None
+    replaced = liger_kernels.apply(model, liger_kernels.LOSSES if liger == "captured" or own else ()) if liger else ()
+    report = Report(tuple(reports), joined, replaced, liger == "captured" and not own)
     if not report.replaced:
         warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
     return report
@@ -83,6 +94,7 @@ def restore(model: nn.Module) -> int:
     """Give every fused layer of ``model`` its PEFT class back, and undo what came with it. Returns how many layers
     changed."""
     joint.separate(model)
+    losses.undo(model)
     liger_kernels.undo(model)
     fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]
     for layer in fused_layers:

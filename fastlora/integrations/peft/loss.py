@@ -1,0 +1,194 @@
+"""The head and the cross-entropy of a causal language model in one node that never holds all logits.
+
+Found by what the model's forward does, not by its name: run once on a stand-in, it has to hand the head's logits of the
+last hidden states, capped as the configuration says or as they are, to the loss function. Then, in training with
+labels, the same is computed by `fastlora.loss`, and the output has no logits. In any other situation the model's
+own forward runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+import types
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora.loss import linear_cross_entropy
+
+_IGNORED = -100
+HEAD = "lm_head"
+_KNOWN = ("num_items_in_batch", "ignore_index", "shift_labels")
+"""Arguments of a loss function that are understood; of others a model's own forward makes what it makes."""
+
+
+def _base(model: Any) -> Any:
+    """The transformers model inside of a PEFT model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class FusedLoss:
+    """The forward of a converted language model. Expects to stand before the model's own class."""
+
+    stock: type
+    """The class that `undo` gives back."""
+    output: type
+    """What its own forward returns."""
+    softcap: bool
+    """Whether the logits are capped, as the configuration says."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = kwargs if not args else _bound(self.stock, self, args, kwargs)
+        if not _fusible(self, given):
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        inner = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep")}
+        outputs = getattr(self, self.base_model_prefix)(**inner)
+        head = self._modules[HEAD]
+        hidden, labels = outputs.last_hidden_state, given.get("shift_labels")
+        ignored = given.get("ignore_index", _IGNORED)
+        if labels is None:
+            # Tokens before n predict token n.
+            labels = nn.functional.pad(given["labels"][..., 1:], (0, 1), value=ignored)
+        loss = linear_cross_entropy(
+            hidden,
+            head.weight,
+            labels.to(hidden.device),
+            bias=head.bias,
+            count=given.get("num_items_in_batch"),
+            ignore_index=ignored,
+            softcap=self.config.final_logit_softcapping if self.softcap else None,
+        )
+        rest = (field.name for field in dataclasses.fields(self.output) if field.name not in ("loss", "logits"))
+        return self.output(loss=loss, logits=None, **{name: getattr(outputs, name, None) for name in rest})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class is made at run time: a copy or a pickle names the one it was made from.
+        return _empty, (self.stock, self.output, self.softcap), self.__dict__.copy()
+
+
+def _bound(kind: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments by name."""
+    named = inspect.signature(kind.forward).bind(model, *args, **kwargs).arguments
+    named.pop("self")
+    return {**named, **named.pop("kwargs", {})}
+
+
+def _fusible(model: Any, given: dict[str, Any]) -> bool:
+    if not model.training or given.get("labels") is None or given.get("return_dict") is False:
+        return False
+    kept = given.get("logits_to_keep", 0)
+    if not isinstance(kept, int) or kept or torch.compiler.is_compiling():
+        return False
+    return _head_reason(model) is None and _loss_reason(model) is None
+
+
+def _loss_reason(model: Any) -> str | None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return None if model.loss_function is ForCausalLMLoss else "its loss function is not the one of causal models"
+
+
+def _head_reason(model: Any) -> str | None:
+    head = model._modules.get(HEAD)
+    if type(head) is not nn.Linear or "forward" in head.__dict__:
+        return f"{HEAD} is no plain linear layer"
+    if not head.weight.is_floating_point():
+        return f"the weight of {HEAD} is packed"
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+        return f"{HEAD} has hooks"
+    return None
+
+
+@functools.cache
+def _fused(stock: type, output: type, softcap: bool) -> type:
+    # Of the same name: trainers look models up by it.
+    fields = {"stock": stock, "output": output, "softcap": softcap, "__module__": stock.__module__}
+    return type(stock.__name__, (FusedLoss, stock), {**fields, "__qualname__": stock.__qualname__})
+
+
+def _empty(stock: type, output: type, softcap: bool) -> Any:
+    kind: Any = _fused(stock, output, softcap)
+    return kind.__new__(kind)
+
+
+def _recognize(model: Any) -> str | tuple[type, bool]:
+    """The type of what the model's forward returns and whether it caps its logits, or why it is not the known one.
+
+    The forward is run on a stand-in that has the model's configuration, an inner model that returns given states and
+    a loss function that tells its arguments.
+    """
+    kind, prefix = type(model), getattr(model, "base_model_prefix", "")
+    hidden = torch.linspace(-1, 1, 24, dtype=torch.float64).view(1, 4, 6)
+    matrix = torch.linspace(-3, 2, 42, dtype=torch.float64).view(7, 6).sin()
+    labels = torch.tensor([[3, 1, 6, 0]])
+    told: dict[str, Any] = {}
+
+    def loss_function(logits: Any = None, labels: Any = None, vocab_size: Any = None, **kwargs: Any) -> Any:
+        told.update(logits=logits, labels=labels, kwargs=kwargs)
+        return logits.sum()
+
+    def inner(**kwargs: Any) -> Any:
+        return types.SimpleNamespace(
+            last_hidden_state=hidden, past_key_values=None, hidden_states=None, attentions=None, kwargs=kwargs
+        )
+
+    stand_in = types.SimpleNamespace(
+        config=copy.deepcopy(model.config),
+        vocab_size=7,
+        training=True,
+        loss_function=loss_function,
+        **{prefix: inner, HEAD: lambda t: t @ matrix.T},
+    )
+    try:
+        out: Any = kind.forward(stand_in, input_ids=torch.zeros(1, 4, dtype=torch.long), labels=labels)
+    except Exception as error:  # whatever it raises, it needs more than the formula has
+        return f"the forward of {kind.__name__} is another: {error}"
+    logits = told.get("logits")
+    if not dataclasses.is_dataclass(out) or logits is None or told["labels"] is not labels:
+        return f"the forward of {kind.__name__} does not end with a loss of logits and labels"
+    made = getattr(out, "loss", None)
+    if made is None or not torch.equal(made, logits.sum()):
+        return f"the forward of {kind.__name__} adds to its loss"
+    plain, cap = hidden @ matrix.T, getattr(model.config, "final_logit_softcapping", None)
+    for softcap, expected in ((False, plain), (True, None if cap is None else cap * torch.tanh(plain / cap))):
+        if expected is not None and logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-9):
+            return type(out), softcap
+    return f"the forward of {kind.__name__} changes its logits"
+
+
+def reason(model: nn.Module) -> str | None:
+    """Why the loss of a model cannot be fused, or None."""
+    base = _base(model)
+    if isinstance(base, FusedLoss):
+        return None
+    if not hasattr(base, "loss_function") or not hasattr(base, "config"):
+        return f"{type(base).__name__} is no transformers model with a loss"
+    if "forward" in base.__dict__:
+        return "its forward is replaced on the instance"
+    found = _head_reason(base) or _loss_reason(base)
+    if found is not None:
+        return found
+    recognized = _recognize(base)
+    return recognized if isinstance(recognized, str) else None
+
+
+def fuse(model: nn.Module) -> None:
+    """Have a model whose `reason` is None compute its loss in chunks. Calling it again is harmless."""
+    base: Any = _base(model)
+    if isinstance(base, FusedLoss):
+        return
+    recognized = _recognize(base)
+    assert not isinstance(recognized, str)
+    kind: Any = type(base)
+    base.__class__ = _fused(kind, *recognized)
+
+
+def undo(model: nn.Module) -> None:
+    """Take back what `fuse` did, if it did anything."""
+    base: Any = _base(model)
+    if isinstance(base, FusedLoss):
+        base.__class__ = base.stock
