@@ -133,9 +133,10 @@ def damage(folder: Path) -> str | None:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """Files of a sealed folder that its manifest does not know."""
+    """Files of a sealed folder that its manifest does not know, but for hidden ones, which file managers leave."""
     entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    return [p for p in _files(folder) if p.relative_to(folder).as_posix() not in entries]
+    found = (p for p in _files(folder) if not p.name.startswith("."))
+    return [p for p in found if p.relative_to(folder).as_posix() not in entries]
 
 
 def _encode(value: Any, tensors: dict[str, torch.Tensor], known: dict[Any, str]) -> Any:

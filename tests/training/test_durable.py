@@ -20,6 +20,7 @@ def filled(folder: Path) -> Path:
         (part / "a.txt").write_text("one")
         (part / "inner").mkdir()
         (part / "inner" / "b.bin").write_bytes(bytes(5000))
+        (part / "inner" / ".hidden").write_text("counts too")
     return folder
 
 
@@ -44,7 +45,7 @@ def test_a_folder_is_whole_or_what_it_was(tmp_path: Path) -> None:
 
 def test_every_change_is_named(tmp_path: Path) -> None:
     folder = filled(tmp_path / "f")
-    for name in ("a.txt", "inner/b.bin"):
+    for name in ("a.txt", "inner/b.bin", "inner/.hidden"):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole[:-1])
         assert f"{folder / name} is truncated" in str(durable.damage(folder))
