@@ -245,8 +245,12 @@ def _legend(report: Report) -> str:
         return ""
     items = [f"<li>{_swatch(report, run)}{escape(run.name)}</li>" for run in report.runs[:COLOURS]]
     if len(report.runs) > COLOURS:
-        items.append(f'<li><i class="swatch rest"></i>{len(report.runs) - COLOURS} others</li>')
+        items.append(f'<li><i class="swatch rest"></i>{_others(len(report.runs) - COLOURS)}</li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _others(count: int) -> str:
+    return f"{count} other{'s' * (count > 1)}"
 
 
 def _figures(pictures: Sequence[Chart | Heat], kind: str = "figures") -> str:

@@ -36,10 +36,10 @@ h1{{font-size:28px;line-height:1.2;margin:0 0 8px}}h2{{font-size:19px;margin:36p
 header p{{margin:0;max-width:75ch;color:var(--ink);overflow-wrap:anywhere}}.note,small{{color:var(--soft)}}
 .note{{font-size:14px;margin:12px 0 6px}}small{{font-size:12.5px;font-weight:400}}
 dl{{margin:0}}dd{{margin:0}}dt{{color:var(--soft);font-size:13px}}
-.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:12px;margin-top:16px}}
+.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(138px,1fr));gap:10px;margin-top:16px}}
 .note+.tiles{{margin-top:0}}
-.tiles div{{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:10px 14px}}
-.tiles dd{{font-size:20px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}}
+.tiles div{{background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:10px 12px}}
+.tiles dd{{font-size:18px;font-weight:600;font-variant-numeric:tabular-nums;white-space:nowrap}}
 .tiles div{{display:flex;flex-direction:column;justify-content:space-between}}
 .figures{{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:16px}}
 figure{{margin:0;background:var(--paper);border:1px solid var(--line);border-radius:10px;padding:12px 12px 8px;
@@ -55,7 +55,7 @@ position:sticky;top:0;background:var(--page);z-index:1}}
 .swatch{{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:7px;vertical-align:-1px}}
 .scroll{{overflow-x:auto;background:var(--paper);border:1px solid var(--line);border-radius:10px}}
 table{{border-collapse:collapse;width:100%;font-size:14px;font-variant-numeric:tabular-nums}}
-th,td{{padding:8px 12px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}}
+th,td{{padding:8px 9.5px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}}
 thead th{{border-top:0;color:var(--soft);font-weight:500;vertical-align:bottom}}
 th:first-child{{text-align:left;position:sticky;left:0;background:var(--paper);border-right:1px solid var(--line)}}
 tbody th{{font-weight:500;max-width:46vw;white-space:normal;overflow-wrap:anywhere;min-width:8em}}

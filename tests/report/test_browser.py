@@ -69,6 +69,8 @@ def test_layout(browser: Any, path: Path, width: int, columns: int) -> None:
         return inner.left < outer.left - 1 || inner.right > outer.right + 1 || inner.bottom > outer.bottom + 1;
     }).map(text => text.textContent)"""
     assert page.evaluate(hidden) == [], "no text leaves its picture"
+    wide = "[...document.querySelectorAll('.tiles dd')].filter(e => e.scrollWidth > e.clientWidth).length"
+    assert page.evaluate(wide) == 0, "numbers stay in their tiles"
     for table in page.locator(".scroll").all():
         box = table.bounding_box()
         assert box["x"] + box["width"] <= width
