@@ -270,8 +270,8 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
         advice.append(f"lower max_length (now {config.max_length})")
         if config.quantization == "none":
             advice.append("set quantization nf4")
-        if not config.liger:
-            advice.append("set liger true, which computes the loss in chunks")
+        if not config.chunked_loss and config.backend != "peft":
+            advice.append("set chunked_loss true")
         where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error) else "memory"
         done = checkpoints.finished(config.output_dir)
         go_on = f"; --resume goes on from {done[-1].name} where the setting allows it" if done else ""

@@ -224,7 +224,11 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(
 @pytest.mark.parametrize(
     ("error", "values", "said"),
     [
-        (torch.OutOfMemoryError("CUDA out of memory. Tried"), {}, ["GPU memory", "batch_size (now 2)", "liger true"]),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried"),
+            {},
+            ["GPU memory", "batch_size (now 2)", "chunked_loss true"],
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), {"batch_size": 1}, ["out of memory: set grad"]),
         (MemoryError(), {"gradient_checkpointing": True}, ["out of memory", "set offload_checkpoints true"]),
     ],
