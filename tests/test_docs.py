@@ -228,7 +228,7 @@ RAISED = ("errors", "checkpoints", "callbacks", "saving", "durable", "train", "o
 def test_errors_of_a_run_are_explained(module: str) -> None:
     """Whatever `fastlora train` raises in the modules of the run itself has its line on the page."""
     tree = ast.parse((ROOT / "fastlora" / "training" / f"{module}.py").read_text(encoding="utf-8"))
-    explained = messages()
+    explained, silent = messages(), []
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "Interrupted")):
             continue
@@ -238,7 +238,9 @@ def test_errors_of_a_run_are_explained(module: str) -> None:
         text = "".join(v.value if isinstance(v, ast.Constant) else GAP for v in getattr(first, "values", [first]))
         if len(text.replace(GAP, "").strip(" :,")) < 12:
             continue  # made of other messages
-        assert any(explains(message, text) for message in explained), f"docs/faq.md does not explain {text!r}"
+        if not any(explains(message, text) for message in explained):
+            silent.append(text.replace(GAP, "…"))
+    assert silent == [], "docs/faq.md does not explain them"
 
 
 def test_the_picture_of_the_rooms_is_that_of_the_sources() -> None:
