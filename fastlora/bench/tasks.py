@@ -184,7 +184,7 @@ def vision(quick: bool) -> Iterator[list[Row]]:
         yield [*rows, Row(f"vision, {net}", "shifted, LoRA", found["shifted, LoRA"], bound, True)]
 
 
-SEARCHED = 480
+SEARCHED = 320
 """Sentences that the trials of the search learn from and are judged by; half as many are kept for the end."""
 
 
@@ -207,7 +207,7 @@ def search(quick: bool) -> Iterator[list[Row]]:
             **(QUICK | {"batch_size": 4} if quick else {}),
         }
         config = load(None, values)
-        settings = space.SearchConfig.model_validate({"trials": 2 if quick else 12, "startup": 4, "validation": 0.2})
+        settings = space.SearchConfig.model_validate({"trials": 2 if quick else 10, "startup": 4, "validation": 0.2})
         found = study.search(config, settings, Path(name) / "search", say=lambda line: print(line, file=sys.stderr))
     states = [row["state"] for row in found.rows]
     note = f"{len(states)} trials, {states.count('stopped')} of them stopped; {SEARCHED} sentences"

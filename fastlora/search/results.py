@@ -165,6 +165,7 @@ def _history(figure: Any, study: Study, settings: SearchConfig, names: list[str]
     for trial in done:
         so_far.append(better([*so_far[-1:], trial.value]))
     axes.step([t.number for t in done], so_far, where="post", label="best so far")
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel="trial", ylabel=f"validation {settings.metric}", title="Trials")
     axes.legend()
 
@@ -199,6 +200,9 @@ def _slices(figure: Any, study: Study, settings: SearchConfig, names: list[str])
         axes.scatter(places, [t.value for t in having], c=[t.number for t in having], cmap="viridis", s=18)
         if getattr(having[0].distributions[name], "log", False):
             axes.set_xscale("log")
+            ends = (min(places), max(places))
+            axes.set_xticks(ends, [short(end) for end in ends])
+            axes.minorticks_off()
         if labels is not None:
             axes.set_xticks(range(len(labels)), [label[:18] for label in labels], rotation=20, fontsize=8)
         axes.set_xlabel(name)

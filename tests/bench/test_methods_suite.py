@@ -26,7 +26,7 @@ def test_plans_are_of_every_method() -> None:
     from fastlora.training.methods import METHODS
 
     named = {plan.options.get("method", name) for name, plan in methods.PLANS.items()}
-    assert named == set(METHODS)
+    assert named == set(METHODS) - {"full", "head"}  # no adapters: what the tasks are measured beside
 
 
 def test_rows_of_the_shape() -> None:
