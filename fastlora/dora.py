@@ -4,8 +4,12 @@
     y  = (m / n) * (x W^T + scale * (x A^T) B^T) + bias                                  (M, N)
     dm = sum over M of dy * (y - bias) / m
 
-With dropout, x above is dropout(x) and y gets (x - dropout(x)) W^T on top: the base product sees all of x. Beyond LoRA
-it costs one pass over y, one over dy with what y was before its factors, and the norms.
+With dropout, x above is dropout(x) and y gets (x - dropout(x)) W^T on top: the base product sees all of x.
+
+A 4-bit weight takes the factors into its statistics, and B takes them as it is: DoRA is then LoRA on diag(m / n) W and
+diag(m / n) B, and beyond it costs the norms and one pass over dy and y for dm. Where that cannot be (a dense weight,
+dropout, a bias, a compiler that traces), it costs one pass over y, one over dy with what y was before its factors, and
+the norms.
 
 Neither W nor B A is ever made in full for the norms:
 
@@ -27,6 +31,9 @@ from fastlora.nf4 import NF4Weight, Weight, code_table
 
 _CHUNK = 1 << 22
 """Bytes or elements handled at once: it bounds the float32 temporaries."""
+_NO_GAIN = 2.0**-60
+"""What stands for a gain of 0 in the statistics: the row is then nothing beside the others, and its direction, which
+the gradient of the magnitude is the product with, survives."""
 
 
 def row_norms(w: Weight) -> torch.Tensor:
@@ -110,24 +117,30 @@ def _norm_and_gain(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`weight_norm`, and magnitude (N,), by default all ones, over it."""
     of_w = row_norms(w) if norms is None else norms
-    wide = _accumulator(dtype)
-    a, b = lora_a.to(dtype).contiguous(), lora_b.to(dtype)
-    out_dtype = wide if wide != dtype else None
-    cross = ops.lora_linear(a, w, None, None, None, out_dtype, 1.0, 0.0, None, backend)
-    with ops._without_autocast(a.device.type):
-        exact = a.is_cuda and dtype.itemsize == 2
-        gram = torch.mm(a, a.T, out_dtype=wide) if exact else a.to(wide) @ a.T.to(wide)
-        columns = None if isinstance(scale, torch.Tensor) else _columns(b, backend)
-        if columns is not None:
-            magnitude = torch.ones_like(of_w) if magnitude is None else magnitude
-            return columns.row_norm(cross, gram, b, of_w, magnitude, scale)
-        b = b.to(wide)
+    b = lora_b.to(dtype)
+    cross, gram = _products(w, lora_a, dtype, backend)
+    columns = None if isinstance(scale, torch.Tensor) else _columns(b, backend)
+    if columns is not None:
+        magnitude = torch.ones_like(of_w) if magnitude is None else magnitude
+        return columns.row_norm(cross, gram, b, of_w, magnitude, scale)
+    with ops._without_autocast(b.device.type):
+        b = b.to(gram.dtype)
         inner = cross.T.mul(2 * scale).add(scale * scale * (b @ gram))
     change = (inner * b).sum(1)
     # Rounding may leave the square of a row that the adapter cancels below zero. A row that it does not change keeps
     # its norm to the bit, so that an untrained adapter changes nothing.
     norm = torch.where(change == 0, of_w, of_w.square().add(change).clamp(min=0).sqrt())
     return norm, (1 if magnitude is None else magnitude) / norm
+
+
+def _products(w: Weight, lora_a: torch.Tensor, dtype: torch.dtype, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A W^T (R, N) and A A^T (R, R), of operands of ``dtype``, in float32 or wider."""
+    wide = _accumulator(dtype)
+    a = lora_a.to(dtype).contiguous()
+    cross = ops.lora_linear(a, w, None, None, None, wide if wide != dtype else None, 1.0, 0.0, None, backend)
+    with ops._without_autocast(a.device.type):
+        exact = a.is_cuda and dtype.itemsize == 2
+        return cross, torch.mm(a, a.T, out_dtype=wide) if exact else a.to(wide) @ a.T.to(wide)
 
 
 class _Scaled(torch.autograd.Function):
@@ -171,6 +184,116 @@ class _Scaled(torch.autograd.Function):
         return dz, dm, dbias, dy if need_rest else None, None, None, None
 
 
+@torch.no_grad()
+def _fold(
+    w: NF4Weight,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    magnitude: torch.Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    backend: str,
+    norms: torch.Tensor | None,
+    norm: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gain = magnitude / norm (N,), nowhere 0; gain * norm (N,), the magnitude but for that; the flat statistics of
+    diag(gain) w; diag(gain) lora_b in its own type."""
+    columns = _columns(lora_b, backend)
+    if columns is not None and norm is None:
+        of_w = row_norms(w) if norms is None else norms
+        cross, gram = _products(w, lora_a, dtype, backend)
+        return columns.folded(cross, gram, lora_b.to(dtype), of_w, magnitude, scale, w, lora_b, _NO_GAIN)
+    if norm is None:
+        norm, gain = _norm_and_gain(w, lora_a, lora_b, magnitude, scale, dtype, backend, norms)
+    else:
+        gain = magnitude / norm
+    gain = torch.where(gain == 0, _NO_GAIN, gain)
+    absmax = (w.flat_absmax().view(w.shape[0], -1) * gain[:, None]).view(-1)
+    return gain, gain * norm, absmax, (lora_b * gain[:, None]).to(lora_b.dtype)
+
+
+def _with(w: NF4Weight, absmax: torch.Tensor) -> NF4Weight:
+    return NF4Weight(w.w_packed, w.shape, w.blocksize, w.quant_type, w.dtype, absmax)
+
+
+def _folds(x: torch.Tensor, w: Weight, bias: torch.Tensor | None, dropout_p: float) -> bool:
+    """Whether the factors go into the statistics of w for x (M, K)."""
+    return (
+        isinstance(w, NF4Weight)
+        and bias is None
+        and not dropout_p
+        and x.dtype in (torch.float32, torch.bfloat16)  # whose range has room for _NO_GAIN
+        and w.shape[1] % w.blocksize == 0  # else a block may straddle rows
+        and x.shape[0] * w.blocksize >= w.shape[1]  # else there is less of y than there are statistics
+        and not ops.must_dispatch(x)
+    )
+
+
+def _watch(y: torch.Tensor) -> None:
+    """Let ``y``, the output of `_Folded`, be changed in place, as that of PEFT's layers may be.
+
+    autograd refuses a saved tensor that has changed, but one behind hooks it leaves to them: `_Folded` looks itself.
+    """
+    node: Any = y.grad_fn
+    if node is not None and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        node._raw_saved_tensors[-1].register_hooks(_same, _same)
+
+
+def _same(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+class _Folded(torch.autograd.Function):
+    """LoRA on diag(gain) w and diag(gain) lora_b, and the gradient of the magnitudes from its output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        lora_a: torch.Tensor,
+        lora_b: torch.Tensor,
+        magnitude: torch.Tensor,
+        w: NF4Weight,
+        folded: tuple[torch.Tensor, ...],
+        scale: float,
+        out_dtype: torch.dtype | None,
+        backend: str,
+    ) -> torch.Tensor:
+        gain, length, absmax, folded_b = folded
+        y, u = ops._forward(x, _with(w, absmax), lora_a, folded_b, None, out_dtype, scale, 0.0, None, backend)
+        _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+        kept = y.detach() if need_m else None
+        ctx.save_for_backward(
+            x if need_a or need_m else None, u if need_b else None, lora_a, folded_b, absmax, gain, length, kept
+        )
+        ctx.w, ctx.scale, ctx.backend, ctx.dtype, ctx.out_dtype = w, scale, backend, x.dtype, out_dtype
+        ctx.version, ctx.magnitude_dtype = y._version, magnitude.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, u, lora_a, folded_b, absmax, gain, length, y = ctx.saved_tensors
+        need_x, need_a, need_b, need_m, *_ = ctx.needs_input_grad
+        w = _with(ctx.w, absmax)
+        dm = None
+        if need_m:
+            if y._version != ctx.version:  # the caller has changed it in place
+                y, _ = ops._forward(x, w, lora_a, folded_b, None, ctx.out_dtype, ctx.scale, 0.0, None, ctx.backend)
+            columns = _columns(dy, ctx.backend)
+            if columns is None:
+                sums = torch.sum(dy * y, 0, dtype=gain.dtype)
+            else:
+                sums = columns.scaled_gradients(dy, y, gain, None, False)[1]
+            dm = (sums / length).to(ctx.magnitude_dtype)
+        dx, da, db = ops.gradients(
+            dy.to(ctx.dtype), x if need_a else None, u, w, lora_a, folded_b, ctx.scale, 0.0, None, ctx.backend,
+            (need_x, need_a, need_b),
+        )  # fmt: skip
+        if db is not None:
+            db = (db * gain[:, None]).to(db.dtype)
+        return dx, da, db, dm, None, None, None, None, None
+
+
 def dora_linear(
     x: torch.Tensor,
     w: Weight,
@@ -192,6 +315,16 @@ def dora_linear(
     """
     if lora_a.shape[0] < 1:
         raise ValueError("DoRA needs a rank of 1 or more: there is no direction to learn")
+    flat = x.reshape(-1, x.shape[-1])
+    if _folds(flat, w, bias, dropout_p):
+        assert isinstance(w, NF4Weight)
+        if isinstance(scale, torch.Tensor):
+            lora_b, scale = lora_b * scale, 1.0
+        folded = _fold(w, lora_a, lora_b, magnitude, scale, x.dtype, backend, norms, norm)
+        y = _Folded.apply(flat, lora_a, lora_b, magnitude, w, folded, scale, out_dtype, backend)
+        if magnitude.requires_grad:
+            _watch(y)
+        return y.view(*x.shape[:-1], w.shape[0])
     if norm is None:
         norm, gain = _norm_and_gain(w, lora_a, lora_b, magnitude, scale, x.dtype, backend, norms)
     else:

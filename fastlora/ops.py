@@ -277,6 +277,30 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 torch.library.register_autograd("fastlora::lora_linear_backward", _no_second_derivative, lib=_LIB)
 
 
+def gradients(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    u: torch.Tensor | None,
+    w: Weight,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
+    scale: float,
+    dropout_p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dx, dA and dB of dy (M, N), of the type of x, for the backward of a Function; None where ``needs`` is False."""
+    if not torch.is_grad_enabled():
+        return _backward(dy, x, u, w, lora_a, lora_b, scale, dropout_p, seed, backend, needs)
+    # Gradients that are to be differentiated again: the operator says that they cannot be.
+    u = dy.new_empty(dy.shape[0], 0) if u is None else u
+    context = (scale, dropout_p, seed, backend)
+    found = torch.ops.fastlora.lora_linear_backward(dy, x, u, *weight_args(w), lora_a, lora_b, *context, *needs)
+    dx, da, db = (grad if need else None for grad, need in zip(found, needs, strict=True))
+    return dx, da, db
+
+
 class _Eager(torch.autograd.Function):
     """The same node without the dispatcher, whose Python takes longer than a small layer does."""
 
@@ -299,20 +323,10 @@ class _Eager(torch.autograd.Function):
         need_dx, need_da, need_db, need_bias, *_ = ctx.needs_input_grad
         dx = da = db = None
         if need_dx or need_da or need_db:
-            dy16 = dy.to(ctx.dtype)
-            if torch.is_grad_enabled():
-                # Gradients that are to be differentiated again: the operator says that they cannot be.
-                u = dy16.new_empty(dy.shape[0], 0) if u is None else u
-                weight, context = weight_args(ctx.w), (ctx.scale, ctx.p, seed, ctx.backend)
-                needs = (need_dx, need_da, need_db)
-                dx, da, db = torch.ops.fastlora.lora_linear_backward(
-                    dy16, x, u, *weight, lora_a, lora_b, *context, *needs
-                )
-                dx, da, db = (grad if need else None for grad, need in zip((dx, da, db), needs, strict=True))
-            else:
-                dx, da, db = _backward(
-                    dy16, x, u, ctx.w, lora_a, lora_b, ctx.scale, ctx.p, seed, ctx.backend, (need_dx, need_da, need_db)
-                )
+            dx, da, db = gradients(
+                dy.to(ctx.dtype), x, u, ctx.w, lora_a, lora_b, ctx.scale, ctx.p, seed, ctx.backend,
+                (need_dx, need_da, need_db),
+            )  # fmt: skip
         dbias = dy.sum(0, dtype=ctx.bias_dtype) if need_bias else None
         return dx, da, db, dbias, None, None, None, None, None, None
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from tolerance import DTYPES, Problem, assert_close, make_problem
 
 from fastlora import dora, reference
@@ -153,15 +155,58 @@ def test_only_the_magnitude_learns() -> None:
     assert x.grad is not None
 
 
-def test_the_output_may_be_changed_in_place() -> None:
-    problem = make_problem(3, 8, 64, 2)
+@pytest.mark.parametrize("kind", ["plain", "reentrant", "not reentrant", "offloaded"])
+@pytest.mark.parametrize("bias", [False, True], ids=["folded", "not folded"])
+def test_the_output_may_be_changed_in_place(bias: bool, kind: str) -> None:
+    problem = make_problem(3, 8, 64, 2, bias=bias)
     magnitude = lengths(problem).requires_grad_()
+    inputs = problem.x.clone().requires_grad_()
+
+    def run(x: torch.Tensor, change: bool) -> torch.Tensor:
+        y = dora.dora_linear(x, problem.w, problem.lora_a, problem.lora_b, magnitude, problem.bias)
+        y = y.mul_(2) if change else y * 2
+        return y.square()  # saved after the change, so that a recomputation gets there
+
     grads = []
     for change in (False, True):
+        if "reentrant" in kind:
+            y = torch.utils.checkpoint.checkpoint(run, inputs, change, use_reentrant=kind == "reentrant")
+        else:
+            with torch.autograd.graph.save_on_cpu() if kind == "offloaded" else contextlib.nullcontext():
+                y = run(inputs, change)
+        grads.append(torch.autograd.grad(y.sum(), magnitude) if kind != "reentrant" else _grad(y, magnitude))
+    assert torch.equal(grads[0][0], grads[1][0])
+
+
+def _grad(y: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor]:
+    t.grad = None
+    y.sum().backward()
+    assert t.grad is not None
+    return (t.grad,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_no_length_learn_one_and_may_point_back(dtype: torch.dtype) -> None:
+    problem = make_problem(6, 24, 128, 5, dtype, scale=0.75)
+    magnitude = lengths(problem)
+    magnitude[3], magnitude[7] = 0, -magnitude[7]
+    actual = fused(problem, magnitude)
+    plain = definition(problem, magnitude, None)
+    truth = definition(problem.to(torch.float64), magnitude.double(), None)
+    assert truth["dm"][3] != 0
+    for name, want in truth.items():
+        assert_close(actual[name], plain[name], want, name)
+    assert_close(actual["dm"][3:4], plain["dm"][3:4], truth["dm"][3:4], "dm of the row without length")
+
+
+def test_the_backward_pass_keeps_nothing_of_the_size_of_the_output_but_the_output() -> None:
+    problem = make_problem(64, 512, 128, 2)
+    magnitude = lengths(problem).requires_grad_()
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         y = dora.dora_linear(problem.x, problem.w, problem.lora_a, problem.lora_b, magnitude)
-        loss = y.mul_(2).sum() if change else (y * 2).sum()
-        grads += torch.autograd.grad(loss, magnitude)
-    assert torch.equal(*grads)
+    large = {t.data_ptr() for t in kept if t.numel() >= y.numel()}
+    assert large == {y.data_ptr()}
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

@@ -3,6 +3,7 @@
     scaled              y = (z - bias) * gain + bias + rest                       one read of z, one write
     scaled_gradients    dz = dy * gain and the column sums of dy * (z - bias)     one read of dy and z, one write
     row_norm            norms of the rows of W + scale * B A from what is (R, N) or smaller
+    folded              the same, and the factors put into the statistics of a 4-bit W and into B
 
 Two runs give the same bits: column sums are taken of strips of rows, whose float32 partials are added in one order.
 """
@@ -14,8 +15,10 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import config
+from fastlora.kernels.decode import statistic
 from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.tile import cast
+from fastlora.nf4 import NF4Weight
 
 
 @jit(do_not_specialize=["M"])
@@ -88,16 +91,29 @@ def row_norm_kernel(
     b_ptr,  # (N, R), rows stride_bn apart
     norms_ptr,  # (N,) float32: of the rows of W
     magnitude_ptr,  # (N,)
-    norm_ptr,  # (N,) float32
+    norm_ptr,  # (N,) float32; with a weight gain * norm
     gain_ptr,  # (N,) float32
+    absmax_ptr,  # statistics of W, PER_ROW a row; None, as is all that follows, without a weight
+    absmax_q_ptr,
+    absmax_scale_ptr,
+    absmax_code_ptr,
+    absmax_offset_ptr,
+    whole_b_ptr,  # (N, R), rows stride_wbn apart: B before it was rounded to the type computed in
+    folded_absmax_ptr,  # (N * PER_ROW,) float32
+    folded_b_ptr,  # (N, R)
     scale,
+    no_gain,  # what stands for a gain of 0
     N,
     R,
     stride_bn,
+    stride_wbn,
+    FORMAT: tl.constexpr,
+    PER_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """norm and magnitude / norm of BLOCK_N rows a program."""
+    """norm and gain = magnitude / norm of BLOCK_N rows a program, and with a weight what the gains make of it."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     in_n = n < N
@@ -113,8 +129,30 @@ def row_norm_kernel(
     # Rounding may leave the square of a row that the adapter cancels below zero; one that it leaves alone is exact.
     norm = tl.where(change == 0, of_w, tl.sqrt(tl.maximum(of_w * of_w + change, 0.0)))
     magnitude = tl.load(magnitude_ptr + n, mask=in_n, other=0.0).to(tl.float32)
+    gain = magnitude / norm
+    if folded_absmax_ptr is not None:
+        gain = tl.where(gain == 0, no_gain, gain)
+        norm *= gain
+        whole = tl.load(
+            whole_b_ptr + n.to(tl.int64)[:, None] * stride_wbn + r[None, :],
+            mask=in_n[:, None] & (r[None, :] < R),
+            other=0.0,
+        )
+        tl.store(
+            folded_b_ptr + n.to(tl.int64)[:, None] * R + r[None, :],
+            cast(whole.to(tl.float32) * gain[:, None], folded_b_ptr.dtype.element_ty),
+            mask=in_n[:, None] & (r[None, :] < R),
+        )
+        for s0 in range(0, PER_ROW, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
+            mask = in_n[:, None] & (s[None, :] < PER_ROW)
+            block = n.to(tl.int64)[:, None] * PER_ROW + s[None, :]
+            a = statistic(
+                block, mask, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr, FORMAT
+            )
+            tl.store(folded_absmax_ptr + block, a * gain[:, None], mask=mask)
     tl.store(norm_ptr + n, norm, mask=in_n)
-    tl.store(gain_ptr + n, magnitude / norm, mask=in_n)
+    tl.store(gain_ptr + n, gain, mask=in_n)
 
 
 def _grid(m: int, n: int, rows: int) -> tuple[int, int]:
@@ -181,9 +219,51 @@ def row_norm(
     cross: A W^T (R, N), gram: A A^T (R, R), norms: those of the rows of W (N,), all float32.
     b: (N, R) and magnitude: (N,), of any floating type.
     """
+    norm, gain, _, _ = _row_norm(cross, gram, b, norms, magnitude, scale, None, None, 0.0)
+    return norm, gain
+
+
+def folded(
+    cross: torch.Tensor,
+    gram: torch.Tensor,
+    b: torch.Tensor,
+    norms: torch.Tensor,
+    magnitude: torch.Tensor,
+    scale: float,
+    w: NF4Weight,
+    lora_b: torch.Tensor,
+    no_gain: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of gain = magnitude / norm, or ``no_gain`` where that is 0: gain (N,), gain * norm (N,), the flat statistics of
+    diag(gain) w, and diag(gain) lora_b in its own type.
+
+    The arguments of `row_norm`, whose ``b`` is lora_b (N, R) in the type computed in, and w (N, K), of which no block
+    straddles rows.
+    """
+    norm, gain, absmax, folded_b = _row_norm(cross, gram, b, norms, magnitude, scale, w, lora_b, no_gain)
+    assert absmax is not None and folded_b is not None
+    return gain, norm, absmax, folded_b
+
+
+def _row_norm(
+    cross: torch.Tensor,
+    gram: torch.Tensor,
+    b: torch.Tensor,
+    norms: torch.Tensor,
+    magnitude: torch.Tensor,
+    scale: float,
+    w: NF4Weight | None,
+    lora_b: torch.Tensor | None,
+    no_gain: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     n, r = b.shape
     b = with_rows(b)
     norm, gain = (torch.empty(n, dtype=torch.float32, device=b.device) for _ in range(2))
+    per_row, absmax, folded_b = 0, None, None
+    if w is not None and lora_b is not None:
+        per_row, lora_b = w.shape[1] // w.blocksize, with_rows(lora_b)
+        absmax = torch.empty(w.blocks, dtype=torch.float32, device=b.device)
+        folded_b = torch.empty(n, r, dtype=lora_b.dtype, device=b.device)
     with on_device(b):
         row_norm_kernel[(triton.cdiv(n, config.ROW_NORMS),)](
             cross.contiguous(),
@@ -193,12 +273,26 @@ def row_norm(
             magnitude.contiguous(),
             norm,
             gain,
+            None if w is None else w.absmax,
+            None if w is None else w.absmax_q,
+            None if w is None else w.absmax_scale,
+            None if w is None else w.absmax_code,
+            None if w is None else w.absmax_offset,
+            lora_b,
+            absmax,
+            folded_b,
             float(scale),
+            no_gain,
             n,
             r,
             b.stride(0),
+            0 if lora_b is None else lora_b.stride(0),
+            FORMAT="nested" if w is not None and w.nested else "flat",
+            PER_ROW=per_row,
             BLOCK_N=config.ROW_NORMS,
             BLOCK_R=triton.next_power_of_2(r),
+            BLOCK_S=min(64, triton.next_power_of_2(max(per_row, 1))),
             num_warps=4,
+            enable_fp_fusion=False,  # statistics as the format rounds them
         )
-    return norm, gain
+    return norm, gain, absmax, folded_b

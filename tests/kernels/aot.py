@@ -209,7 +209,11 @@ def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:
             columns.scaled_gradients(z, given, gain, None, need_dz)
         columns.scaled_gradients(z, z, gain, gain.to(dtype), True)
         b = torch.empty(n, r, dtype=dtype)
-        columns.row_norm(torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
+        products = (torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
+        columns.row_norm(*products)
+        for nested in (True, False):
+            w = NF4Weight.quantize(torch.ones(n, 128), nested=nested)
+            columns.folded(*products, w, b.float() if nested else b, 2.0**-60)
 
 
 def main(capability: str, *dtypes: str) -> None:

@@ -11,6 +11,7 @@ from tolerance import DTYPES, assert_close, make_problem
 
 from fastlora import dora
 from fastlora.kernels import columns
+from fastlora.nf4 import NF4Weight
 
 # Tiles, strips and columns that are full, cut, and single.
 SIZES = [(16, 256), (1, 1), (300, 70), (129, 264)]
@@ -80,6 +81,27 @@ def test_row_norm(dtype: torch.dtype, n: int, r: int, kernel_device: str, poison
     assert norm[0] == norms[0], "an adapter of zeros must change nothing"
 
 
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
+@pytest.mark.parametrize(("n", "k", "r"), [(33, 128, 16), (5, 64, 3), (40, 64 * 70, 1)], ids=str)
+def test_folded(n: int, k: int, r: int, nested: bool, kernel_device: str, poison_empty: None) -> None:
+    w = NF4Weight.quantize(torch.randn(n, k), nested=nested).to(kernel_device)
+    a, lora_b = torch.randn(r, k, device=kernel_device), torch.randn(n, 2 * r, device=kernel_device)[:, :r]
+    magnitude, norms = torch.randn(n, device=kernel_device), dora.row_norms(w)
+    magnitude[0] = 0
+    b = lora_b.bfloat16()
+    cross, gram = a @ w.dequantize(torch.float32).T, a @ a.T
+    norm, gain = columns.row_norm(cross, gram, b, norms, magnitude, 0.75)
+    got = columns.folded(cross, gram, b, norms, magnitude, 0.75, w, lora_b, 2.0**-60)
+    gain[0] = 2.0**-60
+    absmax = w.flat_absmax().view(n, -1) * gain[:, None]
+    want = (gain, norm * gain, absmax.view(-1), lora_b * gain[:, None])
+    for result, value in zip(got, want, strict=True):
+        torch.testing.assert_close(result, value, rtol=1e-6, atol=0)
+    ones = columns.folded(cross, gram, torch.zeros_like(b), norms, norms, 0.75, w, lora_b, 2.0**-60)
+    assert torch.equal(ones[2], w.flat_absmax()), "an adapter of zeros must change nothing"
+    assert torch.equal(ones[3], lora_b)
+
+
 def test_rows_that_the_adapter_cancels(kernel_device: str) -> None:
     a, b = torch.randn(2, 64, device=kernel_device), torch.randn(16, 2, device=kernel_device)
     w = -(b @ a)
@@ -88,14 +110,16 @@ def test_rows_that_the_adapter_cancels(kernel_device: str) -> None:
     assert (norm < 1e-2).all()
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+@pytest.mark.parametrize(("dropout_p", "bias"), [(0.0, True), (0.4, True), (0.0, False)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dora(dtype: torch.dtype, dropout_p: float, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora(
+    dtype: torch.dtype, dropout_p: float, bias: bool, kernel_device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same through the kernels as through PyTorch, of the same masks."""
-    p = make_problem(20, 72, 64, 5, dtype, bias=True, scale=0.75)
+    p = make_problem(20, 72, 64, 5, dtype, bias=bias, scale=0.75)
     magnitude = torch.rand(72) + 0.5
     calls = []
-    for name in ("scaled", "scaled_gradients", "row_norm"):
+    for name in ("scaled", "scaled_gradients", "row_norm", "folded"):
         real = getattr(columns, name)
         monkeypatch.setattr(columns, name, lambda *args, r=real, n=name: (calls.append(n), r(*args))[1])
 
@@ -103,19 +127,30 @@ def test_dora(dtype: torch.dtype, dropout_p: float, kernel_device: str, monkeypa
         q = p.to(kind)
         parts = (q.x, q.lora_a, q.lora_b, magnitude.double() if kind == torch.float64 else magnitude, q.bias)
         leaves = [t.detach().to(kernel_device).requires_grad_() for t in parts if t is not None]
-        x, a, b, m, bias = leaves
+        x, a, b, m, *rest = leaves
         if not kernels:
             monkeypatch.setattr(dora, "_columns", lambda *args: None)
         torch.manual_seed(3)
         y = dora.dora_linear(
-            x, q.w.to(kernel_device), a, b, m, bias, q.scale, dropout_p, None, "triton" if kernels else "reference"
+            x,
+            q.w.to(kernel_device),
+            a,
+            b,
+            m,
+            rest[0] if rest else None,
+            q.scale,
+            dropout_p,
+            None,
+            "triton" if kernels else "reference",
         )
         y.backward(q.dy.to(kernel_device))
         return {"y": y.detach(), **{name: t.grad for name, t in zip(("dx", "da", "db", "dm", "dbias"), leaves)}}  # noqa: B905
 
     actual = run(True, dtype)
-    assert calls == ["row_norm", "scaled", "scaled_gradients"]
+    folds = not bias and dtype != torch.float16
+    assert calls == (["folded", "scaled_gradients"] if folds else ["row_norm", "scaled", "scaled_gradients"])
+    calls.clear()
     plain, want = run(False, dtype), run(False, torch.float64)
-    assert len(calls) == 3
+    assert not calls
     for name, t in want.items():
         assert_close(actual[name], plain[name], t, name)
