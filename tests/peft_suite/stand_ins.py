@@ -57,14 +57,35 @@ _BART = {
     "decoder_attention_heads": 4,
     "max_position_embeddings": 512,
 }
+_MOE = {**_LLAMA, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+_QWEN_VL = {
+    "text_config": {**_LLAMA, "rope_scaling": {"type": "mrope", "mrope_section": [1, 1]}},
+    "vision_config": {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16},
+}
+_LLAVA = {
+    "text_config": {**_LLAMA, "model_type": "llama"},
+    "vision_config": {
+        "model_type": "clip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "image_size": 30,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "patch_size": 15,
+        "projection_dim": 16,
+    },
+}
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "hf-internal-testing/Mixtral-tiny": ("Mixtral:ForCausalLM", {**_LLAMA, "num_local_experts": 4}),
+    "hf-internal-testing/tiny-qwen3-moe": ("Qwen3Moe:ForCausalLM", _MOE),
     "hf-internal-testing/tiny-random-BertModel": ("Bert:Model", _BERT),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         "Gemma3Text:Gemma3ForCausalLM",
         {**_LLAMA, "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "hf-internal-testing/tiny-random-LlamaForCausalLM": ("Llama:ForCausalLM", _LLAMA),
+    "hf-internal-testing/tiny-random-LlavaForConditionalGeneration": ("Llava:ForConditionalGeneration", _LLAVA),
     "hf-internal-testing/tiny-random-MistralForCausalLM": ("Mistral:ForCausalLM", _LLAMA),
     "hf-internal-testing/tiny-random-gpt2": ("GPT2:LMHeadModel", _GPT2),
     "peft-internal-testing/opt-125m": ("OPT:ForCausalLM", {**_OPT, "num_hidden_layers": 12}),
@@ -91,6 +112,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-t5": ("T5:ForConditionalGeneration", _T5),
     "google/flan-t5-small": ("T5:ForConditionalGeneration", _T5),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("Llama:ForSequenceClassification", _LLAMA),
+    "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration": ("Qwen2_5_VL:ForConditionalGeneration", _QWEN_VL),
+    "trl-internal-testing/tiny-Qwen3MoeForCausalLM": ("Qwen3Moe:ForCausalLM", _MOE),
     "trl-internal-testing/tiny-Qwen3ForCausalLM": ("Qwen3:ForCausalLM", {**_LLAMA, "head_dim": 8}),
     "trl-internal-testing/tiny-random-LlamaForCausalLM": ("Llama:ForCausalLM", _LLAMA),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ from fastlora.linear import base_weight
 from fastlora.nf4 import NF4Weight
 
 MODES = ("requantize", "dense", "error-aware")
+MOMENTS_BYTES = 1 << 31
+"""Of the second moments that are held at once."""
+READ_WEIGHT = 100.0
+"""What an error in a direction that an adapter reads weighs beside one elsewhere, where nothing is known of inputs."""
 
 
 def merge(
@@ -28,6 +33,7 @@ def merge(
     *,
     dtype: torch.dtype | None = None,
     calibration: Iterable[Any] | None = None,
+    progress: bool = False,
 ) -> Any:
     """Merge the active adapters of a PEFT model (LoRA, AdaLoRA, VeRA) into its base; returns that, changed in place.
 
@@ -36,8 +42,13 @@ def merge(
     "dense": every 4-bit layer of the model becomes an ``nn.Linear`` of ``dtype`` (default: the type that the layer
     computes in). Adapters on dense layers are merged by PEFT in every mode.
 
-    calibration: batches for "error-aware", mappings of the model's arguments or single positional arguments. The mean
-    squares of each layer's inputs then weigh the errors, which are those of the layer's outputs.
+    calibration: batches for "error-aware", mappings of the model's arguments or single positional arguments: some
+    thousand tokens of what the model is for. The second moments (K, K) of each layer's inputs then weigh the errors,
+    which are those of the layer's outputs. They are gathered in passes over the batches, each of as many layers as
+    `MOMENTS_BYTES` hold, and of a model whose layers before those are merged. Without it the directions that the
+    adapters read weigh more than others, `READ_WEIGHT` times.
+
+    progress: show a bar on the terminal.
 
     Raises ValueError for an unknown mode, for a model without adapters or merged already, for weights that are not
     finite, and for variants of LoRA other than DoRA on a 4-bit base; the model is then unchanged.
@@ -58,12 +69,17 @@ def merge(
         parts = [getattr(layer, part) for part in layer.adapter_layer_names if hasattr(layer, part)]
         if not all(p.isfinite().all() for part in parts for p in part.parameters()):
             raise ValueError(f"{name}: an adapter is not finite: it seems to be broken")
-    moments = _second_moments(model, packed, calibration) if calibration is not None else {}
-    for name, layer in layers.items():
-        if name in packed:
-            _merge_packed(layer, mode, dtype, moments.get(name))
-        else:
-            layer.merge(safe_merge=True)
+    batches = None if calibration is None else list(calibration)
+    with _bar(len(layers), progress) as advance:
+        for name, layer in layers.items():
+            if name not in packed:
+                layer.merge(safe_merge=True)
+                advance()
+        for group in _passes(packed) if batches is not None else [packed]:
+            moments = {} if batches is None else _second_moments(model, group, batches)
+            for name, layer in group.items():
+                _merge_packed(layer, mode, dtype, moments.pop(name, None))
+                advance()
     base = model.unload()
     if mode == "dense":
         _make_dense(base, dtype)
@@ -94,16 +110,48 @@ def _check_variants(name: str, layer: Any) -> None:
         raise ValueError(f"{name}: DoRA is active together with other adapters")
 
 
+@contextlib.contextmanager
+def _bar(total: int, shown: bool) -> Iterator[Callable[[], Any]]:
+    """What to call after each of ``total`` layers."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, desc="merging", unit="layer") as bar:
+        yield bar.update
+
+
+def _passes(layers: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The layers in their order, as many at once as `MOMENTS_BYTES` hold the second moments of, at least one."""
+    group: dict[str, Any] = {}
+    held = 0
+    for name, layer in layers.items():
+        size = 4 * base_weight(layer.base_layer).shape[1] ** 2
+        if group and held + size > MOMENTS_BYTES:
+            yield group
+            group, held = {}, 0
+        group[name], held = layer, held + size
+    if group:
+        yield group
+
+
 @torch.no_grad()
-def _second_moments(model: nn.Module, layers: Mapping[str, Any], calibration: Iterable[Any]) -> dict[str, torch.Tensor]:
-    """(K,) for each layer: the mean square of every input feature over the tokens of ``calibration``."""
+def _second_moments(model: nn.Module, layers: Mapping[str, Any], batches: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """(K, K) for each layer: the mean of x x^T over the inputs x that it gets of ``batches``, in any unit."""
     sums: dict[str, torch.Tensor] = {}
+    last: list[torch.Tensor] = []  # an input and its x^T x: layers in a row often share theirs
     handles = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            sums[name] = sums.get(name, 0) + x.square().sum(0)
+            if not last or last[0] is not args[0]:
+                x = args[0].reshape(-1, args[0].shape[-1]).float()
+                last[:] = args[0], x.T @ x
+            if name in sums:
+                sums[name] += last[1]
+            else:
+                sums[name] = last[1].clone()
 
         return hook
 
@@ -112,17 +160,35 @@ def _second_moments(model: nn.Module, layers: Mapping[str, Any], calibration: It
     try:
         for name, layer in layers.items():
             handles.append(layer.register_forward_pre_hook(watch(name)))
-        for batch in calibration:
+        for batch in batches:
             if isinstance(batch, Mapping):
                 model(**batch)
             else:
                 model(batch)
+            last.clear()
     finally:
         for handle in handles:
             handle.remove()
         model.train(training)
-    # Features that never showed still count a little: without any, a block of them would have no scale at all.
-    return {name: total / total.mean().clamp(min=1e-38) + 1e-4 for name, total in sums.items()}
+    for total in sums.values():
+        total /= total.diagonal().mean().clamp(min=1e-38)
+        # Features that never showed still count a little: without any, a block of them would have no scale at all.
+        total.diagonal().add_(1e-4)
+    return sums
+
+
+@torch.no_grad()
+def _directions(layer: Any, w: NF4Weight) -> torch.Tensor:
+    """(K, K): I, and `READ_WEIGHT` times the projection onto what the active adapters read of an input."""
+    k = w.shape[1]
+    rows = [_factors(layer, name, w)[0].to(w.device, torch.float32) for name in _active(layer)]
+    moments = torch.eye(k, device=w.device)
+    if rows:
+        stacked = torch.cat(rows)
+        _, lengths, directions = torch.linalg.svd(stacked, full_matrices=False)
+        read = directions[lengths > 1e-6 * lengths.max()]
+        moments.addmm_(read.T, read, alpha=READ_WEIGHT)
+    return moments
 
 
 def _factors(layer: Any, name: str, w: NF4Weight) -> Factors:
@@ -162,16 +228,19 @@ def _merge_packed(layer: Any, mode: str, dtype: torch.dtype | None, importance: 
             base.bias = nn.Parameter(extra if base.bias is None else (base.bias + extra).to(base.bias.dtype), False)
     if mode == "dense":
         layer.base_layer = _linear(base, merged, dtype)
+        layer.merged_adapters.extend(_active(layer))
         return
     options: dict[str, Any] = {"blocksize": w.blocksize, "quant_type": w.quant_type, "nested": w.nested}
     if mode == "requantize":
         # As PEFT: rounded to the type that the weight dequantizes to, then quantized.
         new = NF4Weight.quantize(merged.to(w.dtype), **options)
     else:
+        importance = _directions(layer, w) if importance is None else importance
         new = requantize.quantize(merged, importance, dtype=w.dtype, **options)
     weight = new.to_bitsandbytes(base.weight.dtype)
     weight.module = base
     base.weight, base.quant_state = weight, weight.quant_state
+    layer.merged_adapters.extend(_active(layer))  # from now on the base layer alone is the layer
 
 
 def _linear(base: Any, w: torch.Tensor, dtype: torch.dtype | None) -> nn.Linear:
