@@ -348,6 +348,7 @@ FEATURES = [
     Feature("`lora_bias`", fields={"lora_bias": True}),
     Feature("dropout, evaluation", evaluation, fields={"lora_dropout": 0.3}),
     Feature("`use_dora`", fields={"use_dora": True}),
+    Feature("`use_dora`, base without bias", model={"base_bias": False}, fields={"use_dora": True}),
     Feature("several adapters active", both),
     Feature("several active, with `lora_bias`", both, fields={"lora_bias": True}, arguments={"lora_bias": True}),
     Feature("several active, DoRA among them", both, arguments={"use_dora": True},
