@@ -111,6 +111,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-gpt2": ("GPT2:LMHeadModel", _GPT2),
     "peft-internal-testing/tiny-random-t5": ("T5:ForConditionalGeneration", _T5),
     "google/flan-t5-small": ("T5:ForConditionalGeneration", _T5),
+    "trl-internal-testing/tiny-GptOssForCausalLM": (
+        "GptOss:ForCausalLM",
+        {**_LLAMA, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "trl-internal-testing/tiny-Llama4ForCausalLM": (
+        "Llama4Text:Llama4ForCausalLM",
+        {**_LLAMA, "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 4, "moe_layers": [0, 1]},
+    ),
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": ("Llama:ForSequenceClassification", _LLAMA),
     "trl-internal-testing/tiny-Qwen2_5_VLForConditionalGeneration": ("Qwen2_5_VL:ForConditionalGeneration", _QWEN_VL),
     "trl-internal-testing/tiny-Qwen3MoeForCausalLM": ("Qwen3Moe:ForCausalLM", _MOE),

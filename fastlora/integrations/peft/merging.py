@@ -24,7 +24,7 @@ MODES = ("requantize", "dense", "error-aware")
 MOMENTS_BYTES = 1 << 31
 """Of the second moments that are held at once."""
 READ_WEIGHT = 100.0
-"""What an error in a direction that an adapter reads weighs beside one elsewhere, where nothing is known of inputs."""
+"""What an error in a direction that an adapter reads weighs on top, in units of the mean of all directions."""
 
 
 def merge(
@@ -45,8 +45,10 @@ def merge(
     calibration: batches for "error-aware", mappings of the model's arguments or single positional arguments: some
     thousand tokens of what the model is for. The second moments (K, K) of each layer's inputs then weigh the errors,
     which are those of the layer's outputs. They are gathered in passes over the batches, each of as many layers as
-    `MOMENTS_BYTES` hold, and of a model whose layers before those are merged. Without it the directions that the
-    adapters read weigh more than others, `READ_WEIGHT` times.
+    `MOMENTS_BYTES` hold, and of a model whose layers before those are merged.
+
+    With and without it, "error-aware" keeps the merged weight exact where the adapters read: an error in a direction
+    of the rows of A weighs `READ_WEIGHT` more than one elsewhere, so that rounding does not undo small changes.
 
     progress: show a bar on the terminal.
 
@@ -178,17 +180,16 @@ def _second_moments(model: nn.Module, layers: Mapping[str, Any], batches: Iterab
 
 
 @torch.no_grad()
-def _directions(layer: Any, w: NF4Weight) -> torch.Tensor:
-    """(K, K): I, and `READ_WEIGHT` times the projection onto what the active adapters read of an input."""
-    k = w.shape[1]
+def _importance(layer: Any, w: NF4Weight, moments: torch.Tensor | None) -> torch.Tensor:
+    """(K, K): ``moments``, or I where nothing is known of the inputs, and `READ_WEIGHT` times the projection onto what
+    the active adapters read of an input."""
+    total = torch.eye(w.shape[1], device=w.device) if moments is None else moments
     rows = [_factors(layer, name, w)[0].to(w.device, torch.float32) for name in _active(layer)]
-    moments = torch.eye(k, device=w.device)
     if rows:
-        stacked = torch.cat(rows)
-        _, lengths, directions = torch.linalg.svd(stacked, full_matrices=False)
+        _, lengths, directions = torch.linalg.svd(torch.cat(rows), full_matrices=False)
         read = directions[lengths > 1e-6 * lengths.max()]
-        moments.addmm_(read.T, read, alpha=READ_WEIGHT)
-    return moments
+        total.addmm_(read.T, read, alpha=READ_WEIGHT)
+    return total
 
 
 def _factors(layer: Any, name: str, w: NF4Weight) -> Factors:
@@ -217,7 +218,7 @@ def _merged(layer: Any, w: NF4Weight) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _merge_packed(layer: Any, mode: str, dtype: torch.dtype | None, importance: torch.Tensor | None) -> None:
+def _merge_packed(layer: Any, mode: str, dtype: torch.dtype | None, moments: torch.Tensor | None) -> None:
     base = layer.base_layer
     w = base_weight(base)
     assert isinstance(w, NF4Weight)
@@ -235,8 +236,7 @@ def _merge_packed(layer: Any, mode: str, dtype: torch.dtype | None, importance: 
         # As PEFT: rounded to the type that the weight dequantizes to, then quantized.
         new = NF4Weight.quantize(merged.to(w.dtype), **options)
     else:
-        importance = _directions(layer, w) if importance is None else importance
-        new = requantize.quantize(merged, importance, dtype=w.dtype, **options)
+        new = requantize.quantize(merged, _importance(layer, w, moments), dtype=w.dtype, **options)
     weight = new.to_bitsandbytes(base.weight.dtype)
     weight.module = base
     base.weight, base.quant_state = weight, weight.quant_state
