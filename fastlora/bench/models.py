@@ -40,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "smollm2-135m": {
         "model_type": "llama",
+        "tie_word_embeddings": True,
         "hidden_size": 576,
         "intermediate_size": 1536,
         "num_hidden_layers": 30,
@@ -77,6 +78,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "gemma-2-9b": {
         "model_type": "gemma2",
+        "tie_word_embeddings": True,
         "hidden_size": 3584,
         "intermediate_size": 14336,
         "num_hidden_layers": 42,
@@ -101,7 +103,7 @@ def config(name: str, blocks: int | None = None, vocabulary: int | None = None, 
     """The transformers configuration of a model of `CONFIGS`, with so many decoder blocks and another vocabulary."""
     from transformers import AutoConfig
 
-    values = {**CONFIGS[name], "tie_word_embeddings": name.startswith("gemma"), "use_cache": False, **changes}
+    values = {"tie_word_embeddings": False, **CONFIGS[name], "use_cache": False, **changes}
     values |= {} if blocks is None else {"num_hidden_layers": blocks}
     values |= {} if vocabulary is None else {"vocab_size": vocabulary}
     # Some defaults lie outside of a small vocabulary.

@@ -103,7 +103,14 @@ def test_models_have_their_published_sizes(name: str) -> None:
     config = models.config(name)
     weights = sum(n * k for n, k in models.linear_sizes(config)) * config.num_hidden_layers
     heads = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    billions = {"llama-3-8b": 8.03, "qwen2.5-7b": 7.61, "mistral-7b": 7.25, "gemma-2-9b": 9.24}[name]
+    billions = {
+        "llama-3-8b": 8.03,
+        "qwen2.5-7b": 7.61,
+        "mistral-7b": 7.25,
+        "gemma-2-9b": 9.24,
+        "llama-3-70b": 70.55,
+        "smollm2-135m": 0.1345,
+    }[name]
     assert (weights + heads) / 1e9 == pytest.approx(billions, rel=0.003)
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastlora import NF4Weight
+from fastlora.training import durable
 from fastlora.training import model as models
 from fastlora.training.errors import UserError
 from fastlora.training.merge import merge
@@ -67,11 +68,17 @@ def test_bad_inputs(trained: Any, other_model: Path, tmp_path: Path, monkeypatch
         merge(trained.output_dir, tmp_path / "m")
 
 
+def copy_without_seal(adapter: Path, folder: Path) -> None:
+    """An adapter as PEFT saves it, whose files nothing vouches for."""
+    shutil.copytree(adapter, folder)
+    (folder / durable.MANIFEST).unlink()
+
+
 def test_adapter_with_a_broken_number(trained: Any, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "broken"
-    shutil.copytree(trained.adapter_path, folder)
+    copy_without_seal(trained.adapter_path, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = next(key for key in tensors if "lora_B" in key)
     tensors[name][0, 0] = float("nan")
@@ -82,7 +89,7 @@ def test_adapter_with_a_broken_number(trained: Any, tmp_path: Path) -> None:
 
 def test_damaged_adapter(trained: Any, tmp_path: Path) -> None:
     folder = tmp_path / "damaged"
-    shutil.copytree(trained.adapter_path, folder)
+    copy_without_seal(trained.adapter_path, folder)
     (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
     with pytest.raises(UserError, match="cannot read"):
         merge(folder, tmp_path / "m")

@@ -214,7 +214,7 @@ def test_nothing_to_offload() -> None:
     [
         ({"offload_checkpoints": True}, "offload_checkpoints needs gradient_checkpointing"),
         ({**CHECKPOINTS, "step": "compile"}, "set step eager"),
-        ({"blocks": True, "backend": "peft"}, "backend peft has neither"),
+        ({"blocks": True, "backend": "peft"}, "backend peft has none"),
     ],
 )
 def test_what_does_not_go_together(options: dict[str, Any], values: dict[str, Any], message: str) -> None:
