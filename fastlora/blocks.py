@@ -243,16 +243,31 @@ def _mlp_backward(
     first = Needs(True, (False,), (False,))
     if isinstance(form, Stacked):
         stacked, gated = kernels("stacked"), kernels("gated")
-        adapters = form.adapters([down], dy)
+        adapters, inner_adapters = form.adapters([down], dy), form.adapters(inner, dy)
         dy, du = stacked.project_gradients([dy], adapters, dtype)
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
         in_place = ops.freed_after_use() and groups.as_one([gate, up]) is not None
-        d, h = gated.backward(gate, up, dh, activation, in_place=in_place)
         last = Needs(False, down_needs.da, down_needs.db)
+        together = _together(inner_adapters, adapters, inner_needs, down_needs)
+        if together:
+            kinds = form.kinds(inner)[1], form.kinds([down])[0]
+            scales = inner_adapters.scales[0], inner_adapters.scales[-1]
+            u, shared = inner_kept[0], len(inner) == 1
+            d, db, da = gated.gradients(
+                gate, up, dh, activation, u, scales, du, kinds, shared=shared, in_place=in_place
+            )
+            last = dataclasses.replace(last, da=(False,))
+            inner_needs = dataclasses.replace(inner_needs, db=(False,) * len(inner))
+            h = None
+        else:
+            d, h = gated.backward(gate, up, dh, activation, in_place=in_place)
         _, das, dbs = form.backward([dy], h, down_kept, [down], last, dtype, adapters, (dy, du))
         del dh, h
         parts = groups.columns(d, groups.sizes(inner))
-        dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype)
+        dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype, inner_adapters)
+        if together:
+            das = form.gradients_a(da, adapters, [down])
+            inner_dbs = form.gradients_b(db, inner_adapters, inner)
     else:
         dh, _, _ = form.backward([dy], None, down_kept, [down], first, dtype)
         assert dh is not None
@@ -269,6 +284,13 @@ def _mlp_backward(
         dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype)
     inner_grads = _interleave(inner_das, inner_dbs, parts, inner, flags[0])
     return dx, inner_grads, _interleave(das, dbs, [dy], [down], flags[1])
+
+
+def _together(inner: Any, down: Any, inner_needs: Needs, down_needs: Needs) -> bool:
+    """Whether the pass over the activation makes dB of gate and up and dA of down as well, of packed adapters."""
+    widest = kernels("gated").WIDEST
+    fits = 0 < inner.span <= widest and 0 < down.span <= widest
+    return fits and all(inner_needs.db) and down_needs.da[0]
 
 
 # -- the registered operator ---------------------------------------------------------------------------------------

@@ -427,10 +427,13 @@ def explain(
     seq: Annotated[int, typer.Option(help="model: tokens of a sequence", min=1)] = 2048,
     checkpointing: Annotated[bool, typer.Option(help="model: recompute the blocks in the backward pass")] = False,
     blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = False,
+    chunked_loss: Annotated[bool, typer.Option(help="model: head and loss some tokens at a time")] = False,
+    kept_blocks: Annotated[int, typer.Option(help="model: last blocks that are not recomputed", min=0)] = 0,
 ) -> None:
     """Show which backend runs one layer, and why; or what memory a training step of a model takes."""
     if model is not None:
-        print(_memory(model, batch, seq, r=r, checkpointing=checkpointing, quantized=quant != "none", blocks=blocks))
+        chosen = {"blocks": blocks, "chunked_loss": chunked_loss, "kept_blocks": kept_blocks}
+        print(_memory(model, batch, seq, r=r, checkpointing=checkpointing, quantized=quant != "none", **chosen))
         return
     if m is None or n is None or k is None:
         absent = next(name for name, value in (("m", m), ("n", n), ("k", k)) if value is None)

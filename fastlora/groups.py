@@ -267,9 +267,7 @@ class Stacked:
     ) -> Grads:
         """``adapters`` and ``known``, dy as one matrix and du, are given where they are known."""
         adapters = adapters or self.adapters(projections, dys[0].new_empty(0, dtype=dtype))
-        kinds_a = {p.lora_a.dtype for p in projections if p.lora_a is not None}
-        kinds_b = {p.lora_b.dtype for p in projections if p.lora_b is not None}
-        kinds = tuple(kind.pop() if len(kind) == 1 else torch.float32 for kind in (kinds_a, kinds_b))
+        kinds = self.kinds(projections)
         dx, das, dbs = kernels("stacked").backward(
             dys,
             x,
@@ -285,6 +283,26 @@ class Stacked:
             das[i] = _typed(das[i], p.lora_a, needs.da[i])
             dbs[i] = _typed(dbs[i], p.lora_b, needs.db[i])
         return dx, das, dbs
+
+    @staticmethod
+    def kinds(projections: Sequence[Projection]) -> tuple[torch.dtype, torch.dtype]:
+        """The types that dA and dB of all projections are made in."""
+        kinds_a = {p.lora_a.dtype for p in projections if p.lora_a is not None}
+        kinds_b = {p.lora_b.dtype for p in projections if p.lora_b is not None}
+        kind_a, kind_b = (kind.pop() if len(kind) == 1 else torch.float32 for kind in (kinds_a, kinds_b))
+        return kind_a, kind_b
+
+    @staticmethod
+    def gradients_a(da: torch.Tensor, adapters: Any, projections: Sequence[Projection]) -> list[torch.Tensor | None]:
+        """dA_i of packed ones."""
+        parts = zip(kernels("stacked").apart_a(da, adapters), projections, strict=True)
+        return [_typed(part, p.lora_a, True) for part, p in parts]
+
+    @staticmethod
+    def gradients_b(db: torch.Tensor, adapters: Any, projections: Sequence[Projection]) -> list[torch.Tensor | None]:
+        """dB_i of packed ones."""
+        parts = zip(kernels("stacked").apart_b(db, adapters), projections, strict=True)
+        return [_typed(part, p.lora_b, True) for part, p in parts]
 
 
 def _typed(grad: torch.Tensor | None, adapter: torch.Tensor | None, need: bool) -> torch.Tensor | None:

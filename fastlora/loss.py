@@ -114,7 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     kernels("cross_entropy").cross_entropy(
                         logits, labels[part], losses[part], scale, **dataclasses.asdict(options), gradient=grad
                     )
-                else:
+                elif not x.is_meta:  # without values, nothing beside the buffer, as with the kernel
                     logits = _plain(logits, labels[part], losses[part], scale, options, grad)
                 if dx is not None:
                     torch.mm(logits, weight, out=dx[part])
@@ -145,7 +145,7 @@ def _scaled(grad: torch.Tensor, factor: torch.Tensor, dtype: Any, fused: bool, i
         out = grad if in_place else grad.clone()
         if fused:
             kernels("cross_entropy").rescale(out, factor)
-        else:
+        elif not out.is_meta:
             # PyTorch would round the number to the type of the matrix.
             out.copy_(out.to(factor.dtype) * factor)
         return out.to(dtype)
@@ -183,7 +183,8 @@ def linear_cross_entropy(
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
     computed = _autocast(x)
-    if computed.dtype == x.dtype and weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    wanted = computed.dtype if x.is_meta or not torch.is_autocast_enabled(x.device.type) else weight.dtype
+    if computed.dtype == x.dtype and weight.dtype != wanted:
         raise ValueError(f"x is {x.dtype}, weight {weight.dtype}: they must be of one type")
     rows = computed.reshape(-1, x.shape[-1]).contiguous()
     flat = labels.reshape(-1)

@@ -88,7 +88,8 @@ _NOTHING = contextlib.nullcontext()
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
     # The caller has chosen the type to compute in; autocast must not choose again for the products inside.
-    return _no_autocast(device_type) if torch.is_autocast_enabled(device_type) else _NOTHING
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return _no_autocast(device_type) if on else _NOTHING
 
 
 def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, columns: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -454,6 +455,30 @@ def test_fewer_products_are_stacked_for_a_graph(monkeypatch: pytest.MonkeyPatch)
         with tables.for_graphs():
             found.append(isinstance(groups.form(x, inner, "auto"), groups.Stacked))
         assert tuple(found) == stacks
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "down's A", "up's B"])
+def test_gradients_of_an_mlp_come_with_the_activation_where_all_are_needed(
+    frozen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("Triton is compiled, not interpreted")
+    monkeypatch.setattr(groups.kernels("config"), "form", lambda *args: "persistent")
+    gated = groups.kernels("gated")
+    x, inner, down = small("cpu")
+    if frozen != "nothing":
+        left = down.lora_a if frozen == "down's A" else inner[1].lora_b
+        left.requires_grad_(False)
+    every = [x.requires_grad_(), *(t for t in leaves([*inner, down]) if t.requires_grad)]
+    passes = {name: Mock(wraps=getattr(gated, name)) for name in ("backward", "gradients")}
+    for name, spy in passes.items():
+        monkeypatch.setattr(gated, name, spy)
+    found = torch.autograd.grad(gated_mlp(x, inner, down, backend="triton").float().square().sum(), every)
+    expected = torch.autograd.grad(gated_mlp(x, inner, down, backend="torch").float().square().sum(), every)
+    assert [name for name, spy in passes.items() if spy.called] == ["gradients" if frozen == "nothing" else "backward"]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.float() - b.float()).norm() <= 0.03 * b.float().norm()
 
 
 @pytest.mark.gpu

@@ -404,6 +404,17 @@ def gated() -> TileConfig:
 _GATED = TileConfig(block_m=16, block_n=256, num_warps=4, num_stages=1)
 
 
+@functools.cache
+def gated_gradients(width: int, dtype: torch.dtype, device: Device) -> TileConfig:
+    """Tiles of the gradients of a gated activation and of the adapters beside it, whose factors have ``width`` columns
+    together: ``block_m`` rows of ``block_n`` columns in each step down the columns."""
+    config = TileConfig(32, 64, num_warps=4, num_stages=3)
+    # Three tiles of a stage, and as many that are multiplied.
+    stage = (3 * config.block_n + width) * config.block_m * dtype.itemsize
+    beside = 3 * config.block_n * config.block_m * dtype.itemsize
+    return _fit(config, config.block_n * 2 * width, stage, dataclasses.replace(device, reserved=beside))
+
+
 def cross_entropy(v: int) -> TileConfig:
     """Columns of a row of V logits that a program takes at once."""
     block = power_of_two(v, 256, 4096)

@@ -1,4 +1,4 @@
-"""The activation of a gated MLP, h = act(gate) * up, forward and backward.
+"""The activation of a gated MLP, h = act(gate) * up, forward and backward, with the adapters' gradients on the way.
 
     silu        act(g) = g sigmoid(g)
     gelu        act(g) = g (1 + erf(g / sqrt 2)) / 2
@@ -16,7 +16,8 @@ import triton.language as tl
 
 from fastlora.kernels import config
 from fastlora.kernels.launch import jit, on_device, with_rows
-from fastlora.kernels.tile import cast
+from fastlora.kernels.lora import _add_parts
+from fastlora.kernels.tile import cast, dot
 
 
 @triton.jit
@@ -103,6 +104,77 @@ def gated_backward_kernel(
     tl.store(h_ptr + m * N + n, h, mask=inside)
 
 
+@jit(do_not_specialize=["M", "part", "stride_part"])
+def gated_gradients_kernel(
+    gate_ptr,  # (M, N), rows stride_gate apart
+    up_ptr,  # (M, N), rows stride_up apart
+    dh_ptr,  # (M, N), contiguous
+    dgate_ptr,  # (M, N), rows stride_d apart; may be gate
+    dup_ptr,  # (M, N), rows stride_d apart; may be up
+    u_ptr,  # (M, .), rows stride_u apart: R columns for gate, and from ``column`` on R for up
+    du_ptr,  # (M, RD), rows stride_du apart: of down
+    db_ptr,  # part p of (2 N, R) at p * stride_part
+    da_ptr,  # part p of (RD, N) at p * stride_part
+    scale_gate,
+    scale_up,
+    M,
+    N,
+    part,
+    column,
+    stride_gate,
+    stride_up,
+    stride_d,
+    stride_u,
+    stride_du,
+    stride_part,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    R: tl.constexpr,
+    RD: tl.constexpr,
+):
+    """dgate and dup, and over rows [p * part, (p + 1) * part) what adapters get of them and of h.
+
+    dB_gate = scale * dgate^T u, dB_up likewise, and dA = du^T h of down. A program walks down its columns.
+    """
+    dtype: tl.constexpr = gate_ptr.dtype.element_ty
+    first = tl.program_id(1) * part
+    last = min(first + part, M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    r, s = tl.arange(0, R)[None, :], tl.arange(0, RD)[None, :]
+    db_gate = tl.zeros((BLOCK_N, R), tl.float32)
+    db_up = tl.zeros((BLOCK_N, R), tl.float32)
+    da = tl.zeros((BLOCK_N, RD), tl.float32)
+    for m0 in range(first, last, BLOCK_M):
+        m = m0 + tl.arange(0, BLOCK_M)
+        row, below = m[:, None].to(tl.int64), m[:, None] < last
+        inside = below & (n[None, :] < N)
+        gate = tl.load(gate_ptr + row * stride_gate + n[None, :], mask=inside, other=0.0)
+        up = tl.load(up_ptr + row * stride_up + n[None, :], mask=inside, other=0.0)
+        dh = tl.load(dh_ptr + row * N + n[None, :], mask=inside, other=0.0)
+        u_gate = tl.load(u_ptr + row * stride_u + r, mask=below, other=0.0)
+        u_up = tl.load(u_ptr + row * stride_u + column + r, mask=below, other=0.0)
+        du = tl.load(du_ptr + row * stride_du + s, mask=below, other=0.0)
+        dgate, dup, h = gradient_tile(gate, up, dh, ACTIVATION)
+        tl.store(dgate_ptr + row * stride_d + n[None, :], dgate, mask=inside)
+        tl.store(dup_ptr + row * stride_d + n[None, :], dup, mask=inside)
+        db_gate = dot(tl.trans(dgate), cast(u_gate, dtype), db_gate)
+        db_up = dot(tl.trans(dup), cast(u_up, dtype), db_up)
+        da = dot(tl.trans(h), cast(du, dtype), da)
+    column_inside = n[:, None] < N
+    offset = tl.program_id(1).to(tl.int64) * stride_part
+    wide = n[:, None].to(tl.int64)
+    kind: tl.constexpr = db_ptr.dtype.element_ty
+    tl.store(db_ptr + offset + wide * R + r, cast(db_gate * scale_gate, kind), mask=column_inside)
+    tl.store(db_ptr + offset + (wide + N) * R + r, cast(db_up * scale_up, kind), mask=column_inside)
+    target = da_ptr + offset + s.to(tl.int64) * N + wide
+    tl.store(target, cast(da, da_ptr.dtype.element_ty), mask=column_inside)
+
+
+WIDEST = 32
+"""Columns of the factors of an adapter for which `gradients` keeps all of its sums in registers."""
+
+
 def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
     """h = act(gate) * up (M, N)."""
     gate, up = with_rows(gate), with_rows(up)
@@ -122,7 +194,8 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dgate and dup side by side (M, 2 N), h (M, N)). ``in_place``: over gate and up, which must lie so, and dh."""
     dh = dh.contiguous()
-    out, h, (gate, up, dgate, dup) = _targets(gate, up, dh, in_place)
+    out, (gate, up, dgate, dup) = _targets(gate, up, in_place)
+    h = dh if in_place else torch.empty_like(dh)
     m, n = gate.shape
     tiles = config.gated()
     with on_device(gate):
@@ -133,14 +206,57 @@ def backward(
     return out, h
 
 
-def _targets(
-    gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, in_place: bool
-) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Where dgate and dup, one matrix, and h go; and gate, up, dgate and dup with contiguous rows."""
+def gradients(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dh: torch.Tensor,
+    activation: str,
+    u: torch.Tensor,
+    scales: tuple[float, float],
+    du: torch.Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    *,
+    shared: bool = False,
+    in_place: bool = False,
+    tiles: config.TileConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dgate and dup side by side (M, 2 N), dB of gate above that of up (2 N, R), dA of down (RD, N)), from one read.
+
+    u: (M, 2 R), of gate and of up, or where ``shared`` (M, R), of both. du: (M, RD), of down. R and RD are powers of
+    two from 16 to `WIDEST`. dtypes: of dB and dA. The sums over rows repeat to the bit. ``in_place`` as for
+    `backward`, but dh stays.
+    """
+    dh = dh.contiguous()
+    out, (gate, up, dgate, dup) = _targets(gate, up, in_place)
+    (m, n), rd = gate.shape, du.shape[1]
+    r = u.shape[1] // (1 if shared else 2)
+    device = config.Device.of(gate.device)
+    tiles = tiles or config.gated_gradients(r + rd, gate.dtype, device)
+    grid_n = triton.cdiv(n, tiles.block_n)
+    part = config.split(m, tiles.block_m, max(1, grid_n // 4), device)
+    parts = triton.cdiv(m, part)
+    db, da = gate.new_empty(2 * n, r, dtype=dtypes[0]), gate.new_empty(rd, n, dtype=dtypes[1])
+    numel = db.numel() + da.numel()
+    partials = gate.new_empty(parts, numel, dtype=torch.float32) if parts > 1 else None
+    with on_device(gate):
+        gated_gradients_kernel[(grid_n, parts)](
+            gate, up, dh, dgate, dup, u, du,
+            db if partials is None else partials,
+            da if partials is None else partials[:, db.numel() :],
+            *map(float, scales), m, n, part, 0 if shared else r,
+            gate.stride(0), up.stride(0), dgate.stride(0), u.stride(0), du.stride(0), numel,
+            ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, R=r, RD=rd, **tiles.launch(),
+        )  # fmt: skip
+        if partials is not None:
+            _add_parts(partials, db, da)
+    return out, db, da
+
+
+def _targets(gate: torch.Tensor, up: torch.Tensor, in_place: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Where dgate and dup, one matrix, go; and gate, up, dgate and dup with contiguous rows."""
     m, n = gate.shape
     if in_place:
-        out, h = gate.as_strided((m, 2 * n), (gate.stride(0), 1)), dh
-        return out, h, (gate, up, gate, up)
+        return gate.as_strided((m, 2 * n), (gate.stride(0), 1)), (gate, up, gate, up)
     gate, up = with_rows(gate), with_rows(up)
     out = gate.new_empty(m, 2 * n)
-    return out, torch.empty_like(dh), (gate, up, out[:, :n], out[:, n:])
+    return out, (gate, up, out[:, :n], out[:, n:])

@@ -497,10 +497,18 @@ def backward(
     need_da, need_db = need_da and adapters.width > 0, need_db and adapters.width > 0
     if need_da or need_db:
         da, db = gradients(dy, u if need_db else None, x if need_da else None, du, adapters, *dtypes)
-        rows = [0, *itertools.accumulate(adapters.sizes)]
-        for i, r in enumerate(adapters.ranks):
-            if r and da is not None:
-                das[i] = da[i * adapters.span : i * adapters.span + r]
-            if r and db is not None:
-                dbs[i] = db[rows[i] : rows[i + 1], :r].contiguous()
+        das = das if da is None else apart_a(da, adapters)
+        dbs = dbs if db is None else apart_b(db, adapters)
     return dx, das, dbs
+
+
+def apart_a(da: torch.Tensor, adapters: Adapters) -> list[torch.Tensor | None]:
+    """dA_i (R_i, K) of dA (P S, K), None where there is no adapter."""
+    starts = range(0, adapters.width, adapters.span)
+    return [da[i : i + r] if r else None for i, r in zip(starts, adapters.ranks, strict=True)]
+
+
+def apart_b(db: torch.Tensor, adapters: Adapters) -> list[torch.Tensor | None]:
+    """dB_i (N_i, R_i) of dB (sum N, S), None where there is no adapter."""
+    rows = [0, *itertools.accumulate(adapters.sizes)]
+    return [db[rows[i] : rows[i + 1], :r].contiguous() if r else None for i, r in enumerate(adapters.ranks)]

@@ -153,7 +153,7 @@ def _is_fused_mlp(module: nn.Module) -> bool:
     return hasattr(type(module), "stock") and "down_proj" in module._modules
 
 
-def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = False) -> Any:
+def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = False, chunked_loss: bool = False) -> Any:
     """The fused PEFT model of a transformers configuration, without a byte of memory.
 
     Raises ValueError for ``blocks`` where `fastlora.accelerate` has none.
@@ -184,7 +184,7 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
     if blocks and "blocks" not in inspect.signature(fastlora.accelerate).parameters:
         raise ValueError("fastlora.accelerate has no blocks")
     options: dict[str, Any] = {"blocks": True} if blocks else {}
-    fastlora.accelerate(adapted, **options)
+    fastlora.accelerate(adapted, loss=chunked_loss, **options)
     for module in adapted.modules():
         if _is_fused_mlp(module):
             _stand_in(module)
@@ -307,7 +307,9 @@ def step(model: Any, ids: torch.Tensor, autocast: bool = False) -> Step:
         found.kept, live.phase = live.now, "logits and loss"
 
     handles = [block.register_forward_pre_hook(enter) for block in blocks]
-    handles.append(model.get_base_model().get_output_embeddings().register_forward_pre_hook(end))
+    inner = model.get_base_model()
+    # Not on the head, which a fused loss does not call.
+    handles.append(getattr(inner, inner.base_model_prefix).register_forward_hook(end))
     context = torch.autocast(ids.device.type, torch.bfloat16) if autocast else contextlib.nullcontext()
     try:
         with live, context:
@@ -335,12 +337,18 @@ def predict(
     checkpointing: bool = False,
     quantized: bool = True,
     blocks: bool = False,
+    chunked_loss: bool = False,
+    kept_blocks: int = 0,
     eight_bit_optimizer: bool = False,
 ) -> Prediction:
-    """The memory of a training step of a transformers configuration on ``batch`` sequences of ``length`` tokens."""
-    model = meta_model(config, r=r, quantized=quantized, blocks=blocks)
+    """The memory of a training step of a transformers configuration on ``batch`` sequences of ``length`` tokens.
+
+    chunked_loss: head and loss by `fastlora.loss`. kept_blocks: with ``checkpointing``, the last so many blocks are not
+    computed again.
+    """
+    model = meta_model(config, r=r, quantized=quantized, blocks=blocks, chunked_loss=chunked_loss)
     if checkpointing:
-        checkpoint_blocks(model.get_base_model())
+        checkpoint_blocks(model.get_base_model(), keep=kept_blocks)
     return predict_model(model, batch, length, eight_bit_optimizer=eight_bit_optimizer)
 
 

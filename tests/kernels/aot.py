@@ -196,6 +196,9 @@ def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
         compiler.case = f"{activation} {dtype}"
         gated.forward(gate, up, activation)
         gated.backward(gate, up, dh, activation, in_place=True)
+        for r, rd, kinds in ((16, 16, (torch.float32,) * 2), (32, 32, (dtype, dtype))):
+            u, du = torch.empty(m, 2 * r, dtype=dtype), torch.empty(m, rd, dtype=dtype)
+            gated.gradients(gate, up, dh, activation, u, (0.5, 0.5), du, kinds, in_place=True)
 
 
 def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:

@@ -290,3 +290,30 @@ def test_gated_in_place(activation: str, kernel_device: str) -> None:
     assert torch.equal(got_h, h)
     assert torch.equal(torch.cat((gate, up), 1), d)
     assert torch.equal(dh, h)
+
+
+@ACTIVATION
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in place"])
+@pytest.mark.parametrize("shared", [False, True], ids=["two u", "one u"])
+@pytest.mark.parametrize(("m", "n", "r", "rd"), [(70, 136, 16, 16), (33, 40, 32, 16)])
+def test_gated_with_the_gradients_of_adapters(
+    m: int, n: int, r: int, rd: int, shared: bool, in_place: bool, activation: str, kernel_device: str
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    gate, up, dh = tiles(m, n, torch.float16, kernel_device)
+    narrow = torch.randn(m, (1 if shared else 2) * r, generator=generator).to(kernel_device, torch.float16)
+    du = torch.randn(m, rd, generator=generator).to(kernel_device, torch.float16)
+    scales, given = (0.5, 0.5 if shared else 2.0), dh.clone()
+    expected, h = gated.backward(gate, up, dh, activation)
+    kinds = torch.float32, torch.float16
+    d, db, da = gated.gradients(gate, up, dh, activation, narrow, scales, du, kinds, shared=shared, in_place=in_place)
+    # What is multiplied is what is stored, so these are products of known matrices.
+    assert torch.equal(d, expected)
+    assert torch.equal(torch.cat((gate, up), 1), d) == in_place
+    assert torch.equal(dh, given)
+    u_gate, u_up = (narrow, narrow) if shared else narrow.chunk(2, 1)
+    d_gate, d_up = expected.double().chunk(2, 1)
+    exact = torch.cat((scales[0] * d_gate.T @ u_gate.double(), scales[1] * d_up.T @ u_up.double()))
+    assert (db.dtype, da.dtype) == kinds
+    torch.testing.assert_close(db.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(da.double(), du.double().T @ h.double(), rtol=1e-3, atol=1e-3)

@@ -111,6 +111,42 @@ def test_checkpointing_keeps_less_and_more_tokens_more() -> None:
     assert sum(memory.predict(config, 4, 64).activations) == pytest.approx(2 * sum(kept[False].activations), rel=0.01)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_logits_in_chunks_are_not_kept(checkpointing: bool) -> None:
+    config = models.config("llama-3-8b", 2, 32000, **SIZES, head_dim=32)
+    tokens, chunk = 4 * 2048, 2048
+    apart, chunked = (
+        memory.predict(config, 4, 2048, checkpointing=checkpointing, blocks=True, chunked_loss=on)
+        for on in (False, True)
+    )
+    # One chunk and the gradient of the head's input; else bf16 logits, wider ones of the loss and their gradients.
+    assert chunked.loss == pytest.approx(2 * (chunk * 32000 + tokens * 256), rel=0.02)
+    assert apart.loss > 6 * tokens * 32000
+    assert apart.peak - chunked.peak > 4 * tokens * 32000
+    assert chunked.activations == apart.activations
+
+
+def test_kept_blocks_are_counted() -> None:
+    config = config_of("llama-3-8b", 4)
+    plain = memory.predict(config, 2, 64).activations
+    kept = memory.predict(config, 2, 64, checkpointing=True, kept_blocks=1)
+    checkpoint = 2 * 64 * 256 * 2
+    assert kept.activations[:3] == (checkpoint,) * 3
+    assert kept.activations[3] == pytest.approx(plain[3], rel=0.1)
+    assert memory.predict(config, 2, 64, kept_blocks=1).activations == plain
+
+
+def test_a_step_with_chunks_and_kept_blocks_takes_what_is_predicted() -> None:
+    # Few logits: without a GPU's kernel they are widened.
+    config = models.config("llama-3-8b", 3, 64, **SIZES, head_dim=32)
+    model = real(config, False, loss=True)
+    checkpoint_blocks(model.get_base_model(), keep=1)
+    found = memory.step(model, torch.zeros(2, 96, dtype=torch.long))
+    predicted = memory.predict(config, 2, 96, r=8, checkpointing=True, chunked_loss=True, kept_blocks=1)
+    assert sum(predicted.activations) == pytest.approx(sum(found.blocks), rel=0.1)
+    assert predicted.peak - predicted.fixed - memory.LIBRARIES == pytest.approx(found.peak, rel=0.1)
+
+
 def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
     pytest.importorskip("typer", reason="typer is missing (extra: train)")
     from fastlora.cli import main
@@ -126,13 +162,14 @@ def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_prediction_on_a_gpu(checkpointing: bool) -> None:
+def test_prediction_on_a_gpu(checkpointing: bool, chunked: bool) -> None:
     config = models.config("llama-3-8b", 2, 32000)
     device = torch.device("cuda")
     model = models.adapt(models.base(config, device), r=16).train()
-    fastlora.accelerate(model)
-    models.checkpoint(model, checkpointing)
+    fastlora.accelerate(model, loss=chunked)
+    models.checkpoint(model, checkpointing, keep=int(chunked))
     parameters = [p for _, p in models.adapters(model)]
     optimizer = torch.optim.AdamW(parameters, fused=True)
     (ids,) = models.token_batches(config, 2, 2048, device, 0, 1)
@@ -143,5 +180,7 @@ def test_prediction_on_a_gpu(checkpointing: bool) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    predicted = memory.predict(config, 2, 2048, checkpointing=checkpointing)
+    predicted = memory.predict(
+        config, 2, 2048, checkpointing=checkpointing, chunked_loss=chunked, kept_blocks=int(chunked)
+    )
     assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
