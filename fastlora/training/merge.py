@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ def merge(
     quantization = "none" if mode == "dense" else "nf4"
     base = models.load_base(source, quantization=quantization, device=target, dtype=DTYPES[dtype])
     try:
-        merged = fastlora.merge(models.load_adapter(base, folder), mode)
+        merged = fastlora.merge(models.load_adapter(base, folder), mode, progress=sys.stderr.isatty())
     except ValueError as error:
         raise UserError(f"adapter: {folder} cannot be merged ({first_line(error)}): use another checkpoint") from error
     merged.config.use_cache = True
