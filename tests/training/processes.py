@@ -1,4 +1,4 @@
-"""Several gloo processes on the CPU. They are forked from one server process, which imports the libraries once."""
+"""Several processes. Without a GPU they are forked from one server process, which imports the libraries once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 WORLD = 2
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -36,8 +38,6 @@ def _child(
     os.dup2(file, 2)
     os.environ |= launcher_environment(rank, port)
     sys.path[:] = paths
-    import torch
-
     torch.set_num_threads(1)
     try:
         code = function(rank, *args) or 0
@@ -54,7 +54,8 @@ def run(function: Callable[..., Any], *args: Any, folder: Path, timeout: float =
 
     A process that takes longer than ``timeout`` seconds is killed, and its exit code is negative.
     """
-    server = multiprocessing.get_context("forkserver")
+    # The libraries look for GPUs when they are imported, and a process that has done so cannot be forked.
+    server = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     server.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"])
     port = free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(WORLD)]
