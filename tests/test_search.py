@@ -74,7 +74,8 @@ class Process:
     def kill(self) -> None:
         pass
 
-    join = kill
+    def join(self, timeout: float | None = None) -> None:
+        pass
 
 
 class Pipe:

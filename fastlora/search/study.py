@@ -269,6 +269,10 @@ class _Runner:
                 with contextlib.suppress(Exception):
                     _give_up(self.study, each.trial.number, each.trial.params)
                 each.trial = None
+            else:
+                with contextlib.suppress(OSError):
+                    each.connection.send(None)
+                    each.process.join(10)
             each.process.kill()  # it has nothing that is not in its files
             each.process.join()
             each.connection.close()
