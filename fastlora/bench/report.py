@@ -453,6 +453,16 @@ def _ways_table(stacks: dict[str, dict[str, Row]]) -> str:
     return f"{text}\n\n{_classes_table(stacks)}" if kinds else text
 
 
+def tasks(results: Path) -> str:
+    """The examples' tasks as the committed runs have measured them."""
+    blocks = []
+    for path in _found(results, "tasks.json"):
+        data, rows = record.read(path)
+        if not data.get("quick"):
+            blocks.append(f"{_source(path, data)}.\n\n{rows_table(rows)}")
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite tasks` writes the record."
+
+
 README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "goals": goals,
     "training": training,
@@ -506,6 +516,11 @@ def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
     page = docs / "distributed.md"
     if page.is_file():
         text = fill(page.read_text(encoding="utf-8"), {"distributed": distributed(results)})
+        page.write_text(text, encoding="utf-8")
+        written.append(page)
+    page = docs / "tasks.md"
+    if page.is_file():
+        text = fill(page.read_text(encoding="utf-8"), {"tasks": tasks(results)})
         page.write_text(text, encoding="utf-8")
         written.append(page)
     for path in _found(results, "layer.jsonl"):

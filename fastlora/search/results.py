@@ -5,11 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlora.search.space import SearchConfig
+from fastlora.training import durable
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -81,13 +81,6 @@ def markdown(table: list[dict[str, Any]], metric: str, direction: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in cells) + "\n"
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 def write(
     study: Study,
     settings: SearchConfig,
@@ -114,7 +107,7 @@ def write(
         "trials.md": page,
     }
     for name, text in texts.items():
-        write_whole(folder / name, text)
+        durable.write_text(folder / name, text)
     files = [folder / name for name in texts]
     return files + (draw(study, settings, folder) if plots else [])
 

@@ -21,7 +21,7 @@ import yaml
 
 from fastlora.search import results, worker
 from fastlora.search.space import Choices, Range, SearchConfig, default_space, start
-from fastlora.training import checkpoints, data, tasks
+from fastlora.training import checkpoints, data, durable, tasks
 from fastlora.training import model as models
 from fastlora.training.config import TrainConfig
 from fastlora.training.errors import Interrupted, UserError, disk_errors, require
@@ -133,7 +133,7 @@ def _check_same(folder: Path, config: TrainConfig, settings: SearchConfig, space
                 f"output_dir: {folder} holds another search, in which {', '.join(changed)} was different: "
                 "set it back, or name another --output-dir"
             )
-    results.write_whole(path, json.dumps(now, indent=1))
+    durable.write_text(path, json.dumps(now, indent=1))
 
 
 def _split(config: TrainConfig, settings: SearchConfig, folder: Path) -> dict[str, str]:
@@ -393,7 +393,7 @@ class _Runner:
         for name, params in (("default", {}), ("best", best.params)):
             self.say(f"{name} settings on held-out data ...")
             found[name] = self._once(self._values(params, name, "test"))
-        results.write_whole(path, json.dumps({"of": key, **found}, indent=1))
+        durable.write_text(path, json.dumps({"of": key, **found}, indent=1))
         return found
 
     def _once(self, values: dict[str, Any]) -> dict[str, float]:
@@ -430,7 +430,7 @@ def _outcome(
         sort_keys=False,
         allow_unicode=True,
     )
-    results.write_whole(path, head + written)
+    durable.write_text(path, head + written)
     rows = results.rows(study, settings)
     row = next(row for row in rows if row["trial"] == best.number)
     return Outcome(folder, rows, row, held_out, path, [path, *files])
