@@ -1,9 +1,10 @@
 """QLoRA models over several processes with PyTorch's FSDP2: each holds a share of the frozen base, gathered a block at
 a time.
 
-Only bytes travel: the packed weights of a block with its norms, in one collective, as bfloat16 words. The statistics of
-the 4-bit weights (3 % of them where they are nested) stay whole in every process, and so do the adapters unless told
-otherwise.
+Only bytes travel: the packed weights of a block with its norms, in one collective. They are stored as float32 words: in
+a 16-bit type PyTorch's copy into the collective (``torch._foreach_copy_``, on CUDA) goes through float32 and rewrites
+words that are NaN, one in 256. The statistics of the 4-bit weights (3 % of them where they are nested) stay whole in
+every process, and so do the adapters unless told otherwise.
 """
 
 from __future__ import annotations
@@ -40,11 +41,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if id(module) not in inner]
 
 
-def store_as(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
+def store_as(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     """Let the packed bytes of bitsandbytes' layers be read as ``dtype``, without copying them; returns how many were.
 
-    A group of parameters of one type is gathered as it is, one of several types through copies. An odd number of bytes
-    stays uint8.
+    What is no whole number of words stays as it is.
     """
     count = 0
     for module in model.modules():
@@ -70,7 +70,6 @@ def shard(
     adapters: Adapters = "replicated",
     reshard: bool = True,
     prefetch: int = 1,
-    storage: torch.dtype | None = torch.bfloat16,
 ) -> list[nn.Module]:
     """Shard the frozen parameters of a PEFT model over the processes of ``mesh``, in place. Returns its blocks.
 
@@ -82,7 +81,7 @@ def shard(
     that is trained out, for `torch.nn.parallel.DistributedDataParallel` or the caller to average the gradients of;
     "sharded" makes the trained parameters, their gradients and their optimizer's state DTensors. reshard: whether
     blocks are freed after their forward pass; without, they are gathered once in a step. prefetch: blocks that are
-    gathered ahead. storage: what `store_as` takes, None to leave packed bytes as they are.
+    gathered ahead. Packed bytes are stored as float32; a weight that is no whole number of such words stays whole.
 
     Raises ValueError for a model without blocks, RuntimeError before the process group is there.
     """
@@ -104,11 +103,11 @@ def shard(
 
     def split(module: nn.Module, again: bool) -> None:
         module.to(device)
-        if storage is not None:
-            store_as(module, storage)
+        store_as(module)
+        odd = {p for p in module.parameters() if getattr(p, "quant_state", None) and p.dtype != torch.float32}
         for part in module.modules():  # what is kept for a layer would keep all of its bytes
             part.__dict__.pop("fastlora_weight", None)
-        fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=trained or None)
+        fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=(trained | odd) or None)
 
     embeddings = _own_embeddings(model)
     for block in blocks:
