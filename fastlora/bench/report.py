@@ -425,7 +425,7 @@ def methods(results: Path) -> str:
 def distributed(results: Path) -> str:
     """What the committed runs over several GPUs measured: goals, speed and memory by stack, loss."""
     blocks = []
-    for path in _found(results, "distributed.json"):
+    for path in sorted(results.glob("*/distributed*.json")):
         data, rows = record.read(path)
         if data.get("quick"):
             continue

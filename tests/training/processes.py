@@ -49,7 +49,7 @@ def _child(
     os._exit(code)
 
 
-def run(function: Callable[..., Any], *args: Any, folder: Path, timeout: float = 90) -> list[tuple[int, str]]:
+def run(function: Callable[..., Any], *args: Any, folder: Path, timeout: float = 240) -> list[tuple[int, str]]:
     """``function(rank, *args)`` in `WORLD` processes: the exit code and the output of each.
 
     A process that takes longer than ``timeout`` seconds is killed, and its exit code is negative.
