@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from fastlora.training.errors import EXIT_INTERRUPTED, UserError, first_line, is_out_of_memory, near, require
+from fastlora.training.errors import EXIT_INTERRUPTED, EXIT_LOST, UserError, first_line, is_out_of_memory, near, require
 
 try:
     import typer
@@ -23,7 +23,8 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 2 for a bad input, 130 when interrupted."""
+    """Runs the command line and returns its exit code: 0, 2 for a bad input, 130 when interrupted. Ends the
+    process with 3 where another process of the run is gone."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments == ["info"]:  # says what is missing, so that it needs nothing itself
@@ -34,6 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         if error.alone or _first_process():
             print(f"fastlora: {error}", file=sys.stderr)
+        if error.exit_code == EXIT_LOST:
+            # At once: what is left of the collectives may wait for the process that is gone.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(EXIT_LOST)
         return error.exit_code
     except KeyboardInterrupt:
         if _first_process():

@@ -43,8 +43,8 @@ def run_and_die(rank: int, values: dict[str, Any]) -> int:
     try:
         train(load(None, values), callbacks)
     except UserError as error:
-        print(f"fastlora: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"fastlora: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)  # as the command does
     return 0
 
 
