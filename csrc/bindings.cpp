@@ -27,6 +27,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "cpu/dropout.h"
 #include "cpu/linear.h"
 #include "params.h"
 
@@ -61,6 +62,8 @@ const char* name_of(ScalarType type) {
       return "float16";
     case ScalarType::Double:
       return "float64";
+    case ScalarType::Long:
+      return "int64";
     default:
       return "another type";
   }
@@ -194,6 +197,22 @@ void dequantize_cpu_op(
   torch::stable::parallel_for(0, blocks, kGrainElements / blocksize, [&](int64_t begin, int64_t end) {
     dequantize_cpu(p, path, begin * blocksize, std::min(end * blocksize, numel));
   });
+}
+
+void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
+  DropoutParams p{};
+  p.dtype = dtype_of("x", x);
+  if (p.dtype == DType::kFloat16) fail("x must be float32 or bfloat16, got float16");
+  if (x.dim() != 2) fail("x must have two dimensions, got shape ", shape_of(x));
+  p.k = x.sizes()[1];
+  p.x = checked<void>("x", x, out, x.scalar_type(), out.numel());
+  checked<void>("out", out, x, x.scalar_type(), x.numel());
+  p.out = out.mutable_data_ptr();
+  p.seed = *checked<uint64_t>("seed", seed, x, ScalarType::Long, 1);
+  p.threshold = static_cast<uint32_t>(threshold);
+  p.gain = static_cast<float>(gain);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / 4 / std::max<int64_t>(1, p.k));
+  torch::stable::parallel_for(0, x.sizes()[0], grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
 }
 
 int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
@@ -782,6 +801,7 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   define("cpu_capability() -> int");
   define("dequantize(" + weight + ", int capability, Tensor(a!) out) -> ()");
+  define("dropout(Tensor x, Tensor seed, int threshold, float gain, Tensor(a!) out) -> ()");
   define("linear" + forward + ", int capability) -> (Tensor, Tensor)");
   define("linear" + backward + ", int capability) -> (Tensor, Tensor, Tensor)");
   for (const std::string& name : {std::string("few_rows"), std::string("tile"), std::string("library")}) {
@@ -792,6 +812,7 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op));
+  m.impl("dropout", TORCH_BOX(&fastlora::dropout_cpu_op));
   m.impl("linear_forward", TORCH_BOX(&fastlora::linear_forward_cpu_op));
   m.impl("linear_backward", TORCH_BOX(&fastlora::linear_backward_cpu_op));
 }

@@ -12,6 +12,7 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from fastlora import native
 from fastlora.dropout import Dropout
 
 
@@ -56,7 +57,7 @@ def forward(
 
 
 def _u(x: torch.Tensor, lora_a: torch.Tensor, dropout: Dropout | None) -> torch.Tensor:
-    return (dropout.apply(x) if dropout else x) @ lora_a.to(x.dtype).T
+    return (native.drop(x, dropout) if dropout else x) @ lora_a.to(x.dtype).T
 
 
 def _forward_wide(
@@ -104,10 +105,10 @@ def backward(
     if need_dx:
         assert w is not None
         dx = du @ lora_a.to(dy.dtype)
-        dx = (dropout.apply(dx) if dropout else dx).addmm_(dy, w)
+        dx = (native.drop(dx, dropout) if dropout else dx).addmm_(dy, w)
     if need_da:
         assert x is not None
-        da = _mm(du.T, dropout.apply(x) if dropout else x, 1.0, lora_a.dtype)
+        da = _mm(du.T, native.drop(x, dropout) if dropout else x, 1.0, lora_a.dtype)
     if need_db:
         db = _mm(dy.T, u, scale, lora_b.dtype)
     return dx, da, db

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastlora import tables
+from fastlora.dropout import Dropout
 from fastlora.nf4 import NF4Weight
 
 CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16")
@@ -197,6 +198,15 @@ def _adapters(
     if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x.dtype, torch.float32):
         lora_a, lora_b = lora_a.float(), lora_b.float()
     return lora_a.contiguous(), lora_b.contiguous()
+
+
+def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
+    """``dropout.apply(x)`` for x (M, K) on any device, to the bit; by the extension where it has code for x."""
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and available("cpu") is None:
+        out = torch.empty(x.shape, dtype=x.dtype)
+        _operator("dropout", "cpu")(x.contiguous(), dropout.seed, dropout.threshold, dropout.gain, out)
+        return out
+    return dropout.apply(x)
 
 
 def forward(

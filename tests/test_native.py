@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastlora import native, tables
+from fastlora.dropout import Dropout
 from fastlora.nf4 import BLOCKSIZES, CODES, NF4Weight
 
 REASON = native.available("cpu")
@@ -266,3 +267,29 @@ def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     with tables.use(known):
         assert native.chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", False) == "library"
         assert native.chosen_form(64, 4096, 4096, 64, torch.bfloat16, 0, 16, "forward", True) == "tile"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 7), (33, 1000)])
+def test_dropout_is_the_reference_to_the_bit(dtype: torch.dtype, p: float, m: int, k: int) -> None:
+    dropout = Dropout(p, torch.tensor([-(2**62) - 12345]))
+    x = torch.randn(m, 2 * k).to(dtype)[:, ::2]
+    x[:, :1] = float("inf")
+    dropped = native.drop(x, dropout)
+    assert dropped.dtype == dtype
+    assert torch.equal(dropped, dropout.apply(x))
+
+
+@built
+def test_dropout_names_what_is_wrong() -> None:
+    x, seed, operator = torch.zeros(2, 3), torch.zeros(1, dtype=torch.int64), torch.ops.fastlora_native.dropout
+    for arguments, message in (
+        ((x.half(), seed, 0, 1.0, x.half()), "x must be float32 or bfloat16"),
+        ((x[0], seed, 0, 1.0, x[0]), "two dimensions"),
+        ((x, seed.float(), 0, 1.0, x.clone()), "seed must be a contiguous int64"),
+        ((x, seed, 0, 1.0, x.clone().to(torch.bfloat16)), "out must be a contiguous float32"),
+        ((x.T, seed, 0, 1.0, x.clone().T), "not contiguous"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            operator(*arguments)

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../convert.h"
+#include "../dropout.h"
 #include "../linear.h"
 
 namespace {
@@ -263,6 +264,33 @@ void check(
   compare("db", db, want, where);
 }
 
+// Dropout against the definition of Philox, one element at a time.
+void check_dropout(int64_t m, int64_t k, DType dtype) {
+  const std::string where = " in dropout of " + std::to_string(m) + " x " + std::to_string(k);
+  Tensor x = Tensor::random(m * k, dtype, 1.0f), out(m * k, dtype);
+  DropoutParams p{x.data(), out.data(), k, 0x0123456789abcdefull, 0x40000000u, 4.0f / 3, dtype};
+  dropout_cpu(p, 0, m);
+  const Values xs = x.values(dtype);
+  Values want(m * k);
+  for (int64_t row = 0; row < m; ++row) {
+    for (int64_t column = 0; column < k; ++column) {
+      uint32_t c[4] = {static_cast<uint32_t>(column / 4), static_cast<uint32_t>(row), 0, 0};
+      uint32_t key[2] = {static_cast<uint32_t>(p.seed), static_cast<uint32_t>(p.seed >> 32)};
+      for (int round = 0; round < 10; ++round) {
+        const uint64_t low = uint64_t{c[0]} * 0xD2511F53u, high = uint64_t{c[2]} * 0xCD9E8D57u;
+        const uint32_t next[4] = {
+            static_cast<uint32_t>(high >> 32) ^ c[1] ^ key[0], static_cast<uint32_t>(high),
+            static_cast<uint32_t>(low >> 32) ^ c[3] ^ key[1], static_cast<uint32_t>(low)};
+        std::copy(next, next + 4, c);
+        key[0] += 0x9E3779B9u;
+        key[1] += 0xBB67AE85u;
+      }
+      want[row * k + column] = c[column % 4] >= p.threshold ? xs[row * k + column] * p.gain : 0.0;
+    }
+  }
+  compare("dropout", out, want, where);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -285,6 +313,9 @@ int main(int argc, char** argv) {
       check(1027, 3, 5, 2, 32, QuantType::kFP4, true, dtype, dtype, static_cast<CpuCapability>(path));
       checks += 3;
     }
+  }
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    for (int i = 0; i < count; ++i) check_dropout(random_integer(1, 9), random_integer(1, 200), dtype);
   }
   std::printf("%lld layers, forward and backward: clean\n", static_cast<long long>(checks));
 }
