@@ -181,7 +181,7 @@ def call_forward(**changes: object) -> None:
         ({"x": torch.zeros(64)}, r"x must have rows, got shape \(64\)$"),
         ({"x": torch.zeros(0, 64)}, r"x must have rows, got shape \(0, 64\)$"),
         ({"x": torch.zeros(4, 64).half()}, "x must be bfloat16 or float32, got float16$"),
-        ({"x": torch.zeros(4, 64).long()}, "x must be float32, bfloat16 or float16, got another type$"),
+        ({"x": torch.zeros(4, 64).long()}, "x must be float32, bfloat16 or float16, got int64$"),
         ({"lora_b": None}, "lora_a and lora_b must be given together, got only lora_a$"),
         ({"lora_a": torch.zeros(64)}, r"lora_a must be \(R, 64\), got \(64\)$"),
         ({"lora_a": torch.zeros(8, 63)}, r"lora_a must be contiguous, of shape \(8, 64\), got \(8, 63\)$"),
