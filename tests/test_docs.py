@@ -221,13 +221,24 @@ def test_explained_errors_exist() -> None:
     assert [message for message in found if not any(explains(message, text) for text in known)] == []
 
 
-RAISED = ("errors", "checkpoints", "callbacks", "saving", "durable", "train", "optimizer")
+RAISED = (
+    *(f"training/{name}" for name in ("errors", "checkpoints", "callbacks", "saving", "durable", "train", "optimizer")),
+    *(
+        "training/tasks",
+        "training/distributed",
+        "search/space",
+        "search/study",
+        "search/results",
+        "search/worker",
+        "search/command",
+    ),
+)
 
 
 @pytest.mark.parametrize("module", RAISED)
 def test_errors_of_a_run_are_explained(module: str) -> None:
-    """Whatever `fastlora train` raises in the modules of the run itself has its line on the page."""
-    tree = ast.parse((ROOT / "fastlora" / "training" / f"{module}.py").read_text(encoding="utf-8"))
+    """Whatever `fastlora train` and `fastlora search` raise has its line on the page."""
+    tree = ast.parse((ROOT / "fastlora" / f"{module}.py").read_text(encoding="utf-8"))
     explained, silent = messages(), []
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("UserError", "Interrupted")):
