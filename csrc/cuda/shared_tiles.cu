@@ -27,6 +27,8 @@ constexpr int kStoreBytes = kStoreTokens * kStep * 2;  // of a part of the resul
 constexpr int kTeams = 2;
 constexpr int kTokenBytes = kTokensTile * kStep * 2;
 constexpr int kStages = 4;
+constexpr int kTeamStages = kStages / kTeams;  // each team has stages of its own: only it ever writes to them
+static_assert(kStages % kTeams == 0 && kPackedSlots % kTeams == 0);
 constexpr int kProductThreads = (kConsumers + kTeams) * kWarpgroup;
 // Shared memory, by distances from its first multiple of 1024.
 constexpr int kWeightsAt = kStages * kTokenBytes;
@@ -84,6 +86,16 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
   const int first_tile = static_cast<int>(blockIdx.x), tile_step = static_cast<int>(gridDim.x);
   const auto row_of = [&](int tile) { return tile % row_tiles * kRows; };
   const auto token_of = [&](int tile) { return tile / row_tiles * kTokensTile; };
+  // The stage of a step, after `done` tiles, and the parity of its round.
+  struct Stage {
+    int slot;
+    uint32_t parity;
+  };
+  const auto stage_of = [&](int done, int step) {
+    const int team = step % kTeams, of_tile = (all_steps - team + kTeams - 1) / kTeams;
+    const Ring<kTeamStages> ring{static_cast<uint32_t>(done * of_tile + step / kTeams)};
+    return Stage{team * kTeamStages + ring.slot(), ring.parity()};
+  };
 
   if (warpgroup >= kConsumers) {
     give_registers<kTeamRegisters>();
@@ -167,15 +179,15 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
     float4 values = next_values;
     uint32_t codes = 0;
     bool waited = false;
-    int before = 0;  // steps of earlier tiles
-    for (int tile = first_tile; tile < tiles; tile += tile_step, before += all_steps) {
+    int done = 0;
+    for (int tile = first_tile; tile < tiles; tile += tile_step, ++done) {
       const int row0 = row_of(tile), token0 = token_of(tile);
       for (int step = team; step < all_steps; step += kTeams) {
-        const Ring<kStages> stage{static_cast<uint32_t>(before + step)};
-        const int slot = stage.slot();
+        const Stage stage = stage_of(done, step);
+        const int slot = stage.slot;
         const uint32_t row_at = weights_at + slot * kWeightBytes + thread * kStep * 2;
         const auto put = [&](int i, uint4 v) { store_shared(row_at + ((i ^ (thread & 7)) * 16), v); };
-        wait_barrier(empty(slot), stage.parity() ^ 1);
+        wait_barrier(empty(slot), stage.parity ^ 1);
         if (fetches) {
           if (step >= steps && !waited) wait_for_previous();
           waited |= step >= steps;
@@ -273,7 +285,6 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
     const uint32_t stores_at = tokens_at + kStoresAt + warpgroup * 2 * kStoreBytes;
     const auto meet = [&] { asm volatile("bar.sync %0, %1;" ::"r"(warpgroup + 1), "n"(kWarpgroup) : "memory"); };
 
-    Ring<kStages> stage;
     // Two instructions of 128 tokens: the registers that a thread has at the launch would not do for one of 256.
     constexpr int kParts = 2, kPart = kTokensTile / kParts;
     float acc[kParts][kPart / 2];
@@ -284,7 +295,8 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
       }
     };
     const auto sum = [&](int i) -> float& { return acc[i / (kPart / 2)][i % (kPart / 2)]; };
-    for (int tile = first_tile; tile < tiles; tile += tile_step) {
+    int done = 0;
+    for (int tile = first_tile; tile < tiles; tile += tile_step, ++done) {
 #pragma unroll
       for (int i = 0; i < kTokensTile / 2; ++i) sum(i) = 0.0f;
       int pending = -1;  // slot that may still be read
@@ -295,11 +307,11 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
       const auto release = [&](int slot) {
         if (pending >= 0 && lane == 0) arrive(empty(pending));
         pending = slot;
-        ++stage.used;
       };
       for (int step = 0; step < steps; ++step) {
-        const int slot = stage.slot();
-        wait_barrier(full(slot), stage.parity());
+        const Stage stage = stage_of(done, step);
+        const int slot = stage.slot;
+        wait_barrier(full(slot), stage.parity);
         const uint64_t a = a_of(slot), b = b_of(slot);
         fence_registers();
 #pragma unroll
@@ -310,8 +322,9 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
       }
       wait_products<0>();
       for (int step = steps; step < all_steps; ++step) {
-        const int slot = stage.slot(), ranks = min(kStep, p.r - (step - steps) * kStep);
-        wait_barrier(full(slot), stage.parity());
+        const Stage stage = stage_of(done, step);
+        const int slot = stage.slot, ranks = min(kStep, p.r - (step - steps) * kStep);
+        wait_barrier(full(slot), stage.parity);
         for (int i = 0; i < (ranks + 15) / 16; ++i) {
           fence_registers();
           multiply(a_of(slot) + i * kFurther, b_of(slot) + i * 2);

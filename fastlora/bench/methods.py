@@ -25,7 +25,7 @@ from fastlora.bench import modes, timing
 from fastlora.bench.modes import LLAMA_8B, SMALL, Shape, base_model
 from fastlora.bench.record import Row
 from fastlora.training.config import TrainConfig
-from fastlora.training.errors import UserError
+from fastlora.training.errors import UserError, first_line
 from fastlora.training.methods import make
 
 PLAIN = "lora"
@@ -273,7 +273,7 @@ def _stepped(name: str, base: Any, plain: Stepper, size: Shape, device: torch.de
         inference = timing.measure({"this": this.infer}, device, rounds=size.rounds, budget_ms=size.budget_ms)["this"]
         peak = timing.peak_memory(this, device)
     except torch.OutOfMemoryError as error:
-        return [Row(case, "step ms", None, note=str(error).splitlines()[0])]
+        return [Row(case, "step ms", None, note=first_line(error))]
     rows = [
         Row(case, "trained parameters (1000)", this.parameters / 1e3),
         Row(case, "step ms", times["this"].p50 / 1e3),

@@ -145,7 +145,7 @@ def _training_tables(results: Path) -> str:
         if (name := _bars_name(path, data, rows)) is not None:
             blocks.append(f"![tokens a second and memory of a training step]({PLOTS}/{name}.png)")
         if "curves" in data:
-            blocks += [f"![loss of a training step]({PLOTS}/{_curves_name(path)}.png)", rows_table(rows)]
+            blocks += [f"![loss of a training step]({PLOTS}/{_plot_name(path)}.png)", rows_table(rows)]
             continue
         cases = _by_stack(rows)
         for case, stacks in cases.items():
@@ -181,11 +181,11 @@ def _classes_table(stacks: dict[str, dict[str, Row]]) -> str:
 def _bars_name(path: Path, data: dict[str, Any], rows: list[Row]) -> str | None:
     """The name of the plot of a record; None where there is nothing to draw."""
     if data.get("gpu") and any(row.value is not None and row.metric.startswith("tokens/s,") for row in rows):
-        return f"{path.parent.name}-{_slug(path.stem)}"
+        return _plot_name(path)
     return None
 
 
-def _curves_name(path: Path) -> str:
+def _plot_name(path: Path) -> str:
     return f"{path.parent.name}-{_slug(path.stem)}"
 
 
@@ -425,7 +425,7 @@ def methods(results: Path) -> str:
 def distributed(results: Path) -> str:
     """What the committed runs over several GPUs measured: goals, speed and memory by stack, loss."""
     blocks = []
-    for path in sorted(results.glob("*/distributed*.json")):
+    for path in _found(results, "distributed*.json"):
         data, rows = record.read(path)
         if data.get("quick"):
             continue
@@ -504,7 +504,7 @@ def write(results: Path, docs: Path, readme_path: Path) -> list[Path]:
             bars(rows, f"QLoRA training step, bf16, r = 16, NF4, AdamW, {data['gpu']}", stem)
             written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]
         if "curves" in data:
-            stem = docs / PLOTS / _curves_name(path)
+            stem = docs / PLOTS / _plot_name(path)
             case = next(row.case for row in rows)
             curves(data["curves"], f"{case}, {data.get('gpu') or 'CPU'}", stem)
             written += [Path(f"{stem}.{kind}") for kind in ("png", "svg")]

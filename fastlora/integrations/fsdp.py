@@ -19,6 +19,8 @@ from fastlora.linear import NF4Linear
 from fastlora.nf4 import NF4Weight
 
 Adapters = Literal["replicated", "sharded"]
+_WORD = torch.float32
+"""What packed bytes are stored as."""
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -41,8 +43,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in found if id(module) not in inner]
 
 
-def store_as(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
-    """Let the packed bytes of bitsandbytes' layers be read as ``dtype``, without copying them; returns how many were.
+def store_as_words(model: nn.Module) -> int:
+    """Let the packed bytes of bitsandbytes' layers be read as float32, without copying them; returns how many were.
 
     What is no whole number of words stays as it is.
     """
@@ -50,15 +52,15 @@ def store_as(model: nn.Module, dtype: torch.dtype = torch.float32) -> int:
     for module in model.modules():
         weight: Any = module._parameters.get("weight")
         state = getattr(weight, "quant_state", None)
-        if state is None or weight.dtype == dtype:
+        if state is None or weight.dtype == _WORD:
             continue
         packed = NF4Weight.from_bitsandbytes(weight, state)
-        if packed.w_packed.numel() % dtype.itemsize:
+        if packed.w_packed.numel() % _WORD.itemsize:
             continue
-        stored = packed.to_bitsandbytes(dtype)
+        stored = packed.to_bitsandbytes(_WORD)
         stored.quant_state, stored.module = state, module
         layer: Any = module
-        layer.weight, layer.quant_state, layer.quant_storage = stored, state, dtype
+        layer.weight, layer.quant_state, layer.quant_storage = stored, state, _WORD
         count += 1
     return count
 
@@ -103,8 +105,8 @@ def shard(
 
     def split(module: nn.Module, again: bool) -> None:
         module.to(device)
-        store_as(module)
-        odd = {p for p in module.parameters() if getattr(p, "quant_state", None) and p.dtype != torch.float32}
+        store_as_words(module)
+        odd = {p for p in module.parameters() if getattr(p, "quant_state", None) and p.dtype != _WORD}
         for part in module.modules():  # what is kept for a layer would keep all of its bytes
             part.__dict__.pop("fastlora_weight", None)
         fully_shard(module, mesh=mesh, reshard_after_forward=again, ignored_params=(trained | odd) or None)

@@ -8,7 +8,6 @@ import json
 import logging
 import math
 import multiprocessing
-import os
 import signal
 import threading
 import time
@@ -151,9 +150,8 @@ def _split(config: TrainConfig, settings: SearchConfig, folder: Path) -> dict[st
         rows = {"train": parts["train"], "validation": parts["test"], "test": _first(test, config.max_eval_samples)}
         files["train"].parent.mkdir(exist_ok=True)
         for name, path in files.items():
-            part = path.with_suffix(".part")
-            rows[name].to_json(str(part), force_ascii=False)
-            os.replace(part, path)
+            with durable.replacing(path) as part:
+                rows[name].to_json(str(part), force_ascii=False)
     return {name: str(path) for name, path in files.items()}
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fastlora.training.errors import UserError, near
+from fastlora.training.errors import UserError, near, require
 
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 Quantization = Literal["nf4", "fp4", "none"]
@@ -235,6 +236,21 @@ class TrainConfig(BaseModel):
     def to_yaml(self) -> str:
         """The whole configuration, defaults included, as YAML that `load` reads back."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def uses_trl(config: TrainConfig) -> bool:
+    """Whether TRL's SFTTrainer runs. Raises UserError when it is asked for and not installed."""
+    if config.trainer == "auto":
+        return not (without_masks(config) or config.chunked_loss) and importlib.util.find_spec("trl") is not None
+    if config.trainer == "trl":
+        require("trl", extra="trl")
+        return True
+    return False
+
+
+def without_masks(config: TrainConfig) -> bool:
+    """Whether batches are padded on the right and attended without masks."""
+    return config.step != "eager" or config.attention != "stock"
 
 
 def load(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> TrainConfig:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fastlora.training import durable
-from fastlora.training.config import TrainConfig
+from fastlora.training.config import TrainConfig, uses_trl
 from fastlora.training.errors import EXIT_LOST, UserError, first_line
 
 T = TypeVar("T")
@@ -128,14 +128,8 @@ def _check(config: TrainConfig, world: World) -> None:
         )
     if config.init in methods.STARTS:
         raise UserError(f"distributed: init {config.init} changes base weights, which fsdp shards: set distributed ddp")
-    if config.trainer == "trl" or (config.trainer == "auto" and _has_trl()):
+    if uses_trl(config):
         raise UserError("distributed: TRL's SFTTrainer wraps the model itself: set trainer transformers for fsdp")
-
-
-def _has_trl() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("trl") is not None
 
 
 @contextlib.contextmanager

@@ -28,15 +28,20 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _CHUNK = 2**20
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The name to write a file under, so that it is at ``path`` whole or not at all."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    yield part
+    _sync(part)
     os.replace(part, path)
     _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

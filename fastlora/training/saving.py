@@ -23,10 +23,7 @@ def _generators_file(args: Any) -> str:
 
 
 class SafeCheckpoints:
-    """Mix-in of a Trainer. A checkpoint appears under its name when all of it is on the disk, and has no pickle.
-
-    Where FSDP or DeepSpeed write the optimizer, in their own format, that part stays theirs.
-    """
+    """Mix-in of a Trainer. A checkpoint appears under its name when all of it is on the disk, and has no pickle."""
 
     _writing: str | None = None
 
@@ -78,13 +75,8 @@ class SafeCheckpoints:
         # The trainer's own arguments, as a pickle that nothing reads: config.yaml has them.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
-    def _elsewhere(self: Any) -> bool:
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
-
     def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
-        if self._elsewhere():
-            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
-        elif self.args.should_save:
+        if self.args.should_save:
             scaler = getattr(self.accelerator, "scaler", None)
             tree = {
                 "optimizer": self.optimizer.state_dict(),
@@ -94,12 +86,10 @@ class SafeCheckpoints:
             durable.save_tree(tree, Path(output_dir) / STATE)
 
     def _save_scaler(self: Any, output_dir: str) -> None:
-        if self._elsewhere():
-            super()._save_scaler(output_dir)  # type: ignore[misc]
+        """It is in the file of the optimizer."""
 
     def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        if checkpoint is None or self._elsewhere():
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None:
             return
         tree = durable.load_tree(Path(checkpoint) / STATE)
         try:
@@ -112,8 +102,7 @@ class SafeCheckpoints:
             raise UserError(f"resume: {path} is of another optimizer ({error}): use another checkpoint") from error
 
     def _load_scaler(self: Any, checkpoint: str | None) -> None:
-        if self._elsewhere():
-            super()._load_scaler(checkpoint)  # type: ignore[misc]
+        """It came with the optimizer."""
 
     def _save_rng_state(self: Any, output_dir: str) -> None:
         import numpy

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from fastlora.training import checkpoints, data, distributed, durable, methods, 
 from fastlora.training import model as models
 from fastlora.training import step as steps
 from fastlora.training.attention import use_causal_attention
-from fastlora.training.config import TrainConfig
+from fastlora.training.config import TrainConfig, uses_trl, without_masks
 from fastlora.training.errors import Interrupted, UserError, disk_errors, is_out_of_memory, require
 
 if TYPE_CHECKING:
@@ -276,21 +275,6 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
         done = checkpoints.finished(config.output_dir)
         go_on = f"; --resume goes on from {done[-1].name} where the setting allows it" if done else ""
         raise UserError(f"out of {where}: {', or '.join(advice)}{go_on}") from error
-
-
-def uses_trl(config: TrainConfig) -> bool:
-    """Whether TRL's SFTTrainer runs. Raises UserError when it is asked for and not installed."""
-    if config.trainer == "auto":
-        return not (without_masks(config) or config.chunked_loss) and importlib.util.find_spec("trl") is not None
-    if config.trainer == "trl":
-        require("trl", extra="trl")
-        return True
-    return False
-
-
-def without_masks(config: TrainConfig) -> bool:
-    """Whether batches are padded on the right and attended without masks."""
-    return config.step != "eager" or config.attention != "stock"
 
 
 def check_step(config: TrainConfig, device: torch.device) -> None:

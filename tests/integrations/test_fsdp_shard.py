@@ -172,8 +172,8 @@ def test_bytes_read_as_another_type_are_the_same_bytes() -> None:
     model = make()
     before = weights(model)
     pointers = [layer.base_layer.weight.data_ptr() for layer in surface.lora_layers(model)]
-    assert fsdp.store_as(model) == 14
-    assert fsdp.store_as(model) == 0
+    assert fsdp.store_as_words(model) == 14
+    assert fsdp.store_as_words(model) == 0
     assert [layer.base_layer.weight.data_ptr() for layer in surface.lora_layers(model)] == pointers
     assert_same_bits(weights(model), before)
     assert {layer.base_layer.weight.dtype for layer in surface.lora_layers(model)} == {torch.float32}

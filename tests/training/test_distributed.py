@@ -128,7 +128,8 @@ def test_two_gpus_learn_what_one_does(plain: dict[str, Any], tmp_path: Path, kin
     """Over NCCL, in float32, and on from a checkpoint."""
     if torch.cuda.device_count() < processes.WORLD:
         pytest.skip(f"needs {processes.WORLD} GPUs")
-    values = plain | {"device": "cuda", "bf16": False, "blocks": True, "distributed": kind}
+    # A schedule that knows the last step would be another one for the first part of the run.
+    values = plain | {"device": "cuda", "bf16": False, "blocks": True, "distributed": kind, "scheduler": "constant"}
     processes.check(processes.run(run_train, values, folder=tmp_path))
     more = values | {"resume": True, "max_steps": 5}
     processes.check(processes.run(run_train, more, folder=tmp_path))
@@ -138,7 +139,7 @@ def test_two_gpus_learn_what_one_does(plain: dict[str, Any], tmp_path: Path, kin
     # Adam makes a whole step even of rounding: directions are compared, of what began at zero.
     for name, t in adapter(wanted.output_dir).items():
         if "lora_B" in name:
-            assert torch.cosine_similarity(found[name].flatten(), t.flatten(), dim=0) > 0.99, name
+            assert torch.cosine_similarity(found[name].flatten(), t.flatten(), dim=0) > 0.999, name
 
 
 LAUNCHERS = {

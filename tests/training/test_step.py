@@ -297,9 +297,9 @@ def test_training_with_a_chunked_loss_and_no_masks_has_the_same_losses(
     ],
 )
 def test_what_a_step_cannot_be(values: dict[str, Any], device: str, words: str | None) -> None:
-    from fastlora.training.config import TrainConfig
+    from fastlora.training.config import TrainConfig, uses_trl
     from fastlora.training.errors import UserError
-    from fastlora.training.train import check_step, uses_trl
+    from fastlora.training.train import check_step
 
     config = TrainConfig(model="m", data="d", **values)
     if words is None:
