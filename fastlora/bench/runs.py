@@ -2,7 +2,8 @@
 
 transformers' Trainer and TRL's SFTTrainer train the same model from the same seed with PEFT's layers and with fused
 ones, with what users switch on: dropout, DoRA, rsLoRA, two adapters at once. The curves are kept, and how far they are
-apart. With dropout the masks differ, so PEFT runs once more from another seed, which says how far apart that is.
+apart. With dropout the masks differ, so PEFT runs once more from another seed, which says how far apart that is. PEFT
+in float32 says which of two bfloat16 curves is nearer to what both mean.
 """
 
 from __future__ import annotations
@@ -40,14 +41,16 @@ class Case:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Of LoraConfig."""
     adapters: int = 1
+    exact: bool = False
+    """Whether PEFT runs in float32, too, on real weights: random ones are others in another type."""
 
 
 CASES = (
     Case("dropout 0.1", fields={"lora_dropout": 0.1}),
     Case("DoRA", fields={"use_dora": True}),
-    Case("SFTTrainer", trainer="SFTTrainer"),
-    Case("rsLoRA", fields={"use_rslora": True}),
-    Case("two adapters", adapters=2),
+    Case("SFTTrainer", trainer="SFTTrainer", exact=True),
+    Case("rsLoRA", fields={"use_rslora": True}, exact=True),
+    Case("two adapters", adapters=2, exact=True),
     Case("Llama-3-8B layers", model="llama-3-8b"),
     Case("SFTTrainer, DoRA, dropout 0.1", trainer="SFTTrainer", fields={"use_dora": True, "lora_dropout": 0.1}),
 )
@@ -92,10 +95,12 @@ def _random_text(count: int, length: int = 64) -> real.Rows:
     return [{"input_ids": row, "labels": row} for row in torch.stack(columns, 1).tolist()]
 
 
-def _prepare(model: str, device: torch.device, plan: Plan) -> tuple[Any, real.Rows, Any, str]:
+def _prepare(
+    model: str, device: torch.device, plan: Plan, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, real.Rows, Any, str]:
     """A base model, rows to learn, a tokenizer, and what they are."""
     if model == "smollm2" and not real.missing():
-        base, tokenizer = real.load(device, torch.bfloat16)
+        base, tokenizer = real.load(device, dtype)
         return base, real.text(tokenizer, 32)[0], tokenizer, real.NAME
     shape = dict(_SHAPES[model])
     if model == "llama-3-8b":
@@ -117,7 +122,7 @@ def _any_tokenizer() -> Any:
 def losses(
     base: Any, rows: real.Rows, tokenizer: Any, case: Case, plan: Plan, device: torch.device, *, fused: bool, seed: int
 ) -> tuple[list[float], float]:
-    """The loss at every step, and the mean seconds of a step without the first five."""
+    """The loss at every step, in the type of the base, and the mean seconds of a step without the first five."""
     import peft
 
     hf = models.transformers()
@@ -153,7 +158,7 @@ def losses(
             "save_strategy": "no",
             "report_to": [],
             "disable_tqdm": True,
-            "bf16": True,
+            "bf16": base.dtype == torch.bfloat16,
             "use_cpu": device.type == "cpu",
             "dataloader_pin_memory": False,
             "remove_unused_columns": False,
@@ -201,9 +206,11 @@ def _rows_of(case: Case, what: str, curves: dict[str, list[float]], step: dict[s
         Row(name, "rms distance from PEFT's curve", distance(ours, theirs)),
         Row(name, "speed-up of a step over PEFT", step["peft"] / step["fastlora"], note=f"{step['fastlora']:.4f} s"),
     ]
-    if "peft, another seed" in curves:
-        again = distance(curves["peft, another seed"], theirs)
-        found.append(Row(name, "rms distance of PEFT from itself with other masks", again))
+    if (again := curves.get("peft, another seed")) is not None:
+        found.append(Row(name, "rms distance of PEFT from itself with other masks", distance(again, theirs)))
+    if (exact := curves.get("peft, float32")) is not None:
+        found.append(Row(name, "rms distance from PEFT's curve in float32", distance(ours, exact)))
+        found.append(Row(name, "rms distance of PEFT from itself in float32", distance(theirs, exact)))
     return found
 
 
@@ -235,6 +242,9 @@ def measure(device: torch.device, plan: Plan = FULL, cases: Iterable[Case] = CAS
                     found[provider], steps[provider] = losses(
                         base, data, tokenizer, case, plan, device, fused=fused, seed=seed
                     )
+                if case.exact and what == real.NAME:
+                    exact = _prepare(case.model, device, plan, torch.float32)[0]
+                    found["peft, float32"], _ = losses(exact, data, tokenizer, case, plan, device, fused=False, seed=0)
         except Exception as error:  # one case must not take the others with it
             rows.append(
                 Row(case.name, "first loss", None, note=f"{type(error).__name__}: {error}".split("\n")[0][:150])
@@ -252,7 +262,12 @@ def plot(curves: Curves, title: str, stem: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    styles = {"peft": ("C1", "-", 3.0), "fastlora": ("C0", "--", 1.5), "peft, another seed": ("0.6", ":", 1.2)}
+    styles = {
+        "peft": ("C1", "-", 3.0),
+        "fastlora": ("C0", "--", 1.5),
+        "peft, another seed": ("0.6", ":", 1.2),
+        "peft, float32": ("k", ":", 1.2),
+    }
     columns = min(3, len(curves))
     lines = -(-len(curves) // columns)
     # The same record gives the same bytes.

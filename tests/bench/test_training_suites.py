@@ -58,6 +58,21 @@ def test_runs(tiny: None, tmp_path: Path) -> None:
     assert stem.with_suffix(".png").stat().st_size > 1000
 
 
+def test_runs_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(model: str, device: torch.device, plan: runs.Plan, dtype: torch.dtype = torch.bfloat16) -> Any:
+        base = models.base(transformers.LlamaConfig(**SHAPE), device, dtype=dtype)
+        return base, runs._random_text(8), runs._any_tokenizer(), real.NAME
+
+    monkeypatch.setattr(runs, "_prepare", prepare)
+    rows, curves = runs.measure(CPU, runs.Plan(steps=2, batch_size=2), [runs.Case("one", exact=True)])
+    (found,) = curves.values()
+    values = {row.metric: row.value for row in rows}
+    wanted = {"from PEFT's curve in float32": "fastlora", "of PEFT from itself in float32": "peft"}
+    for metric, who in wanted.items():
+        assert values[f"rms distance {metric}"] == runs.distance(found[who], found["peft, float32"])
+    assert found["peft, float32"] != found["peft"]
+
+
 def test_no_case_is_begun_too_late(tiny: None) -> None:
     rows, curves = runs.measure(CPU, runs.Plan(seconds=-1))
     assert not curves
