@@ -47,8 +47,9 @@ def compile_all(capability: str, dtypes: list[str], cache: Path) -> list[dict[st
         *(
             pytest.param(capability, dtypes, marks=pytest.mark.slow)
             for capability, dtypes in (
-                ("9.0", ["float16", "float32"]), ("8.0", ["bfloat16", "float32"]), ("8.6", ["bfloat16"]),
-                ("8.9", ["bfloat16"]), ("10.0", ["bfloat16"]),
+                # The 16-bit types differ in one word of the instructions, so a generation compiles one of them.
+                ("9.0", ["float32"]), ("8.0", ["float32"]), ("8.6", ["bfloat16"]), ("8.9", ["bfloat16"]),
+                ("10.0", ["bfloat16"]),
             )
         ),
     ],
