@@ -39,7 +39,7 @@ peft-tests: $(VENV)/.test $(VENV)/.build
 # Every CUDA and Triton kernel under the memory checker and the race checker of the CUDA toolkit, on a GPU.
 sanitize: $(VENV)/.test $(VENV)/.build
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
-	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize_cuda.py
+	$(BIN)/python tests/sanitize_cuda.py --races
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
