@@ -197,13 +197,17 @@ def merge(
     dtype: Annotated[str, typer.Option(help="type of the merged weights: bfloat16, float16 or float32")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "cpu",
     mode: Annotated[str, typer.Option(help="dense, or in 4 bits: error-aware or requantize")] = "dense",
+    calibration: Annotated[
+        str | None, typer.Option(help="error-aware: data (a file, or a hub data set) of what the model is for")
+    ] = None,
 ) -> None:
     """Merge an adapter into its base model and save the model."""
     from fastlora.training.merge import merge as run
 
     _one_of("device", device, ("auto", "cpu", "cuda"))
     with _quiet():
-        print(f"merged model  {run(adapter, output_dir, model=model, dtype=dtype, device=device, mode=mode)}")
+        folder = run(adapter, output_dir, model=model, dtype=dtype, device=device, mode=mode, calibration=calibration)
+        print(f"merged model  {folder}")
 
 
 def quantize(

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import fastlora
-from fastlora.training import checkpoints
+from fastlora.training import checkpoints, data
 from fastlora.training import model as models
+from fastlora.training.config import load
 from fastlora.training.errors import UserError, disk_errors, first_line, near, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 MODES = ("dense", "error-aware", "requantize")
 ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+CALIBRATION_BLOCKS, CALIBRATION_LENGTH = 32, 512
+"""Of the calibration text: how many blocks are read, and tokens of a block."""
 
 
 def merge(
@@ -25,21 +33,28 @@ def merge(
     dtype: str = "bfloat16",
     device: str = "cpu",
     mode: str = "dense",
+    calibration: str | None = None,
 ) -> Path:
     """Writes ``base + scale * B A`` of every adapted layer, and the rest of the base, to ``output_dir``.
 
     adapter: the folder of an adapter or of a finished run. model: the base, by default the one the adapter names.
     dtype: bfloat16, float16 or float32. mode: "dense" loads the base dense, so that the merged weights are rounded to
     ``dtype`` and nothing coarser; "error-aware" and "requantize" write a model in NF4 that computes in ``dtype``: see
-    `fastlora.merge`.
+    `fastlora.merge`. calibration: for "error-aware", data of the kind that the model is for, read as `fastlora train`
+    reads it, of which the first 16 thousand tokens are used.
 
-    Raises UserError for an adapter that is missing, damaged or for another model, and for a full disk.
+    Raises UserError for an adapter that is missing, damaged or for another model, for data that cannot be read, and for
+    a full disk.
     """
     dtype = ALIASES.get(dtype, dtype)
     if dtype not in DTYPES:
         raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; {near(dtype, DTYPES)}")
     if mode not in MODES:
         raise UserError(f"mode: {mode!r} is not one of {', '.join(MODES)}; {near(mode, MODES)}")
+    if calibration is not None:
+        if mode != "error-aware":
+            raise UserError(f"calibration: mode {mode} does not use data: set mode error-aware")
+        data.check_source(calibration, "calibration")
     output_dir = Path(output_dir).expanduser()
     folder = models.find_adapter(adapter)
     source = models.find(models.base_of(folder, model))
@@ -56,8 +71,11 @@ def merge(
     tokenizer = models.load_tokenizer(source)
     quantization = "none" if mode == "dense" else "nf4"
     base = models.load_base(source, quantization=quantization, device=target, dtype=DTYPES[dtype])
+    batches = None if calibration is None else _batches(calibration, tokenizer, base.config, target)
     try:
-        merged = fastlora.merge(models.load_adapter(base, folder), mode, progress=sys.stderr.isatty())
+        merged = fastlora.merge(
+            models.load_adapter(base, folder), mode, calibration=batches, progress=sys.stderr.isatty()
+        )
     except ValueError as error:
         raise UserError(f"adapter: {folder} cannot be merged ({first_line(error)}): use another checkpoint") from error
     merged.config.use_cache = True
@@ -65,3 +83,14 @@ def merge(
         merged.save_pretrained(str(output_dir))
         tokenizer.save_pretrained(str(output_dir))
     return output_dir
+
+
+def _batches(
+    source: str, tokenizer: PreTrainedTokenizerBase, model: Any, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    """The first blocks of the calibration data, one a batch."""
+    length = min(CALIBRATION_LENGTH, getattr(model, "max_position_embeddings", CALIBRATION_LENGTH))
+    config = load(overrides={"model": "base", "data": source, "eval_fraction": 0.0, "max_length": length})
+    rows = itertools.islice(data.prepare(config, tokenizer).train, CALIBRATION_BLOCKS)
+    names = ("input_ids", "attention_mask")
+    return [{name: torch.tensor([row[name]], device=device) for name in names} for row in rows]

@@ -51,6 +51,23 @@ def test_merged_in_4_bits(trained: Any, tmp_path: Path, mode: str) -> None:
     assert error.norm() < 0.15 * exact.norm()
 
 
+def test_merged_with_calibration(trained: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The {word} is what the model is for." for word in ("first", "second", "third")))
+    plain, calibrated = (
+        merge(trained.output_dir, tmp_path / name, dtype="float32", mode="error-aware", calibration=source)
+        for name, source in (("plain", None), ("calibrated", str(text)))
+    )
+    models_ = [AutoModelForCausalLM.from_pretrained(path, device_map="cpu") for path in (plain, calibrated)]
+    one, other = (model.model.layers[1].mlp.down_proj.weight for model in models_)
+    assert one.shape == other.shape
+    assert not torch.equal(one, other)
+    with pytest.raises(UserError, match="calibration: no such file"):
+        merge(trained.output_dir, tmp_path / "m", mode="error-aware", calibration=str(tmp_path / "gone.txt"))
+    with pytest.raises(UserError, match="calibration: mode dense does not use data"):
+        merge(trained.output_dir, tmp_path / "m", calibration=str(text))
+
+
 def test_bad_inputs(trained: Any, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="dtype: 'int8' is not one of bfloat16"):
         merge(trained.output_dir, tmp_path / "m", dtype="int8")
