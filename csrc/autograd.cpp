@@ -4,8 +4,11 @@
 // of Python, whose numbers its file name carries. It holds no mathematics: it calls the operators that bindings.cpp
 // registers. Where it is missing, or declines a call by returning None, `fastlora/ops.py` does the same in Python.
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -61,6 +64,24 @@ struct BaseWeight {
   }
 };
 
+// Dropout of the adapter's input, or none. The numbers are those of fastlora/dropout.py.
+struct Dropout {
+  double p = 0.0;
+  Tensor seed;
+
+  void push(torch::jit::Stack& stack) const {
+    const bool on = seed.defined();
+    stack.emplace_back(on ? c10::IValue(seed) : c10::IValue());
+    stack.emplace_back(on ? std::min<int64_t>(std::llrint(p * 4294967296.0), 0xffffffff) : int64_t{0});
+    stack.emplace_back(!on || p >= 1.0 ? (on ? 0.0 : 1.0) : 1.0 / (1.0 - p));
+  }
+};
+
+// From the device's default generator, as fastlora.dropout.draw_seed does.
+Tensor draw_seed(const Tensor& x) {
+  return at::randint(0, std::numeric_limits<int64_t>::max(), {1}, x.options().dtype(at::kLong).requires_grad(false));
+}
+
 // The operators that compute a layer at one size; an absent one is none of those that this module calls.
 struct Form {
   std::optional<c10::OperatorHandle> forward, backward;
@@ -108,17 +129,19 @@ class LoraLinearBackward : public Node {
  public:
   std::string name() const override { return "LoraLinearBackward"; }
 
-  void save(const Tensor& x, const Tensor& u, const Tensor& a, const Tensor& b) {
+  void save(const Tensor& x, const Tensor& u, const Tensor& a, const Tensor& b, const Dropout& dropout) {
     x_ = SavedVariable(x, false);
     u_ = SavedVariable(u, false);
     lora_a_ = SavedVariable(a, false);
     lora_b_ = SavedVariable(b, false);
+    seed_ = SavedVariable(dropout.seed, false);
+    p_ = dropout.p;
   }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     released_ = true;
-    for (SavedVariable* saved : {&x_, &u_, &lora_a_, &lora_b_}) saved->reset_data();
+    for (SavedVariable* saved : {&x_, &u_, &lora_a_, &lora_b_, &seed_}) saved->reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -131,7 +154,7 @@ class LoraLinearBackward : public Node {
                db = task_should_compute_output(2);
     if (dx || da || db) {
       const Tensor x = x_.unpack(), u = u_.unpack(), a = lora_a_.unpack(), b = lora_b_.unpack();
-      compute(out, given, x, u, a, b, dx, da, db);
+      compute(out, given, x, u, a, b, Dropout{p_, seed_.unpack()}, dx, da, db);
       if (at::GradMode::is_enabled()) refuse_second_derivative(out, given, x, a, b);
     }
     if (task_should_compute_output(3)) out[3] = given.reshape({-1, weight->n}).sum(0, false, bias_type);
@@ -152,6 +175,7 @@ class LoraLinearBackward : public Node {
       const Tensor& u,
       const Tensor& lora_a,
       const Tensor& lora_b,
+      const Dropout& dropout,
       bool dx,
       bool da,
       bool db) const {
@@ -159,7 +183,7 @@ class LoraLinearBackward : public Node {
     const Tensor dy = given.reshape({-1, weight->n}).to(compute_type).contiguous();
     const auto [a, b] = readable(lora_a, lora_b, compute_type);
     torch::jit::Stack stack;
-    stack.reserve(20);
+    stack.reserve(23);
     stack.emplace_back(dy);
     push_optional(stack, x.defined() ? x.reshape({-1, weight->k}).contiguous() : x);
     push_optional(stack, u);
@@ -171,6 +195,7 @@ class LoraLinearBackward : public Node {
     stack.emplace_back(da);
     stack.emplace_back(db);
     if (form.capability) stack.emplace_back(*form.capability);
+    dropout.push(stack);
     form.backward->callBoxed(&stack);
     if (dx) out[0] = stack[0].toTensor().view(sizes);
     if (da) out[1] = stack[1].toTensor().to(lora_a.scalar_type());
@@ -189,7 +214,8 @@ class LoraLinearBackward : public Node {
     }
   }
 
-  SavedVariable x_, u_, lora_a_, lora_b_;
+  SavedVariable x_, u_, lora_a_, lora_b_, seed_;
+  double p_ = 0.0;
   bool released_ = false;
 };
 
@@ -247,16 +273,23 @@ struct Operands {
 };
 
 Tensor forward(
-    const std::shared_ptr<const BaseWeight>& weight, const Form& form, const Operands& o, double scale, bool wide) {
+    const std::shared_ptr<const BaseWeight>& weight,
+    const Form& form,
+    const Operands& o,
+    double scale,
+    double p,
+    bool wide) {
   const BaseWeight& w = *weight;
   const ScalarType compute = o.x.scalar_type();
   Tensor y, u;
+  Dropout dropout{p, {}};
   {
     const BelowAutograd below;
+    if (p > 0.0) dropout.seed = draw_seed(o.x);
     const auto [a, b] = readable(o.lora_a, o.lora_b, compute);
     const Tensor& bias = o.bias;
     torch::jit::Stack stack;
-    stack.reserve(17);
+    stack.reserve(20);
     stack.emplace_back((o.x.dim() == 2 ? o.x : o.x.reshape({-1, w.k})).contiguous());
     w.push(stack);
     push_optional(stack, a);
@@ -266,6 +299,7 @@ Tensor forward(
     stack.emplace_back(scale);
     stack.emplace_back(wide);
     if (form.capability) stack.emplace_back(*form.capability);
+    dropout.push(stack);
     form.forward->callBoxed(&stack);
     y = stack[0].toTensor();
     u = stack[1].toTensor();
@@ -280,7 +314,7 @@ Tensor forward(
   node->set_next_edges(torch::autograd::collect_next_edges(o.x, o.lora_a, o.lora_b, o.bias));
   node->save(
       node->should_compute_output(1) ? o.x : Tensor(), node->should_compute_output(2) ? u : Tensor(), o.lora_a,
-      o.lora_b);
+      o.lora_b, dropout);
   node->weight = weight;
   node->form = form;
   node->scale = scale;
@@ -298,16 +332,18 @@ struct Key {
   int64_t m, r, state;
   PyObject* backend;
   ScalarType type;
+  bool dropout;
 
   bool operator==(const Key& other) const {
-    return m == other.m && r == other.r && state == other.state && backend == other.backend && type == other.type;
+    return m == other.m && r == other.r && state == other.state && backend == other.backend && type == other.type &&
+           dropout == other.dropout;
   }
 };
 
 struct Hash {
   size_t operator()(const Key& key) const {
     size_t hash = std::hash<PyObject*>()(key.backend);
-    for (const int64_t part : {key.m, key.r, key.state, static_cast<int64_t>(key.type)}) {
+    for (const int64_t part : {key.m, key.r, key.state, static_cast<int64_t>(key.type), int64_t{key.dropout}}) {
       hash = hash * 1000003 ^ static_cast<size_t>(part);
     }
     return hash;
@@ -392,11 +428,12 @@ std::optional<c10::OperatorHandle> operator_named(PyObject* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(text, "");
 }
 
-// What `choose(m, r, dtype, backend)` says: (forward, backward, capability), each of them or None.
+// What `choose(m, r, dtype, dropout, backend)` says: (forward, backward, capability), each of them or None.
 Form chosen(Layer* layer, const Key& key) {
   PyObject* dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(key.type));
+  PyObject* dropout = key.dropout ? Py_True : Py_False;
   THPObjectPtr answer(
-      PyObject_CallFunction(layer->choose, "LLOO", (long long)key.m, (long long)key.r, dtype, key.backend));
+      PyObject_CallFunction(layer->choose, "LLOOO", (long long)key.m, (long long)key.r, dtype, dropout, key.backend));
   PyObject *forward = nullptr, *backward = nullptr, *capability = nullptr;
   if (!answer || !PyArg_ParseTuple(answer.get(), "OOO", &forward, &backward, &capability)) throw python_error();
   Form form{operator_named(forward), operator_named(backward), std::nullopt};
@@ -414,12 +451,12 @@ const Form& form_of(Layer* layer, const Key& key) {
   return entry->second;
 }
 
-// call(x, lora_a, lora_b, bias, scale, out_dtype, autocast, backend, state) -> y, or None where Python is to compute
+// call(x, lora_a, lora_b, bias, scale, p, out_dtype, autocast, backend, state) -> y, or None where Python is to compute
 // the layer
 PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 9) {
-    PyErr_SetString(PyExc_TypeError, "call takes 9 arguments");
+  if (count != 10) {
+    PyErr_SetString(PyExc_TypeError, "call takes 10 arguments");
     return nullptr;
   }
   Layer* layer = as_layer(self);
@@ -430,19 +467,26 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   }
   if (!PyFloat_Check(arguments[4]) && !PyLong_Check(arguments[4])) Py_RETURN_NONE;  // a tensor, which may change
   const double scale = PyFloat_AsDouble(arguments[4]);
-  const long long state = PyLong_AsLongLong(arguments[8]);
+  double p = PyFloat_AsDouble(arguments[5]);
+  const long long state = PyLong_AsLongLong(arguments[9]);
   if (PyErr_Occurred()) return nullptr;
-  if (arguments[6] == Py_True) o.x = autocast(o.x);
+  if (!(p >= 0.0 && p <= 1.0)) Py_RETURN_NONE;
+  if (!o.lora_a.defined()) p = 0.0;
+  if (arguments[7] == Py_True) o.x = autocast(o.x);
   bool wide = false;
-  if (arguments[5] != Py_None) {
-    if (!THPDtype_Check(arguments[5])) Py_RETURN_NONE;
-    const ScalarType type = reinterpret_cast<THPDtype*>(arguments[5])->scalar_type;
+  if (arguments[6] != Py_None) {
+    if (!THPDtype_Check(arguments[6])) Py_RETURN_NONE;
+    const ScalarType type = reinterpret_cast<THPDtype*>(arguments[6])->scalar_type;
     wide = type != o.x.scalar_type();
     if (wide && type != at::kFloat) Py_RETURN_NONE;
   }
   const Key key{
-      o.x.numel() / layer->weight->k, o.lora_a.defined() ? o.lora_a.size(0) : 0, state, arguments[7],
-      o.x.scalar_type()};
+      o.x.numel() / layer->weight->k,
+      o.lora_a.defined() ? o.lora_a.size(0) : 0,
+      state,
+      arguments[8],
+      o.x.scalar_type(),
+      p > 0.0};
   const Form form = form_of(layer, key);
   if (!form.forward || (!form.backward && o.require_grad())) Py_RETURN_NONE;
   if (form.capability && std::getenv(kCapabilityVariable) != nullptr) Py_RETURN_NONE;
@@ -450,7 +494,7 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   Tensor y;
   {
     const pybind11::gil_scoped_release no_gil;
-    y = forward(weight, form, o, scale, wide);
+    y = forward(weight, form, o, scale, p, wide);
   }
   return THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -458,7 +502,7 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 PyMethodDef methods[] = {
     {"call", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)), METH_FASTCALL,
-     "call(x, lora_a, lora_b, bias, scale, out_dtype, autocast, backend, state) -> y (..., N), or None"},
+     "call(x, lora_a, lora_b, bias, scale, p, out_dtype, autocast, backend, state) -> y (..., N), or None"},
     {nullptr, nullptr, 0, nullptr}};
 
 PyType_Slot slots[] = {

@@ -199,20 +199,29 @@ void dequantize_cpu_op(
   });
 }
 
-void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
-  DropoutParams p{};
-  p.dtype = dtype_of("x", x);
-  if (p.dtype == DType::kFloat16) fail("x must be float32 or bfloat16, got float16");
+DropoutMask mask_of(const Tensor& seed, int64_t threshold, double gain, const Tensor& beside) {
+  return {
+      checked<uint64_t>("seed", seed, beside, ScalarType::Long, 1), static_cast<uint32_t>(threshold),
+      static_cast<float>(gain)};
+}
+
+DropoutParams make_dropout(const Tensor& x, const DropoutMask& mask, Tensor& out) {
   if (x.dim() != 2) fail("x must have two dimensions, got shape ", shape_of(x));
+  DropoutParams p{mask};
+  p.dtype = dtype_of("x", x);
+  p.m = x.sizes()[0];
   p.k = x.sizes()[1];
   p.x = checked<void>("x", x, out, x.scalar_type(), out.numel());
   checked<void>("out", out, x, x.scalar_type(), x.numel());
   p.out = out.mutable_data_ptr();
-  p.seed = *checked<uint64_t>("seed", seed, x, ScalarType::Long, 1);
-  p.threshold = static_cast<uint32_t>(threshold);
-  p.gain = static_cast<float>(gain);
+  return p;
+}
+
+void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
+  const DropoutParams p = make_dropout(x, mask_of(seed, threshold, gain, x), out);
+  if (p.dtype == DType::kFloat16) fail("x must be float32 or bfloat16, got float16");
   const int64_t grain = std::max<int64_t>(1, kGrainElements / 4 / std::max<int64_t>(1, p.k));
-  torch::stable::parallel_for(0, x.sizes()[0], grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
+  torch::stable::parallel_for(0, p.m, grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
 }
 
 int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
@@ -255,6 +264,12 @@ void dequantize_cuda_op(
       out);
   const Launch launch(out);
   Launch::check("dequantize", dequantize_cuda(p, launch.stream()));
+}
+
+void dropout_cuda_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
+  const DropoutParams p = make_dropout(x, mask_of(seed, threshold, gain, x), out);
+  const Launch launch(x);
+  Launch::check("dropout", dropout_cuda(p, launch.stream()));
 }
 
 #endif
@@ -413,6 +428,27 @@ Gradients new_gradients(
       make(p.r > 0 && (needs.dx || needs.da), p.m, p.r, dy, p.du)};
 }
 
+// The dropout of an operator that was given a seed; of one without adapters there is none.
+class Dropping {
+ public:
+  Dropping(const std::optional<Tensor>& seed, int64_t threshold, double gain, bool adapted, const Tensor& beside) {
+    if (seed.has_value() && adapted) mask_ = mask_of(*seed, threshold, gain, beside);
+  }
+  explicit operator bool() const { return mask_.seed != nullptr; }
+  const DropoutMask& mask() const { return mask_; }
+
+  // dropout(x), to be filled by `fill(DropoutParams)`.
+  template <typename Fill>
+  Tensor apply(const Tensor& x, Fill fill) const {
+    Tensor out = torch::stable::new_empty(x, {x.sizes()[0], x.sizes()[1]});
+    fill(make_dropout(x, mask_, out));
+    return out;
+  }
+
+ private:
+  DropoutMask mask_{};
+};
+
 // Threads take the next piece when they have done one: a core that others use, too, would hold up an even share.
 Threads pool() {
   const int64_t threads = torch::stable::get_num_threads();
@@ -422,6 +458,12 @@ Threads pool() {
               for (int64_t i = next++; i < count; i = next++) body(i, i + 1);
             });
           }};
+}
+
+Tensor dropped_cpu(const Tensor& x, const Dropping& dropping, const Threads& threads) {
+  return dropping.apply(x, [&](const DropoutParams& p) {
+    threads.run(p.m, [&p](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
+  });
 }
 
 void check_elements(int64_t n, int64_t k) {
@@ -445,14 +487,21 @@ std::tuple<Tensor, Tensor> linear_forward_cpu_op(
     std::optional<Tensor> bias,
     double scale,
     bool float_out,
-    int64_t capability) {
+    int64_t capability,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   check_elements(n, k);
   CpuForward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   const CpuCapability path = checked_capability(capability);
   const auto outputs = new_outputs(p, x);
-  linear_forward_cpu(p, path, pool());
+  const Threads threads = pool();
+  const Dropping dropping(seed, threshold, gain, p.r > 0, x);
+  std::optional<Tensor> dropped;
+  if (dropping) p.dropped = dropped.emplace(dropped_cpu(x, dropping, threads)).const_data_ptr();
+  linear_forward_cpu(p, path, threads);
   return outputs;
 }
 
@@ -476,19 +525,47 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu_op(
     bool need_dx,
     bool need_da,
     bool need_db,
-    int64_t capability) {
+    int64_t capability,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   check_elements(n, k);
   CpuBackward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
+      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)}};
   Needs needs{need_dx, need_da, need_db};
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
   const CpuCapability path = checked_capability(capability);
   const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
-  linear_backward_cpu(p, path, pool());
+  const Threads threads = pool();
+  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  p.dropout = dropping.mask();
+  std::optional<Tensor> dropped;
+  if (dropping && needs.da) p.x = dropped.emplace(dropped_cpu(*x, dropping, threads)).const_data_ptr();
+  linear_backward_cpu(p, path, threads);
   return {g.dx, g.da, g.db};
 }
 
 #if defined(FASTLORA_WITH_CUDA)
+
+Tensor dropped_cuda(const Tensor& x, const Dropping& dropping, const Launch& launch) {
+  return dropping.apply(
+      x, [&launch](const DropoutParams& p) { Launch::check("dropout", dropout_cuda(p, launch.stream())); });
+}
+
+// dx += dropout(du A), from what a backward pass has taken.
+template <typename Params>
+void add_dropped(const Params& p, const Tensor& du, Tensor& dx, const Dropping& dropping, const Launch& launch) {
+  DroppedGradient term{dropping.mask()};
+  term.du = du.const_data_ptr();
+  term.lora_a = p.lora_a;
+  term.dx = dx.mutable_data_ptr();
+  term.m = p.m;
+  term.k = p.k;
+  term.r = static_cast<int32_t>(p.r);
+  term.dtype = p.dtype;
+  term.adapter_dtype = p.adapter_dtype;
+  Launch::check("dropped_gradient", dropped_gradient_cuda(term, launch.stream()));
+}
 
 // What the kernels for few rows ask for besides; `name` is x or dy.
 template <typename Params>
@@ -528,13 +605,19 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
     std::optional<Tensor> lora_b,
     std::optional<Tensor> bias,
     double scale,
-    bool float_out) {
+    bool float_out,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   FewRowsForward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   check_few_rows(p, "x", x, w_packed);
   const auto outputs = new_outputs(p, x);
   const Launch launch(x);
+  const Dropping dropping(seed, threshold, gain, p.r > 0, x);
+  std::optional<Tensor> dropped;
+  if (dropping) p.dropped = dropped.emplace(dropped_cuda(x, dropping, launch)).const_data_ptr();
   Launch::check("few_rows_forward", few_rows_forward_cuda(p, launch.stream()));
   return outputs;
 }
@@ -555,7 +638,10 @@ std::tuple<Tensor, Tensor> tile_forward_op(
     std::optional<Tensor> lora_b,
     std::optional<Tensor> bias,
     double scale,
-    bool float_out) {
+    bool float_out,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   FewRowsForward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
@@ -563,6 +649,9 @@ std::tuple<Tensor, Tensor> tile_forward_op(
   const auto outputs = new_outputs(p, x);
   Tensor scaled_u = torch::stable::new_empty(x, {p.m, (p.r + 7) / 8 * 8});
   const Launch launch(x);
+  const Dropping dropping(seed, threshold, gain, p.r > 0, x);
+  std::optional<Tensor> dropped;
+  if (dropping) p.dropped = dropped.emplace(dropped_cuda(x, dropping, launch)).const_data_ptr();
   Launch::check("tile_forward", tile_forward_cuda(p, scaled_u.mutable_data_ptr(), launch.stream()));
   return outputs;
 }
@@ -586,16 +675,30 @@ std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
     double scale,
     bool need_dx,
     bool need_da,
-    bool need_db) {
+    bool need_db,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   FewRowsBackward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
   Needs needs{need_dx, need_da, need_db};
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
   check_few_rows(p, "dy", dy, w_packed);
   if (n % 8 != 0) fail("out_features must be a multiple of 8, got ", n);
-  const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
+  Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
   const Launch launch(dy);
+  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  std::optional<Tensor> dropped;
+  if (dropping && needs.da) p.x = dropped.emplace(dropped_cuda(*x, dropping, launch)).const_data_ptr();
+  if (dropping && needs.dx) {
+    FewRowsBackward base = p;  // dy W alone
+    base.r = 0;
+    base.da = base.db = nullptr;
+    p.dx = nullptr;
+    Launch::check("few_rows_backward", few_rows_backward_cuda(base, launch.stream()));
+  }
   Launch::check("few_rows_backward", few_rows_backward_cuda(p, launch.stream()));
+  if (dropping && needs.dx) add_dropped(p, g.du, g.dx, dropping, launch);
   return {g.dx, g.da, g.db};
 }
 
@@ -657,7 +760,10 @@ std::tuple<Tensor, Tensor> library_forward_op(
     std::optional<Tensor> lora_b,
     std::optional<Tensor> bias,
     double scale,
-    bool float_out) {
+    bool float_out,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   LinearForward<int64_t> p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
@@ -669,7 +775,11 @@ std::tuple<Tensor, Tensor> library_forward_op(
     add_product(y, x, transposed(dense), 1.0, 0.0);
     return {y, u};
   }
-  if (p.r > 0) add_product(u, x, transposed(of_type(*lora_a, x.scalar_type())), 1.0, 0.0);
+  if (p.r > 0) {
+    const Dropping dropping(seed, threshold, gain, true, x);
+    const Tensor side = dropping ? dropped_cuda(x, dropping, launch) : x;
+    add_product(u, side, transposed(of_type(*lora_a, x.scalar_type())), 1.0, 0.0);
+  }
   Tensor sums = wide_product(x, transposed(dense));
   Tensor y = float_out ? sums : torch::stable::new_empty(x, {p.m, n});
   FinishParams finish{};
@@ -703,12 +813,14 @@ AdapterGradients adapter_gradients(
     const std::optional<Tensor>& u,
     const std::optional<Tensor>& lora_a,
     const std::optional<Tensor>& lora_b,
-    double scale) {
+    double scale,
+    const Dropping& dropping,
+    const Launch& launch) {
   const Tensor nothing = torch::stable::new_empty(dy, {0});
   AdapterGradients g{nothing, nothing, nothing};
   if (adapted && (needs.dx || needs.da)) g.du = gradient(dy, of_type(*lora_b, dy.scalar_type()), scale, dy);
   if (needs.db) g.db = gradient(transposed(dy), *u, scale, *lora_b);
-  if (needs.da) g.da = gradient(transposed(g.du), *x, 1.0, *lora_a);
+  if (needs.da) g.da = gradient(transposed(g.du), dropping ? dropped_cuda(*x, dropping, launch) : *x, 1.0, *lora_a);
   return g;
 }
 
@@ -731,18 +843,24 @@ std::tuple<Tensor, Tensor, Tensor> library_backward_op(
     double scale,
     bool need_dx,
     bool need_da,
-    bool need_db) {
+    bool need_db,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   LinearBackward<int64_t> p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
   Needs needs{need_dx, need_da, need_db};
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
   const Launch launch(dy);
-  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale);
+  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
   Tensor dx = torch::stable::new_empty(dy, {0});
   if (needs.dx) {
     dx = torch::stable::new_empty(dy, {p.m, k});
-    if (p.r > 0) add_product(dx, g.du, of_type(*lora_a, dy.scalar_type()), 1.0, 0.0);
-    add_product(dx, dy, dense_weight(p, dy, launch), 1.0, p.r > 0 ? 1.0 : 0.0);
+    const bool joined = p.r > 0 && !dropping;
+    if (joined) add_product(dx, g.du, of_type(*lora_a, dy.scalar_type()), 1.0, 0.0);
+    add_product(dx, dy, dense_weight(p, dy, launch), 1.0, joined ? 1.0 : 0.0);
+    if (dropping) add_dropped(p, g.du, dx, dropping, launch);
   }
   return {dx, g.da, g.db};
 }
@@ -766,7 +884,10 @@ std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
     double scale,
     bool need_dx,
     bool need_da,
-    bool need_db) {
+    bool need_db,
+    std::optional<Tensor> seed,
+    int64_t threshold,
+    double gain) {
   FewRowsBackward p{
       make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
   Needs needs{need_dx, need_da, need_db};
@@ -774,13 +895,17 @@ std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
   check_tiles(p, "dy", dy, w_packed);
   if (p.r % 8 != 0) fail("the rank must be a multiple of 8, got ", int64_t{p.r});
   const Launch launch(dy);
-  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale);
+  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
   Tensor dx = torch::stable::new_empty(dy, {0});
   if (needs.dx) {
     dx = torch::stable::new_empty(dy, {p.m, k});
     p.dx = dx.mutable_data_ptr();
     p.du = g.du.mutable_data_ptr();
-    Launch::check("tile_backward", tile_input_gradient_cuda(p, launch.stream()));
+    FewRowsBackward product = p;
+    if (dropping) product.r = 0;
+    Launch::check("tile_backward", tile_input_gradient_cuda(product, launch.stream()));
+    if (dropping) add_dropped(p, g.du, dx, dropping, launch);
   }
   return {dx, g.da, g.db};
 }
@@ -798,15 +923,16 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
   const std::string forward = "_forward(Tensor x, " + weight + adapters + ", Tensor? bias, float scale, bool float_out";
   const std::string backward = "_backward(Tensor dy, Tensor? x, Tensor? u, " + weight + adapters +
                                ", float scale, bool need_dx, bool need_da, bool need_db";
+  const std::string dropout = ", Tensor? seed=None, int threshold=0, float gain=1.0";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   define("cpu_capability() -> int");
   define("dequantize(" + weight + ", int capability, Tensor(a!) out) -> ()");
   define("dropout(Tensor x, Tensor seed, int threshold, float gain, Tensor(a!) out) -> ()");
-  define("linear" + forward + ", int capability) -> (Tensor, Tensor)");
-  define("linear" + backward + ", int capability) -> (Tensor, Tensor, Tensor)");
+  define("linear" + forward + ", int capability" + dropout + ") -> (Tensor, Tensor)");
+  define("linear" + backward + ", int capability" + dropout + ") -> (Tensor, Tensor, Tensor)");
   for (const std::string& name : {std::string("few_rows"), std::string("tile"), std::string("library")}) {
-    define(name + forward + ") -> (Tensor, Tensor)");
-    define(name + backward + ") -> (Tensor, Tensor, Tensor)");
+    define(name + forward + dropout + ") -> (Tensor, Tensor)");
+    define(name + backward + dropout + ") -> (Tensor, Tensor, Tensor)");
   }
 }
 
@@ -824,6 +950,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CompositeExplicitAutograd, m) {
 #if defined(FASTLORA_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op));
+  m.impl("dropout", TORCH_BOX(&fastlora::dropout_cuda_op));
   m.impl("few_rows_forward", TORCH_BOX(&fastlora::few_rows_forward_op));
   m.impl("tile_forward", TORCH_BOX(&fastlora::tile_forward_op));
   m.impl("tile_backward", TORCH_BOX(&fastlora::tile_backward_op));

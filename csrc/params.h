@@ -32,19 +32,48 @@ struct DequantizeParams : PackedWeight {
   DType dtype;
 };
 
+// Which elements of a matrix are dropped, as fastlora/dropout.py says.
+struct DropoutMask {
+  const uint64_t* seed;  // one word, where the kernel runs; null: no dropout
+  uint32_t threshold;    // words below it are dropped
+  float gain;            // what the others are multiplied by; 0: all are dropped
+};
+
+// out = dropout(x), (m, k) each, contiguous; out may be x.
+struct DropoutParams : DropoutMask {
+  const void* x;
+  void* out;
+  int64_t m;
+  int64_t k;
+  DType dtype;
+};
+
+// dx += dropout(du A), the sum rounded once. Contiguous; r is at least 1.
+struct DroppedGradient : DropoutMask {
+  const void* du;      // (m, r) of dtype
+  const void* lora_a;  // (r, k) of adapter_dtype
+  void* dx;            // (m, k) of dtype, 16-byte aligned
+  int64_t m;
+  int64_t k;
+  int32_t r;
+  DType dtype;
+  DType adapter_dtype;  // dtype or float32
+};
+
 // The most rows of x or dy that the kernels for few rows take.
 constexpr int32_t kMaxFewRows = 64;
 
-// y = x W^T + scale * (u B^T) + bias, u = x A^T. Matrices are contiguous; m is at least 1. r may be 0, and lora_a,
-// lora_b and u null. `Count` holds m and r: 32 bits where kernels compute with them on a GPU.
+// y = x W^T + scale * (u B^T) + bias, u = dropout(x) A^T. Matrices are contiguous; m is at least 1. r may be 0, and
+// lora_a, lora_b and u null. `Count` holds m and r: 32 bits where kernels compute with them on a GPU.
 template <typename Count>
 struct LinearForward : PackedWeight {
-  const void* x;       // (m, k) of dtype
-  const void* lora_a;  // (r, k) of adapter_dtype
-  const void* lora_b;  // (n, r) of adapter_dtype
-  const void* bias;    // (n,) of bias_dtype, or null
-  void* y;             // (m, n) of out_dtype
-  void* u;             // (m, r) of dtype
+  const void* x;        // (m, k) of dtype
+  const void* dropped;  // (m, k) of dtype: dropout(x), of which u is made; null without dropout
+  const void* lora_a;   // (r, k) of adapter_dtype
+  const void* lora_b;   // (n, r) of adapter_dtype
+  const void* bias;     // (n,) of bias_dtype, or null
+  void* y;              // (m, n) of out_dtype
+  void* u;              // (m, r) of dtype
   float scale;
   Count m;
   Count r;
@@ -81,7 +110,9 @@ using FewRowsBackward = LinearBackward<int32_t>;
 
 // On a CPU, in bfloat16 or float32: n and k are at least 1.
 using CpuForward = LinearForward<int64_t>;
-using CpuBackward = LinearBackward<int64_t>;
+struct CpuBackward : LinearBackward<int64_t> {
+  DropoutMask dropout;  // of du A in dx; x is dropped already
+};
 
 // y = sums + scale * (u B^T) + bias, from float32 sums of a product. Contiguous; y may be sums. r may be 0.
 struct FinishParams {
@@ -119,6 +150,9 @@ int few_rows_backward_cuda(const FewRowsBackward& params, void* stream);
 int tile_forward_cuda(const FewRowsForward& params, void* scaled_u, void* stream);
 int tile_input_gradient_cuda(const FewRowsBackward& params, void* stream);
 int finish_cuda(const FinishParams& params, void* stream);
+// One launch each, of any dtype and of bfloat16 or float16.
+int dropout_cuda(const DropoutParams& params, void* stream);
+int dropped_gradient_cuda(const DroppedGradient& params, void* stream);
 
 const char* cuda_error_string(int status);
 

@@ -169,8 +169,6 @@ def _cuda_unsupported(problem: Problem, machine: Machine) -> list[str]:
         reasons.append(f"{problem.dtype} is not a type of these kernels")
     if problem.quant_type is None:
         reasons.append("the base weight is dense")
-    if problem.dropout:
-        reasons.append("there is dropout")
     return reasons
 
 
@@ -182,8 +180,6 @@ def _cpu_unsupported(problem: Problem, machine: Machine) -> list[str]:
         reasons.append(f"{problem.dtype} is not a type of these kernels")
     if problem.quant_type is None:
         reasons.append("the base weight is dense")
-    if problem.dropout:
-        reasons.append("there is dropout")
     if problem.n * problem.k == 0:
         reasons.append("the base weight has no elements")
     return reasons

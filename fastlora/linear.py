@@ -37,11 +37,10 @@ def lora_linear(
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
     backend cannot run.
     """
-    if dropout_p == 0:
-        # It declines whatever the checks below would refuse, and costs less than they do.
-        y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend, autocast=True)
-        if y is not None:
-            return y
+    # It declines whatever the checks below would refuse, and costs less than they do.
+    y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend, True, dropout_p)
+    if y is not None:
+        return y
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"the last dimension of x must be in_features = {k}, got shape {tuple(x.shape)}")
@@ -90,10 +89,9 @@ def _run(
     backend: str,
 ) -> torch.Tensor:
     """`lora_linear` of arguments known to fit, in the type of x."""
-    if dropout_p == 0 or lora_a is None:
-        y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend)
-        if y is not None:
-            return y
+    y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend, False, dropout_p)
+    if y is not None:
+        return y
     factor = 1.0
     if lora_a is not None and lora_b is not None:
         if isinstance(scale, torch.Tensor) or torch.compiler.is_compiling():
@@ -307,9 +305,9 @@ def factors_forward(
     """`lora_linear` of a layer ``base``, of `base_weight` ``weight``, in the type that `compute_type` says."""
     bias = base.bias
     own = isinstance(base, NF4Linear)
-    if (p == 0 or lora_a is None) and (own or getattr(base, "compute_dtype", None) in (None, x.dtype)):
+    if own or getattr(base, "compute_dtype", None) in (None, x.dtype):
         # It declines whatever the check below would refuse, and costs less.
-        y = node.call(x, weight, lora_a, lora_b, bias, None, scale, backend, autocast=own)
+        y = node.call(x, weight, lora_a, lora_b, bias, None, scale, backend, own, p)
         if y is not None:
             return y
     if x.dim() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:

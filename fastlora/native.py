@@ -200,13 +200,21 @@ def _adapters(
     return lora_a.contiguous(), lora_b.contiguous()
 
 
+_DROPPED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
+
+
 def drop(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     """``dropout.apply(x)`` for x (M, K) on any device, to the bit; by the extension where it has code for x."""
-    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and available("cpu") is None:
-        out = torch.empty(x.shape, dtype=x.dtype)
-        _operator("dropout", "cpu")(x.contiguous(), dropout.seed, dropout.threshold, dropout.gain, out)
+    device = x.device.type
+    if x.dtype in _DROPPED.get(device, ()) and available(device) is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        _operator("dropout", device)(x.contiguous(), *_dropout_arguments(dropout), out)
         return out
     return dropout.apply(x)
+
+
+def _dropout_arguments(dropout: Dropout | None) -> tuple[Any, ...]:
+    return () if dropout is None else (dropout.seed, dropout.threshold, dropout.gain)
 
 
 def forward(
@@ -216,12 +224,12 @@ def forward(
     lora_b: torch.Tensor | None,
     bias: torch.Tensor | None,
     scale: float,
-    dropout: None,
+    dropout: Dropout | None,
     out_dtype: torch.dtype | None = None,
     form: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a packed weight and no dropout; x is bfloat16 or
-    float16 on a GPU, bfloat16 or float32 on a CPU.
+    """y (M, N) and u (M, R) as ``fastlora.reference.forward``, for a packed weight; x is bfloat16 or float16 on a GPU,
+    bfloat16 or float32 on a CPU.
 
     form, on a GPU: one of `forms`, by default the fastest. Raises RuntimeError where the extension does not serve the
     device, ValueError for tensors that do not fit.
@@ -231,9 +239,9 @@ def forward(
         bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
     arguments = (x, *weight_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
     if x.device.type == "cpu":
-        return _operator("linear_forward", "cpu")(*arguments, _capability())
+        return _operator("linear_forward", "cpu")(*arguments, _capability(), *_dropout_arguments(dropout))
     form = form or _form(x, w, 0 if lora_a is None else lora_a.shape[0], "forward")
-    return _operator(f"{form}_forward", "cuda")(*arguments)
+    return _operator(f"{form}_forward", "cuda")(*arguments, *_dropout_arguments(dropout))
 
 
 def backward(
@@ -244,7 +252,7 @@ def backward(
     lora_a: torch.Tensor | None,
     lora_b: torch.Tensor | None,
     scale: float,
-    dropout: None,
+    dropout: Dropout | None,
     needs: tuple[bool, bool, bool] = (True, True, True),
     form: str | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
@@ -253,10 +261,10 @@ def backward(
     a, b = _adapters(dy, lora_a, lora_b)
     arguments = (dy, x, u, *weight_arguments(w), a, b, scale, need_dx, need_da, need_db)
     if dy.device.type == "cpu":
-        dx, da, db = _operator("linear_backward", "cpu")(*arguments, _capability())
+        dx, da, db = _operator("linear_backward", "cpu")(*arguments, _capability(), *_dropout_arguments(dropout))
     else:
         form = form or _form(dy, w, 0 if a is None else a.shape[0], "backward")
-        dx, da, db = _operator(f"{form}_backward", "cuda")(*arguments)
+        dx, da, db = _operator(f"{form}_backward", "cuda")(*arguments, *_dropout_arguments(dropout))
     grads: list[torch.Tensor | None] = [dx if need_dx else None]
     for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):
         if not need or adapter is None:

@@ -1,7 +1,7 @@
 """The autograd node in C++ for layers that the extension computes: a call without Python between its two ends.
 
-`call` does what `fastlora.ops.lora_linear` does for plain tensors on a packed weight without dropout, where the
-backends chosen for both directions are the extension's own, and declines everything else.
+`call` does what `fastlora.ops.lora_linear` does for plain tensors on a packed weight, where the backends chosen for
+both directions are the extension's own, and declines everything else.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ def call(
     scale: float | torch.Tensor,
     backend: str,
     autocast: bool = False,
+    p: float = 0.0,
 ) -> torch.Tensor | None:
     """y (..., N) of x (..., K), recorded by autograd; None for what this module does not compute, errors included.
 
-    With ``autocast`` x is first cast to the type that autocast wants, if it is on.
+    With ``autocast`` x is first cast to the type that autocast wants, if it is on. p: of the dropout, whose seed is
+    drawn as `fastlora.dropout.draw_seed` draws it, unless the call is declined.
     """
     if type(w) is not NF4Weight or torch.compiler.is_compiling():
         return None
@@ -46,7 +48,7 @@ def call(
         layer = w.__dict__["_layer"] = _make(w)
     if layer is None or tables.forced_forms:
         return None
-    y: torch.Tensor | None = layer.call(x, lora_a, lora_b, bias, scale, out_dtype, autocast, backend, tables.state())
+    y: torch.Tensor | None = layer.call(x, lora_a, lora_b, bias, scale, p, out_dtype, autocast, backend, tables.state())
     return y
 
 
@@ -63,13 +65,13 @@ def _make(w: NF4Weight) -> Any:
 
 def _choose(
     n: int, k: int, quant_type: str, blocksize: int, nested: bool, device: torch.device,
-    m: int, r: int, dtype: torch.dtype, backend: str,
+    m: int, r: int, dtype: torch.dtype, dropout: bool, backend: str,
 ) -> _Choice:  # fmt: skip
     """The operators of a problem, forward and backward, None for those of other backends, and the CPU's code path."""
     capability = native.best_capability() if device.type == "cpu" else None
 
     def operator(direction: str) -> str | None:
-        problem = (m, n, k, r, dtype, device.type, quant_type, blocksize, nested, direction, False, tables.captured())
+        problem = (m, n, k, r, dtype, device.type, quant_type, blocksize, nested, direction, dropout, tables.captured())
         try:
             name = chosen(backend, *problem)
         except (RuntimeError, ValueError):  # to be raised by the one who computes

@@ -74,6 +74,8 @@ def main() -> None:
             33, 72, 192, 16, dtype, nested=nested, quant_type=quant_type, dropout_p=0.1, device="cuda"
         )
         run(problem, "triton", "decode")
+        for form in native.forms(33, 72, 192, 16, 64, capability):
+            run(problem, "cuda", form)
 
 
 if __name__ == "__main__":

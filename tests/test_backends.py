@@ -74,7 +74,8 @@ class TestSelect:
     def test_auto_takes_the_fewest_calls_where_they_are_the_cost(self, m: int, direction: str) -> None:
         few = dataclasses.replace(STEP, m=m, direction=direction)
         assert select(few, machine=H100).name == "cuda"
-        others: list[dict[str, Any]] = [{"dropout": True}, {"quant_type": None}, {"dtype": torch.float32}]
+        assert select(dataclasses.replace(few, dropout=True), machine=H100).name == "cuda"
+        others: list[dict[str, Any]] = [{"quant_type": None}, {"dtype": torch.float32}]
         for change in others:
             assert select(dataclasses.replace(few, **change), machine=H100).name != "cuda", change
 
@@ -100,8 +101,8 @@ class TestSelect:
         assert select(problem, machine=machine).name == "cpu"
         with_amx = select(problem, machine=dataclasses.replace(machine, amx=True))
         assert with_amx.name == ("torch" if dtype == torch.bfloat16 else "cpu")
+        assert select(dataclasses.replace(problem, dropout=True), machine=machine).name == "cpu"
         others: list[dict[str, Any]] = [
-            {"dropout": True},
             {"quant_type": None},
             {"dtype": torch.float16},
             {"dtype": torch.float64},

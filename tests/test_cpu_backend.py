@@ -10,6 +10,7 @@ import torch
 from tolerance import Results, check, make_problem, truth_and_plain
 
 from fastlora import NF4Weight, native
+from fastlora.dropout import Dropout
 
 REASON = native.available("cpu")
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -57,6 +58,32 @@ def test_every_size(path: str, dtype: torch.dtype, size: tuple[int, int, int], p
         check(make_problem(*size, 5, dtype, bias=bias), native.forward, native.backward)
 
 
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("p", [0.1, 0.9, 1.0])
+def test_dropout(path: str, dtype: torch.dtype, p: float, size: tuple[int, int, int], poison_empty: None) -> None:
+    for adapter_dtype in (dtype, torch.float32, torch.float16):
+        problem = make_problem(*size, 5, dtype, bias=True, adapter_dtype=adapter_dtype, dropout_p=p)
+        check(problem, native.forward, native.backward)
+
+
+@pytest.mark.parametrize(
+    "needs", [(True, False, False), (False, True, False), (False, False, True), (True, True, False), (False,) * 3]
+)
+def test_dropout_of_only_what_is_needed(dtype: torch.dtype, needs: tuple[bool, bool, bool]) -> None:
+    check(make_problem(5, 40, 64, 8, dtype, dropout_p=0.3), native.forward, native.backward, needs)
+    check(make_problem(5, 40, 64, 0, dtype, dropout_p=0.3), native.forward, native.backward, needs)
+
+
+def test_dropout_of_an_operator_takes_a_seed_beside_x() -> None:
+    problem = make_problem(4, 40, 64, 8)
+    for seed, message in (
+        (torch.zeros(1), "seed must be a contiguous int64"),
+        (torch.zeros(2).long(), "of 1 elements"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.forward(problem.x, problem.w, problem.lora_a, problem.lora_b, None, 1.0, Dropout(0.5, seed))
+
+
 @pytest.mark.parametrize("m", [*range(1, 16), 28, 31])
 def test_every_tile(path: str, dtype: torch.dtype, m: int) -> None:
     check(make_problem(m, 64, 64, 4, dtype), native.forward, native.backward)
@@ -86,8 +113,9 @@ def test_only_what_is_needed(dtype: torch.dtype, needs: tuple[bool, bool, bool])
 
 
 def test_more_rows_than_a_chunk(dtype: torch.dtype) -> None:
-    problem = make_problem(1300, 33, 64, 4, dtype, bias=True)
-    check(problem, native.forward, native.backward)
+    for dropout_p in (0.0, 0.3):
+        problem = make_problem(1300, 33, 64, 4, dtype, bias=True, dropout_p=dropout_p)
+        check(problem, native.forward, native.backward)
 
 
 def test_a_wide_result_is_not_rounded(path: str) -> None:
@@ -121,7 +149,7 @@ def bits(results: Results) -> dict[str, torch.Tensor]:
 def test_threads_and_runs_give_the_same_bits(
     path: str, dtype: torch.dtype, size: tuple[int, int, int], threads: None
 ) -> None:
-    problem = make_problem(*size, 8, dtype, bias=True)
+    problem = make_problem(*size, 8, dtype, bias=True, dropout_p=0.2)
     torch.set_num_threads(1)
     expected = bits(problem.run(native.forward, native.backward))
     for count in (1, 2, 3, 5):

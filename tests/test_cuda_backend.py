@@ -10,7 +10,8 @@ import pytest
 import torch
 from tolerance import Problem, assert_close, check, make_problem, truth_and_plain
 
-from fastlora import native
+from fastlora import NF4Weight, backends, lora_linear, native
+from fastlora.dropout import Dropout
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +44,69 @@ def test_every_size(m: int, n: int, k: int, dtype: torch.dtype, form: str) -> No
 def test_every_rank(m: int, r: int, adapter_dtype: torch.dtype, form: str) -> None:
     problem = make_problem(m, 200, 512, r, torch.bfloat16, adapter_dtype=adapter_dtype, device="cuda")
     check(problem, *passes(form))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "k", "r"), [(8, 32, 1), (72, 96, 16), (1000, 608, 17), (264, 4128, 8)])
+@pytest.mark.parametrize("m", [m for m in (1, 13, 40) if m <= MOST])
+def test_dropout(m: int, n: int, k: int, r: int, adapter_dtype: torch.dtype, form: str) -> None:
+    for dtype in DTYPES:
+        problem = make_problem(m, n, k, r, dtype, adapter_dtype=adapter_dtype, bias=True, dropout_p=0.3, device="cuda")
+        check(problem, *passes(form))
+        for needs in ((True, False, False), (False, True, False), (True, True, False)):
+            check(problem, *passes(form), needs)
+    check(make_problem(m, n, k, r, torch.bfloat16, dropout_p=1.0, device="cuda"), *passes(form))
+
+
+def test_the_masks_of_all_backends_are_one() -> None:
+    # A is a part of the unit matrix and W zero: u holds columns of the dropped x, dx the mask of those.
+    m, k, r = 70, 200, 64
+    w = NF4Weight.quantize(torch.zeros(8, k, device="cuda"))
+    a = torch.eye(r, k, device="cuda", dtype=torch.bfloat16)
+    b = torch.ones(8, r, device="cuda", dtype=torch.bfloat16)
+    x, dy = (torch.ones(m, size, device="cuda", dtype=torch.bfloat16) for size in (k, 8))
+    dropout = Dropout(0.3, torch.tensor([77], device="cuda"))
+    truth = dropout.apply(x)
+    for name in ("cuda", "triton", "torch", "reference"):
+        backend = backends.BACKENDS[name]
+        if backend.unsupported(backends.Problem(m, 8, k, r, dropout=True), backends.this_machine()):
+            continue
+        _, u = backend.forward(x, w, a, b, None, 1.0, dropout, None)
+        dx, da, _ = backend.backward(dy, x, u, w, a, b, 1.0, dropout, (True, True, True))
+        assert torch.equal(u, truth[:, :r]), name
+        assert torch.equal(dx[:, :r] != 0, truth[:, :r] != 0), name
+        assert not dx[:, r:].any(), name
+        assert torch.equal(da[:, :r] != 0, (truth[:, :r] != 0).any(0).expand(r, r)), name
+
+
+def test_each_replay_of_a_graph_draws_a_mask() -> None:
+    problem = make_problem(70, 136, 512, 8, torch.bfloat16, device="cuda")
+    leaves = [t.requires_grad_() for t in (problem.x, problem.lora_a, problem.lora_b)]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = lora_linear(leaves[0], problem.w, *leaves[1:], dropout_p=0.5, backend="cuda")
+        return (y, *torch.autograd.grad(y, leaves, problem.dy))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    seen = []
+    for seed in (1, 1, 2):
+        torch.cuda.manual_seed(seed)
+        for _ in range(2):
+            graph.replay()
+            seen.append([t.clone() for t in captured])
+    for first, again in ((0, 2), (1, 3)):
+        assert all(torch.equal(a, b) for a, b in zip(seen[first], seen[again], strict=True))
+    for one, other in ((0, 1), (0, 4), (1, 5)):
+        assert not any(torch.equal(a, b) for a, b in zip(seen[one], seen[other], strict=True))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -87,6 +151,8 @@ def test_sizes_that_only_the_library_takes(m: int, n: int, k: int) -> None:
     for dtype in DTYPES:
         for bias in (False, True):
             check(make_problem(m, n, k, 5, dtype, bias=bias, device="cuda"), native.forward, native.backward)
+            dropped = make_problem(m, n, k, 5, dtype, bias=bias, dropout_p=0.2, device="cuda")
+            check(dropped, native.forward, native.backward)
         check(make_problem(m, n, k, 0, dtype, device="cuda"), native.forward, native.backward)
 
 
@@ -217,6 +283,7 @@ def check_tile(problem: Problem) -> None:
 @pytest.mark.parametrize(("n", "k"), [(8, 64), (72, 192), (136, 1024), (1000, 576), (264, 4096), (4096, 2048)])
 def test_every_size_of_tiles(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     check_tile(make_problem(m, n, k, 16, dtype, bias=True, device="cuda"))
+    check_tile(make_problem(m, n, k, 16, dtype, bias=True, dropout_p=0.2, device="cuda"))
 
 
 @HOPPER

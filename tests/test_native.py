@@ -271,14 +271,24 @@ def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("p", [0.05, 0.5, 1.0])
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 7), (33, 1000)])
-def test_dropout_is_the_reference_to_the_bit(dtype: torch.dtype, p: float, m: int, k: int) -> None:
-    dropout = Dropout(p, torch.tensor([-(2**62) - 12345]))
-    x = torch.randn(m, 2 * k).to(dtype)[:, ::2]
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 7), (5, 64), (33, 1000)])
+def test_dropout_is_the_reference_to_the_bit(dtype: torch.dtype, p: float, m: int, k: int, device: str) -> None:
+    dropout = Dropout(p, torch.tensor([-(2**62) - 12345], device=device))
+    x = torch.randn(m, 2 * k, device=device).to(dtype)[:, ::2]
     x[:, :1] = float("inf")
     dropped = native.drop(x, dropout)
     assert dropped.dtype == dtype
     assert torch.equal(dropped, dropout.apply(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(native.available("cuda") is not None, reason=str(native.available("cuda")))
+def test_dropout_on_a_gpu() -> None:
+    dropout = Dropout(0.1, torch.tensor([2**62 + 99], device="cuda"))
+    for m, k in ((70000, 24), (3, 2**20 + 1)):  # many rows, many counters
+        x = torch.randn(m, k, device="cuda").bfloat16()
+        for t in (x, x.reshape(-1)[1 : 1 + (m - 1) * k].view(m - 1, k)):  # the second is aligned to two bytes
+            assert torch.equal(native.drop(t, dropout), dropout.apply(t))
 
 
 @built

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import FastLoRALinear, NF4Weight, backends, lora_linear, native, node, ops
+from fastlora.dropout import Dropout, draw_seed
 from fastlora.linear import NF4Linear
 
 pytestmark = pytest.mark.skipif(
@@ -85,6 +86,63 @@ def test_results_and_gradients_are_those_of_the_node_in_python(
             assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 1, 1.0])
+@pytest.mark.parametrize(("dtype", "adapter"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_dropout_is_that_of_the_node_in_python(
+    dtype: torch.dtype, adapter: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, (_, a, b, bias) = weight(), operands(dtype, adapter)
+    x = random(2, 3, K, dtype=dtype)
+
+    def run() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(11)
+        first, second = (lora_linear(x, w, a, b, bias, scale=0.5, dropout_p=p) for _ in range(2))
+        dy = torch.ones_like(first)
+        return (
+            first, second, *torch.autograd.grad(first, (x, a, b, bias), dy),
+            *torch.autograd.grad(second, (x, a, b, bias), dy), torch.get_rng_state(),
+        )  # fmt: skip
+
+    found, wanted = run(), in_python(monkeypatch, run)
+    assert is_taken(found[0])
+    assert not is_taken(wanted[0])
+    assert torch.equal(found[0], found[1]) == (p == 1)
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(got, want)
+
+
+def test_the_mask_of_a_seed_is_that_of_the_definition() -> None:
+    # A is the unit matrix and W zero: y counts what is kept, dx holds the mask.
+    w, x = NF4Weight.quantize(torch.zeros(8, K)), torch.ones(200, K, requires_grad=True)
+    a, b = torch.eye(K), torch.ones(8, K)
+    torch.manual_seed(3)
+    seed = draw_seed(x.device)
+    after = torch.get_rng_state()
+    for p in (0.1, 0.75):
+        mask = Dropout(p, seed).apply(torch.ones(200, K))
+        torch.manual_seed(3)
+        y = lora_linear(x, w, a, b, dropout_p=p)
+        assert torch.equal(after, torch.get_rng_state())
+        (dx,) = torch.autograd.grad(y[:, 0].sum(), x)
+        assert is_taken(y)
+        assert torch.equal(dx, mask)
+        torch.testing.assert_close(y[:, 0], mask.sum(1))
+        kept = int((dx != 0).sum()), 200 * K * (1 - p)
+        assert abs(kept[0] - kept[1]) < 5 * (kept[1] * p) ** 0.5
+
+
+def test_dropout_out_of_range_and_without_adapters() -> None:
+    w, (x, a, b, bias) = weight(), operands()
+    for p in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"dropout_p must lie in \[0, 1\]"):
+            lora_linear(x, w, a, b, bias, dropout_p=p)
+    state = torch.get_rng_state()
+    assert is_taken(lora_linear(x, w, None, None, bias, dropout_p=0.5))
+    assert not is_taken(lora_linear(x, w, a, b, bias, dropout_p=0.0, backend="torch"))
+    assert torch.equal(state, torch.get_rng_state())
+
+
 @pytest.mark.parametrize("needed", range(1, 16))
 def test_every_set_of_gradients(needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     w, given = weight(), operands()
@@ -92,12 +150,16 @@ def test_every_set_of_gradients(needed: int, monkeypatch: pytest.MonkeyPatch) ->
         t.requires_grad_(bool(needed >> i & 1))
     leaves = [t for t in given if t.requires_grad]
 
-    def run() -> tuple[torch.Tensor, ...]:
-        y = lora_linear(given[0], w, *given[1:])
+    def run(p: float = 0.0) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(4)
+        y = lora_linear(given[0], w, *given[1:], dropout_p=p)
+        assert is_taken(y) == (node.call is real)
         return torch.autograd.grad(y, leaves, y.detach())
 
-    for got, want in zip(run(), in_python(monkeypatch, run), strict=True):
-        assert torch.equal(got, want)
+    real = node.call
+    for p in (0.0, 0.3):
+        for got, want in zip(run(p), in_python(monkeypatch, lambda p=p: run(p)), strict=True):
+            assert torch.equal(got, want)
     # A part of them is asked for: the rest is not computed, and the graph holds what is left to compute.
     y = lora_linear(given[0], w, *given[1:])
     for leaf, want in zip(leaves, run(), strict=True):
@@ -141,7 +203,7 @@ def test_what_is_declined() -> None:
     assert is_taken(lora_linear(x, w, a, b, bias))
     assert is_taken(lora_linear(x, w, a, b, bias, backend="cpu"))
     assert not is_taken(lora_linear(x, w, a, b, bias, backend="torch"))
-    assert not is_taken(lora_linear(x, w, a, b, bias, dropout_p=0.5))
+    assert not is_taken(lora_linear(x, w, a, b, bias, dropout_p=0.5, backend="torch"))
     assert not is_taken(lora_linear(x, w, a, b, bias, scale=torch.tensor(2.0)))
     assert not is_taken(lora_linear(x, w.dequantize(torch.float32), a, b, bias))
     assert not is_taken(lora_linear(x.half(), w, a, b, bias))
@@ -252,11 +314,15 @@ def test_hooks_of_saved_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
         run()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant: bool) -> None:
+def test_checkpointing(reentrant: bool, p: float) -> None:
     w, (x, a, b, bias) = weight(), operands()
-    want = torch.autograd.grad(lora_linear(x, w, a, b, bias).square().sum(), (x, a, b, bias))
-    y = checkpoint(lambda x: lora_linear(x, w, a, b, bias), x, use_reentrant=reentrant)
+    torch.manual_seed(8)
+    want = torch.autograd.grad(lora_linear(x, w, a, b, bias, dropout_p=p).square().sum(), (x, a, b, bias))
+    torch.manual_seed(8)
+    y = checkpoint(lambda x: lora_linear(x, w, a, b, bias, dropout_p=p), x, use_reentrant=reentrant)
+    torch.rand(3)  # what is drawn between the two passes changes nothing
     y.square().sum().backward()
     for t, right in zip((x, a, b, bias), want, strict=True):
         assert torch.equal(t.grad, right)
@@ -372,14 +438,17 @@ def test_on_a_gpu(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
         a, b = random(16, 512, dtype=adapter, device="cuda"), random(256, 16, dtype=adapter, device="cuda")
         leaves = [t.detach().requires_grad_() for t in (x, a, b)]
 
-        def run(leaves: Any = leaves) -> tuple[torch.Tensor, ...]:
-            y = lora_linear(leaves[0], w, *leaves[1:], scale=2.0, backend="cuda")
-            return (y, *torch.autograd.grad(y, leaves, dy.detach()))
+        for p in (0.0, 0.2):
 
-        found = run()
-        assert is_taken(found[0])
-        for got, want in zip(found, in_python(monkeypatch, run), strict=True):
-            assert torch.equal(got, want)
+            def run(leaves: Any = leaves, p: float = p) -> tuple[torch.Tensor, ...]:
+                torch.cuda.manual_seed(6)
+                y = lora_linear(leaves[0], w, *leaves[1:], scale=2.0, dropout_p=p, backend="cuda")
+                return (y, *torch.autograd.grad(y, leaves, dy.detach()))
+
+            found = run()
+            assert is_taken(found[0])
+            for got, want in zip(found, in_python(monkeypatch, run), strict=True):
+                assert torch.equal(got, want)
 
 
 def test_the_python_node_is_there_without_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,10 +49,10 @@ void rows(const DropoutParams& p, int64_t begin, int64_t end) {
     T* out = static_cast<T*>(p.out) + row * p.k;
     for (int64_t start = 0; start < p.k; start += 4 * kLanes) {
       uint32_t words[4 * kLanes];
-      philox(p.seed, static_cast<uint32_t>(start / 4), static_cast<uint32_t>(row), words);
+      philox(*p.seed, static_cast<uint32_t>(start / 4), static_cast<uint32_t>(row), words);
       const int64_t count = std::min(4 * kLanes, p.k - start);
       for (int64_t i = 0; i < count; ++i) {
-        const float kept = words[i] >= p.threshold ? widened(x[start + i]) : 0.0f;
+        const float kept = words[i] >= p.threshold && p.gain > 0 ? widened(x[start + i]) : 0.0f;
         narrow(kept * p.gain, out[start + i]);
       }
     }

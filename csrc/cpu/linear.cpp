@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "dropout.h"
 #include "products.h"
 
 namespace fastlora {
@@ -151,7 +152,11 @@ void linear_forward_cpu(const CpuForward& p, CpuCapability capability, const Thr
     y.bias = p.bias != nullptr ? bias.data() : nullptr;
     if (p.r > 0) {
       void* u = offset(p.u, row * p.r, p.dtype);
-      layer.multiply(layer.product(x, along_rows(p.lora_a, p.r, p.k, p.adapter_dtype), p.r, u, p.dtype));
+      const Left side =
+          p.dropped == nullptr
+              ? x
+              : layer.pack({offset(p.dropped, row * p.k, p.dtype), rows, p.k, p.dtype}, false, side_buffer);
+      layer.multiply(layer.product(side, along_rows(p.lora_a, p.r, p.k, p.adapter_dtype), p.r, u, p.dtype));
       y.first_left = layer.pack({u, rows, p.r, p.dtype}, false, side_buffer);
       y.first_right = along_rows(p.lora_b, p.n, p.r, p.adapter_dtype);
       y.first_scale = p.scale;
@@ -178,8 +183,17 @@ void linear_backward_cpu(const CpuBackward& p, CpuCapability capability, const T
     Product dx =
         layer.product(dy, down_columns(nullptr, p.n, p.k, p.dtype, &p), p.k, offset(p.dx, row * p.k, p.dtype), p.dtype);
     if (needs_du) {
-      dx.first_left = layer.pack({du, rows, p.r, p.dtype}, false, side_buffer);
-      dx.first_right = down_columns(p.lora_a, p.r, p.k, p.adapter_dtype);
+      const Left left = layer.pack({du, rows, p.r, p.dtype}, false, side_buffer);
+      const Right right = down_columns(p.lora_a, p.r, p.k, p.adapter_dtype);
+      if (p.dropout.seed == nullptr) {
+        dx.first_left = left;
+        dx.first_right = right;
+      } else {
+        layer.multiply(layer.product(left, right, p.k, dx.out, p.dtype));
+        const DropoutParams dropped{p.dropout, p.dx, p.dx, p.m, p.k, p.dtype};
+        threads.run(rows, [&](int64_t begin, int64_t end) { dropout_cpu(dropped, row + begin, row + end); });
+        dx.onto = true;
+      }
     }
     layer.multiply(dx);
   }

@@ -44,7 +44,8 @@ struct Left {
   int64_t tile_rows;
 };
 
-// out = scale * (first_scale * (first_left first_right) + bias + left right), rounded once.
+// out = scale * (first_scale * (first_left first_right) + bias + left right), rounded once; what `out` holds is added
+// to it before where `onto` is set.
 struct Product {
   Left left;
   Right right;
@@ -55,6 +56,7 @@ struct Product {
   float scale;
   void* out;
   DType out_dtype;
+  bool onto;
   int64_t columns;
   int64_t row_stride;
   int64_t column_stride;

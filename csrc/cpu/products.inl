@@ -206,14 +206,23 @@ void store_tile(const Product& p, const float* sums, int64_t row0, int64_t rows,
     const int64_t at = (row0 + r) * p.row_stride + c0 * p.column_stride;
     if (narrow(p.out_dtype)) {
       uint16_t* out = static_cast<uint16_t*>(p.out) + at;
-      if (p.column_stride == 1) {
+      if (p.onto) {
+        for (int64_t c = 0; c < columns; ++c) {
+          uint16_t& place = out[c * p.column_stride];
+          place = to_bfloat16(p.scale * sums[c] + from_bfloat16(place));
+        }
+      } else if (p.column_stride == 1) {
         for (int64_t c = 0; c < columns; ++c) out[c] = to_bfloat16(p.scale * sums[c]);
       } else {
         for (int64_t c = 0; c < columns; ++c) out[c * p.column_stride] = to_bfloat16(p.scale * sums[c]);
       }
     } else {
       float* out = static_cast<float*>(p.out) + at;
-      for (int64_t c = 0; c < columns; ++c) out[c * p.column_stride] = p.scale * sums[c];
+      if (p.onto) {
+        for (int64_t c = 0; c < columns; ++c) out[c * p.column_stride] += p.scale * sums[c];
+      } else {
+        for (int64_t c = 0; c < columns; ++c) out[c * p.column_stride] = p.scale * sums[c];
+      }
     }
   }
 }

@@ -399,7 +399,9 @@ cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
   if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
   if (p.r > 0) {
     const dim3 grid((p.r + kFragment - 1) / kFragment, (p.m + kTokens - 1) / kTokens);
-    project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(p);
+    FewRowsForward side = p;
+    if (p.dropped != nullptr) side.x = p.dropped;
+    project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(side);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
   if (p.m <= 8) return launch_decode<T, 1>(p, limits, stream);

@@ -448,7 +448,7 @@ cudaError_t launch_project(const FewRowsForward& p, T* scaled_u, cudaStream_t st
     FewRowsForward part = p;
     const int64_t row = first * kTokens * kGroups;
     part.m = static_cast<int32_t>(p.m - row);
-    part.x = static_cast<const T*>(p.x) + row * p.k;
+    part.x = static_cast<const T*>(p.dropped != nullptr ? p.dropped : p.x) + row * p.k;
     part.u = static_cast<T*>(p.u) + row * p.r;
     const dim3 grid(
         static_cast<unsigned>(cut(width, kFragment)), static_cast<unsigned>(std::min(blocks - first, kMostBlocks)));

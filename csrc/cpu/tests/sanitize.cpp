@@ -208,9 +208,17 @@ void check(
   Tensor bias = Tensor::random(n, adapter_dtype, 1);
   Tensor u(m * r, dtype), y(m * n, dtype), du(m * r, dtype), dx(m * k, dtype);
   Tensor da(r * k, adapter_dtype), db(n * r, adapter_dtype);
+  const bool dropping = r > 0 && random_integer(0, 1) == 1;
+  const uint64_t seed = 0xfedcba9876543210ull;
+  const DropoutMask mask{&seed, 0x40000000u, 4.0f / 3};
+  Tensor dropped(m * k, dtype), keep(m * k, DType::kFloat32);
+  for (float& one : keep.wide) one = 1;
+  dropout_cpu({mask, x.data(), dropped.data(), m, k, dtype}, 0, m);
+  dropout_cpu({mask, keep.data(), keep.data(), m, k, DType::kFloat32}, 0, m);
 
   CpuForward f{weight.params};
   f.x = x.data();
+  f.dropped = dropping ? dropped.data() : nullptr;
   f.lora_a = r > 0 ? a.data() : nullptr;
   f.lora_b = r > 0 ? b.data() : nullptr;
   f.bias = bias.data();
@@ -223,7 +231,7 @@ void check(
   f.adapter_dtype = f.bias_dtype = adapter_dtype;
   linear_forward_cpu(f, capability, threads);
 
-  CpuBackward g{weight.params};
+  CpuBackward g{{weight.params}};
   g.dy = dy.data();
   g.dx = dx.data();
   g.scale = scale;
@@ -232,7 +240,8 @@ void check(
   g.dtype = dtype;
   g.adapter_dtype = adapter_dtype;
   if (r > 0) {
-    g.x = x.data();
+    g.x = dropping ? dropped.data() : x.data();
+    if (dropping) g.dropout = mask;
     g.u = u.data();
     g.lora_a = a.data();
     g.lora_b = b.data();
@@ -251,14 +260,15 @@ void check(
   compare("y", y, want, where);
   want = product(dys, w, m, k, n, true);
   const Values dx_lora = product(dus, as, m, k, r, true);
-  for (int64_t i = 0; i < m * k; ++i) want[i] += dx_lora[i];
+  for (int64_t i = 0; i < m * k; ++i) want[i] += dropping ? keep.at(i) * dx_lora[i] : dx_lora[i];
   compare("dx", dx, want, where);
   if (r == 0) return;
-  compare("u", u, product(xs, as, m, r, k, false), where);
+  const Values side = dropping ? dropped.values(dtype) : xs;
+  compare("u", u, product(side, as, m, r, k, false), where);
   want = product(dys, bs, m, r, n, true);
   for (double& value : want) value *= scale;
   compare("du", du, want, where);
-  compare("da", da, product(transposed(dus, m, r), xs, r, k, m, true), where);
+  compare("da", da, product(transposed(dus, m, r), side, r, k, m, true), where);
   want = transposed(product(transposed(us, m, r), dys, r, n, m, true), r, n);
   for (double& value : want) value *= scale;
   compare("db", db, want, where);
@@ -268,7 +278,8 @@ void check(
 void check_dropout(int64_t m, int64_t k, DType dtype) {
   const std::string where = " in dropout of " + std::to_string(m) + " x " + std::to_string(k);
   Tensor x = Tensor::random(m * k, dtype, 1.0f), out(m * k, dtype);
-  DropoutParams p{x.data(), out.data(), k, 0x0123456789abcdefull, 0x40000000u, 4.0f / 3, dtype};
+  const uint64_t seed = 0x0123456789abcdefull;
+  const DropoutParams p{{&seed, 0x40000000u, 4.0f / 3}, x.data(), out.data(), m, k, dtype};
   dropout_cpu(p, 0, m);
   const Values xs = x.values(dtype);
   Values want(m * k);
