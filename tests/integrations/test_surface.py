@@ -84,11 +84,6 @@ def test_backend(kind: surface.Kind, name: str, kernel_device: str) -> None:
     expected = kind.cell(name)
     if expected != "fused":
         reason = re.escape(expected.partition(": ")[2])
-        if expected.endswith("there is dropout"):  # in training only
-            accelerate(fast, name)
-            with pytest.raises(RuntimeError, match=reason):
-                surface.train(fast)
-            return
         with pytest.raises(RuntimeError, match=reason):
             accelerate(fast, name)
         return
