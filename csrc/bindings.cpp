@@ -220,8 +220,9 @@ DropoutParams make_dropout(const Tensor& x, const DropoutMask& mask, Tensor& out
 void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
   const DropoutParams p = make_dropout(x, mask_of(seed, threshold, gain, x), out);
   if (p.dtype == DType::kFloat16) fail("x must be float32 or bfloat16, got float16");
+  const CpuCapability path = cpu_capability();
   const int64_t grain = std::max<int64_t>(1, kGrainElements / 4 / std::max<int64_t>(1, p.k));
-  torch::stable::parallel_for(0, p.m, grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
+  torch::stable::parallel_for(0, p.m, grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, path, begin, end); });
 }
 
 int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
@@ -460,9 +461,9 @@ Threads pool() {
           }};
 }
 
-Tensor dropped_cpu(const Tensor& x, const Dropping& dropping, const Threads& threads) {
+Tensor dropped_cpu(const Tensor& x, const Dropping& dropping, CpuCapability path, const Threads& threads) {
   return dropping.apply(x, [&](const DropoutParams& p) {
-    threads.run(p.m, [&p](int64_t begin, int64_t end) { dropout_cpu(p, begin, end); });
+    threads.run(p.m, [&](int64_t begin, int64_t end) { dropout_cpu(p, path, begin, end); });
   });
 }
 
@@ -500,7 +501,7 @@ std::tuple<Tensor, Tensor> linear_forward_cpu_op(
   const Threads threads = pool();
   const Dropping dropping(seed, threshold, gain, p.r > 0, x);
   std::optional<Tensor> dropped;
-  if (dropping) p.dropped = dropped.emplace(dropped_cpu(x, dropping, threads)).const_data_ptr();
+  if (dropping) p.dropped = dropped.emplace(dropped_cpu(x, dropping, path, threads)).const_data_ptr();
   linear_forward_cpu(p, path, threads);
   return outputs;
 }
@@ -540,7 +541,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu_op(
   const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
   p.dropout = dropping.mask();
   std::optional<Tensor> dropped;
-  if (dropping && needs.da) p.x = dropped.emplace(dropped_cpu(*x, dropping, threads)).const_data_ptr();
+  if (dropping && needs.da) p.x = dropped.emplace(dropped_cpu(*x, dropping, path, threads)).const_data_ptr();
   linear_backward_cpu(p, path, threads);
   return {g.dx, g.da, g.db};
 }

@@ -8,6 +8,6 @@
 namespace fastlora {
 
 // Rows [begin, end) of out, in float32 or bfloat16.
-void dropout_cpu(const DropoutParams& params, int64_t begin, int64_t end);
+void dropout_cpu(const DropoutParams& params, CpuCapability capability, int64_t begin, int64_t end);
 
 }  // namespace fastlora

@@ -191,7 +191,8 @@ void linear_backward_cpu(const CpuBackward& p, CpuCapability capability, const T
       } else {
         layer.multiply(layer.product(left, right, p.k, dx.out, p.dtype));
         const DropoutParams dropped{p.dropout, p.dx, p.dx, p.m, p.k, p.dtype};
-        threads.run(rows, [&](int64_t begin, int64_t end) { dropout_cpu(dropped, row + begin, row + end); });
+        threads.run(
+            rows, [&](int64_t begin, int64_t end) { dropout_cpu(dropped, capability, row + begin, row + end); });
         dx.onto = true;
       }
     }
