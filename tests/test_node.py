@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import fastlora
 from fastlora import FastLoRALinear, NF4Weight, backends, lora_linear, native, node, ops
 from fastlora.dropout import Dropout, draw_seed
 from fastlora.linear import NF4Linear
@@ -141,6 +142,33 @@ def test_dropout_out_of_range_and_without_adapters() -> None:
     assert is_taken(lora_linear(x, w, None, None, bias, dropout_p=0.5))
     assert not is_taken(lora_linear(x, w, a, b, bias, dropout_p=0.0, backend="torch"))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_layers_reach_the_node_with_dropout() -> None:
+    x = random(2, 3, K)
+    layer = FastLoRALinear(K, N, r=R, lora_dropout=0.5, init_lora_weights=False, dtype=torch.float32)
+    y = layer(x)
+    assert is_taken(y)
+    assert not torch.equal(y, layer(x))
+    layer.eval()
+    assert is_taken(layer(x))
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_converted_layers_reach_the_node_with_dropout() -> None:
+    peft, bnb = pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    base = bnb.nn.Linear4bit(K, N, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    base.weight = weight().to_bitsandbytes()
+    base.support_avx512bf16_for_cpu = False
+    config = peft.LoraConfig(r=R, lora_alpha=R, lora_dropout=0.5, init_lora_weights=False)
+    stock = peft.tuners.lora.Linear4bit(base, "default", config=config, r=R, lora_alpha=R)
+    model = torch.nn.ModuleDict({"layer": stock})
+    fastlora.accelerate(model)
+    x = random(2, 3, K)
+    assert is_taken(model["layer"](x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert is_taken(model["layer"](x))
+    assert is_taken(model.eval()["layer"](x))
 
 
 @pytest.mark.parametrize("needed", range(1, 16))
