@@ -27,6 +27,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/dropout.h"
 #include "cpu/linear.h"
 #include "params.h"
@@ -223,6 +224,36 @@ void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tenso
   const CpuCapability path = cpu_capability();
   const int64_t grain = std::max<int64_t>(1, kGrainElements / 4 / std::max<int64_t>(1, p.k));
   torch::stable::parallel_for(0, p.m, grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, path, begin, end); });
+}
+
+void cross_entropy_cpu_op(
+    Tensor logits,
+    Tensor labels,
+    Tensor scale,
+    int64_t ignore_index,
+    double label_smoothing,
+    bool gradient,
+    int64_t capability,
+    Tensor losses) {
+  CrossEntropyParams p{};
+  p.dtype = dtype_of("logits", logits);
+  if (p.dtype == DType::kFloat16) fail("logits must be float32 or bfloat16, got float16");
+  if (logits.dim() != 2) fail("logits must have two dimensions, got shape ", shape_of(logits));
+  const int64_t m = logits.sizes()[0];
+  p.v = logits.sizes()[1];
+  if (p.v < 1) fail("logits must have columns, got shape ", shape_of(logits));
+  checked<void>("logits", logits, losses, logits.scalar_type(), m * p.v);
+  p.labels = checked<int64_t>("labels", labels, logits, ScalarType::Long, m);
+  p.scale = checked<float>("scale", scale, logits, ScalarType::Float, 1);
+  checked<float>("losses", losses, logits, ScalarType::Float, m);
+  p.logits = logits.mutable_data_ptr();
+  p.losses = static_cast<float*>(losses.mutable_data_ptr());
+  p.ignored = ignore_index;
+  p.smoothing = static_cast<float>(label_smoothing);
+  p.gradient = gradient;
+  const CpuCapability path = checked_capability(capability);
+  const int64_t grain = std::max<int64_t>(1, kGrainElements / p.v);
+  torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) { cross_entropy_cpu(p, path, begin, end); });
 }
 
 int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
@@ -928,6 +959,9 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   define("cpu_capability() -> int");
   define("dequantize(" + weight + ", int capability, Tensor(a!) out) -> ()");
+  define(
+      "cross_entropy(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore_index, float label_smoothing, "
+      "bool gradient, int capability, Tensor(b!) losses) -> ()");
   define("dropout(Tensor x, Tensor seed, int threshold, float gain, Tensor(a!) out) -> ()");
   define("linear" + forward + ", int capability" + dropout + ") -> (Tensor, Tensor)");
   define("linear" + backward + ", int capability" + dropout + ") -> (Tensor, Tensor, Tensor)");
@@ -939,6 +973,7 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) {
   m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op));
+  m.impl("cross_entropy", TORCH_BOX(&fastlora::cross_entropy_cpu_op));
   m.impl("dropout", TORCH_BOX(&fastlora::dropout_cpu_op));
   m.impl("linear_forward", TORCH_BOX(&fastlora::linear_forward_cpu_op));
   m.impl("linear_backward", TORCH_BOX(&fastlora::linear_backward_cpu_op));

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from fastlora import backends, ops
+from fastlora import backends, native, ops
 from fastlora.groups import kernels
 from fastlora.linear import _autocast
 
@@ -47,6 +47,13 @@ def _on_kernels(x: torch.Tensor) -> bool:
     if machine.triton is not None or x.dtype not in backends.COMPUTE_DTYPES or ops.must_dispatch(x):
         return False
     return x.is_cuda or machine.triton_interpreted
+
+
+def _on_extension(x: torch.Tensor, options: _Options) -> bool:
+    # On the device "meta" there is nothing to compute.
+    if not x.is_cpu or x.dtype not in (torch.float32, torch.bfloat16) or options.softcap is not None:
+        return False
+    return backends.this_machine().native_cpu is None and not ops.must_dispatch(x)
 
 
 def _plain(
@@ -97,6 +104,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         late = x.dtype == torch.float16
         scale = torch.ones_like(inverse) if late else inverse
         fused = _on_kernels(x)
+        softmax: Any = None
+        if fused:
+            softmax = kernels("cross_entropy").cross_entropy
+        elif _on_extension(x, options):
+            softmax = native.cross_entropy
         with ops._without_autocast(x.device.type):
             weight = w.to(x.dtype)
             shift = None if bias is None else bias.to(x.dtype)
@@ -110,10 +122,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     torch.mm(x[part], weight.T, out=logits)
                 else:
                     torch.addmm(shift, x[part], weight.T, out=logits)
-                if fused:
-                    kernels("cross_entropy").cross_entropy(
-                        logits, labels[part], losses[part], scale, **dataclasses.asdict(options), gradient=grad
-                    )
+                if softmax is not None:
+                    softmax(logits, labels[part], losses[part], scale, **dataclasses.asdict(options), gradient=grad)
                 elif not x.is_meta:  # without values, nothing beside the buffer, as with the kernel
                     logits = _plain(logits, labels[part], losses[part], scale, options, grad)
                 if dx is not None:

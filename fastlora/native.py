@@ -132,6 +132,26 @@ def dequantize(w: NF4Weight, dtype: torch.dtype | None = None, out: torch.Tensor
     return out
 
 
+def cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    loss: torch.Tensor,
+    scale: torch.Tensor,
+    *,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: None,
+    gradient: bool,
+) -> None:
+    """The loss (M,) float32 of each row of logits (M, V); with ``gradient`` their gradient, times scale, over them.
+
+    For contiguous logits on a CPU, in float32 or bfloat16. Raises ValueError for tensors that do not fit, RuntimeError
+    without the extension.
+    """
+    operator = _operator("cross_entropy", "cpu")
+    operator(logits, labels, scale, ignore_index, label_smoothing, gradient, _capability(), loss)
+
+
 def few_rows(capability: tuple[int, int]) -> int:
     """The most rows of x or dy that the kernels for few rows take on a GPU of this compute capability.
 

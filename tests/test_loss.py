@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tolerance import assert_close
 
 from fastlora import loss as losses
+from fastlora import native
 from fastlora.loss import linear_cross_entropy
 
 DTYPE = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -56,11 +57,19 @@ def results(function: Any, tensors: tuple[torch.Tensor, ...], gain: float, **opt
     return [loss.detach(), *torch.autograd.grad(loss * gain, leaves)]
 
 
-@pytest.fixture(params=["plain", "kernel"])
+@pytest.fixture(params=["torch", "kernel", *native.CAPABILITIES])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where the softmax is computed; returns the device."""
-    if request.param == "plain":
+    if request.param != "kernel":
         monkeypatch.setattr(losses, "_on_kernels", lambda x: False)
+        if request.param == "torch":
+            monkeypatch.setattr(losses, "_on_extension", lambda x, options: False)
+        elif (reason := native.available("cpu")) is not None:
+            pytest.skip(reason)
+        elif native.CAPABILITIES.index(request.param) > native.best_capability():
+            pytest.skip("not a path of this processor")
+        else:
+            monkeypatch.setenv(native.CAPABILITY_VARIABLE, request.param)
         return "cpu"
     pytest.importorskip("triton")
     return request.getfixturevalue("kernel_device")
@@ -132,6 +141,42 @@ def test_a_label_outside_of_the_vocabulary_is_no_number() -> None:
     x, w, _, labels = problem(torch.float32, device)
     labels[3] = w.shape[0]
     assert linear_cross_entropy(x, w, labels).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_extension_leaves_no_number_unnoticed(dtype: torch.dtype) -> None:
+    """A label outside of the vocabulary and a NaN among the logits, in a whole vector and in the rest of the row."""
+    if (reason := native.available("cpu")) is not None:
+        pytest.skip(reason)
+    options = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": None, "gradient": True}
+    clean = torch.randn(4, 101).to(dtype)
+    labels, scale = torch.tensor([3, 101, 7, -100]), torch.ones(())
+    for column in (5, 100):
+        logits, loss = clean.clone(), torch.empty(4)
+        logits[2, column] = float("nan")
+        native.cross_entropy(logits, labels, loss, scale, **options)
+        assert loss.isnan().tolist() == [False, True, True, False]
+        assert logits.isnan().any(1).tolist() == [False, False, True, False]
+        assert (loss[3], logits[3].abs().max()) == (0, 0)
+        expected = torch.autograd.functional.jacobian(lambda x: F.cross_entropy(x, labels[0]), clean[0].float())
+        torch.testing.assert_close(logits[0].float(), expected, atol=1e-2 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+
+
+def test_the_extension_checks_what_it_is_given() -> None:
+    if (reason := native.available("cpu")) is not None:
+        pytest.skip(reason)
+    options = {"ignore_index": -100, "label_smoothing": 0.0, "softcap": None, "gradient": True}
+    good = {"logits": torch.zeros(3, 8), "labels": torch.zeros(3).long(), "loss": torch.zeros(3)}
+    good["scale"] = torch.ones(1)
+    bad = {
+        "logits": torch.zeros(3, 16)[:, ::2],
+        "labels": torch.zeros(4).long(),
+        "loss": torch.zeros(3).double(),
+        "scale": torch.ones(2),
+    }
+    for name, tensor in {**bad, "logits ": torch.zeros(3, 8).half()}.items():
+        with pytest.raises(ValueError, match=name.strip()):
+            native.cross_entropy(**{**good, name.strip(): tensor}, **options)
 
 
 def test_autocast_decides_the_type() -> None:
