@@ -19,6 +19,9 @@ constexpr int64_t kChunkWords = int64_t{2} << 20;
 constexpr int64_t kFewestChunkRows = 256;  // so that decoding the weight stays a small part
 constexpr int64_t kMostChunkRows = 1024;   // so that the sums of a panel stay in the cache of a core
 
+constexpr int64_t kFewWords = 1 << 13;  // packed in less time than threads take to begin
+constexpr int64_t kDecodeRows = 16;     // of a product, that take as long as decoding its panel
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps: fresh pages cost more than what is written to them here.
@@ -70,8 +73,12 @@ class Layer {
     const int64_t tile_rows = ceil_div(rows, ceil_div(rows, kernels_.max_rows));
     const int64_t tiles = ceil_div(rows, tile_rows);
     const Left left{buffer.words(tiles * tile_rows * words_of(depth)), rows, depth, tile_rows};
-    threads_.run(
-        tiles, [&](int64_t first, int64_t last) { kernels_.pack(source, columns_as_rows, left, first, last); });
+    if (tiles * tile_rows * words_of(depth) <= kFewWords) {
+      kernels_.pack(source, columns_as_rows, left, 0, tiles);
+    } else {
+      threads_.run(
+          tiles, [&](int64_t first, int64_t last) { kernels_.pack(source, columns_as_rows, left, first, last); });
+    }
     return left;
   }
 
@@ -93,11 +100,22 @@ class Layer {
 
   void multiply(const Product& p) const {
     const int64_t tiles = ceil_div(p.left.rows, p.left.tile_rows);
-    const int64_t enough = 4 * threads_.count;
-    int64_t columns = kernels_.panel_columns;
-    if (ceil_div(p.columns, kPanelColumns) >= enough) columns = kPanelColumns;
-    const int64_t panels = ceil_div(p.columns, columns);
-    const int64_t groups = panels >= threads_.count ? 1 : std::min(tiles, ceil_div(enough, panels));
+    // What the busiest thread does, in rows of a product, for panels of each width and tiles in groups: each group
+    // decodes the panel for itself. More pieces than these gain nothing, and a wider panel reads the left operand less
+    // often.
+    int64_t columns = 0, panels = 0, groups = 1, least = 0;
+    for (int64_t width = kPanelColumns; width >= kernels_.panel_columns; width /= 2) {
+      const int64_t across = ceil_div(p.columns, width);
+      for (int64_t split = 1; split <= std::min(tiles, threads_.count); ++split) {
+        const int64_t rows = ceil_div(tiles, split) * p.left.tile_rows;
+        const int64_t busiest = ceil_div(across * split, threads_.count) * width * (rows + kDecodeRows);
+        if (least > 0 && busiest + busiest / 32 >= least) continue;
+        least = busiest;
+        columns = width;
+        panels = across;
+        groups = split;
+      }
+    }
     const int64_t group = ceil_div(tiles, groups);
     threads_.run(panels * groups, [&](int64_t begin, int64_t end) {
       uint32_t* scratch = panel_buffer.words(panel_scratch(columns, group * p.left.tile_rows));

@@ -78,19 +78,38 @@ void pack_panel(const Source& s, int64_t c0, int64_t columns, int64_t begin, int
   if (s.right->down) {
     const int64_t valid = smaller(columns, matrix.columns - c0);
     if (A::pack_down(s, c0, columns, begin, words, panel)) return;
-    for (int64_t w = 0; w < words; ++w) {
-      if constexpr (A::kPairs) {
-        alignas(64) uint16_t rows[2][kPanelColumns] = {};
-        for (int i = 0; i < 2; ++i) {
-          const int64_t row = 2 * (begin + w) + i;
-          if (row < matrix.rows) fetch_narrow(s, row, c0, valid, rows[i]);
+    // Rows that need neither conversion nor filling up are read where they are.
+    const bool as_it_is = s.right->weight == nullptr && valid == columns && narrow(matrix.dtype) == A::kPairs &&
+                          narrow(s.dtype) == A::kPairs;
+    if constexpr (A::kPairs) {
+      alignas(64) uint16_t rows[2][kPanelColumns] = {};
+      for (int64_t w = 0; w < words; ++w) {
+        const int64_t row = 2 * (begin + w);
+        uint32_t* out = panel + w * kColumns;
+        if (as_it_is && row + 1 < matrix.rows) {
+          const uint16_t* even = static_cast<const uint16_t*>(matrix.data) + row * matrix.columns + c0;
+          A::interleave(even, even + matrix.columns, columns, out, words * kColumns);
+          continue;
         }
-        A::interleave(rows[0], rows[1], columns, panel + w * kColumns, words * kColumns);
-      } else {
-        alignas(64) float row[kPanelColumns] = {};
-        fetch_floats(s, begin + w, c0, valid, row);
+        fetch_narrow(s, row, c0, valid, rows[0]);
+        if (row + 1 < matrix.rows) {
+          fetch_narrow(s, row + 1, c0, valid, rows[1]);
+        } else {
+          std::memset(rows[1], 0, sizeof rows[1]);
+        }
+        A::interleave(rows[0], rows[1], columns, out, words * kColumns);
+      }
+    } else {
+      alignas(64) float row[kPanelColumns] = {};
+      for (int64_t w = 0; w < words; ++w) {
+        const float* from = row;
+        if (as_it_is) {
+          from = static_cast<const float*>(matrix.data) + (begin + w) * matrix.columns + c0;
+        } else {
+          fetch_floats(s, begin + w, c0, valid, row);
+        }
         for (int64_t c = 0; c < columns; c += kColumns) {
-          std::memcpy(panel + (c / kColumns * words + w) * kColumns, row + c, sizeof(float) * kColumns);
+          std::memcpy(panel + (c / kColumns * words + w) * kColumns, from + c, sizeof(float) * kColumns);
         }
       }
     }
@@ -155,34 +174,34 @@ void pack(const Matrix& source, bool columns_as_rows, const Left& left, int64_t 
 
 constexpr int kAhead = 16;  // words of the reduction
 
-// sums (kRows, kColumns) of the product of one tile and one panel, added to what is there.
-template <int kRows>
+// sums (kRows, kColumns) of the product of one tile and the first kUsed vectors of one panel, added to what is there.
+template <int kRows, int kUsed>
 void tile_product(int64_t words, const uint32_t* left, const uint32_t* panel, float* sums, bool add) {
-  V sum[kRows][kVectors];
+  V sum[kRows][kUsed];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Arch::zero();
+    for (int v = 0; v < kUsed; ++v) sum[r][v] = Arch::zero();
   }
   for (int64_t w = 0; w < words; ++w, left += kRows, panel += kColumns) {
     // Both operands are larger than the first cache.
     __builtin_prefetch(left + kAhead * kRows);
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) __builtin_prefetch(panel + kAhead * kColumns + v * kLanes);
-    V right[kVectors];
+    for (int v = 0; v < kUsed; ++v) __builtin_prefetch(panel + kAhead * kColumns + v * kLanes);
+    V right[kUsed];
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) right[v] = Arch::load(panel + v * kLanes);
+    for (int v = 0; v < kUsed; ++v) right[v] = Arch::load(panel + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const V factor = Arch::broadcast(left + r);
 #pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Arch::multiply_add(factor, right[v], sum[r][v]);
+      for (int v = 0; v < kUsed; ++v) sum[r][v] = Arch::multiply_add(factor, right[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kUsed; ++v) {
       float* at = sums + r * kColumns + v * kLanes;
       Arch::store(at, add ? Arch::add(Arch::load_floats(at), sum[r][v]) : sum[r][v]);
     }
@@ -191,13 +210,18 @@ void tile_product(int64_t words, const uint32_t* left, const uint32_t* panel, fl
 
 using TileProduct = void (*)(int64_t, const uint32_t*, const uint32_t*, float*, bool);
 
-template <int kRows = kMaxRows>
+template <int kUsed, int kRows = kMaxRows>
 TileProduct tile_product_of(int64_t rows) {
   if constexpr (kRows == 1) {
-    return tile_product<1>;
+    return tile_product<1, kUsed>;
   } else {
-    return rows == kRows ? tile_product<kRows> : tile_product_of<kRows - 1>(rows);
+    return rows == kRows ? tile_product<kRows, kUsed> : tile_product_of<kUsed, kRows - 1>(rows);
   }
+}
+
+TileProduct tile_product_of(int64_t rows, int64_t columns) {
+  static_assert(kVectors == 2);
+  return columns <= kLanes ? tile_product_of<1>(rows) : tile_product_of<2>(rows);
 }
 
 // Writes the valid part of a tile of sums.
@@ -251,7 +275,9 @@ void multiply(
   const int64_t tile_rows = p.left.tile_rows, tile_sums = tile_rows * kColumns;
   uint32_t* words = scratch;
   float* sums = reinterpret_cast<float*>(scratch + panel_columns * kDepthWords);
-  const TileProduct whole = tile_product_of(tile_rows);
+  // Of a rank of 16, or what is left of columns, half a panel may be empty.
+  const int64_t last_columns = valid - (parts - 1) * kColumns;
+  const TileProduct whole = tile_product_of(tile_rows, kColumns), whole_last = tile_product_of(tile_rows, last_columns);
 
   const auto accumulate = [&](const Left& left, const Right& right, bool add, bool finish) {
     const Source source = make_source(right, p.dtype, capability);
@@ -261,10 +287,13 @@ void multiply(
       pack_panel<Arch>(source, c0, parts * kColumns, begin, n, words);
       for (int64_t tile = first; tile < last; ++tile) {
         const int64_t row0 = tile * tile_rows, rows = smaller(tile_rows, left.rows - row0);
-        const TileProduct product = rows == tile_rows ? whole : tile_product_of(rows);
         const uint32_t* words_of_tile = left.words + row0 * depth + begin * rows;
         for (int64_t part = 0; part < parts; ++part) {
           float* at = sums + ((tile - first) * parts + part) * tile_sums;
+          const TileProduct product = rows < tile_rows
+                                          ? tile_product_of(rows, part + 1 < parts ? kColumns : last_columns)
+                                      : part + 1 < parts ? whole
+                                                         : whole_last;
           product(n, words_of_tile, words + part * n * kColumns, at, add);
           if (finish && begin + n == depth) {
             const int64_t column0 = part * kColumns;

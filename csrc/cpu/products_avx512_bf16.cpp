@@ -33,7 +33,7 @@ struct Arch : Avx512<2> {
   static void interleave(
       const uint16_t* even, const uint16_t* odd, int64_t columns, uint32_t* out, int64_t part_stride) {
     for (int64_t c = 0; c < columns; c += 32, out += part_stride) {
-      interleave(_mm512_load_si512(even + c), _mm512_load_si512(odd + c), out);
+      interleave(_mm512_loadu_si512(even + c), _mm512_loadu_si512(odd + c), out);
     }
   }
   static bool pack_down(const Source& s, int64_t c0, int64_t columns, int64_t begin, int64_t words, uint32_t* panel);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../convert.h"
+#include "../cross_entropy.h"
 #include "../dropout.h"
 #include "../linear.h"
 
@@ -302,6 +303,35 @@ void check_dropout(int64_t m, int64_t k, DType dtype, CpuCapability capability) 
   compare("dropout", out, want, where);
 }
 
+// Rows of logits, of which one in three has a label that is ignored.
+void check_cross_entropy(int64_t m, int64_t v, float smoothing, DType dtype, CpuCapability capability) {
+  const std::string where = " in the cross-entropy of " + std::to_string(m) + " x " + std::to_string(v) + " path " +
+                            std::to_string(static_cast<int>(capability));
+  Tensor logits = Tensor::random(m * v, dtype, 3.0f), losses(m, DType::kFloat32);
+  Buffer<int64_t> labels(m);
+  for (auto& label : labels) label = random_integer(0, 2) == 0 ? -100 : random_integer(0, v - 1);
+  const float scale = 0.25f;
+  const Values z = logits.values(dtype);
+  Values want(m * v), want_losses(m);
+  for (int64_t row = 0; row < m; ++row) {
+    if (labels[row] == -100) continue;
+    double total = 0, plain = 0;
+    for (int64_t i = row * v; i < (row + 1) * v; ++i) {
+      total += std::exp(z[i]);
+      plain += z[i];
+    }
+    const double lse = std::log(total), eps = smoothing, count = static_cast<double>(v);
+    want_losses[row] = (1 - eps) * (lse - z[row * v + labels[row]]) + eps * (lse - plain / count);
+    for (int64_t i = 0; i < v; ++i) {
+      want[row * v + i] = scale * (std::exp(z[row * v + i] - lse) - (i == labels[row] ? 1 - eps : 0) - eps / count);
+    }
+  }
+  CrossEntropyParams p{logits.data(), labels.data(), losses.wide.data(), &scale, v, -100, smoothing, true, dtype};
+  cross_entropy_cpu(p, capability, 0, m);
+  compare("losses", losses, want_losses, where);
+  compare("gradient", logits, want, where);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -325,9 +355,11 @@ int main(int argc, char** argv) {
       checks += 3;
       for (int i = 0; i < count; ++i) {
         check_dropout(random_integer(1, 9), random_integer(1, 200), dtype, static_cast<CpuCapability>(path));
+        check_cross_entropy(
+            random_integer(1, 4), random_integer(2, 200), i % 2 == 0 ? 0.0f : 0.1f, dtype,
+            static_cast<CpuCapability>(path));
       }
     }
   }
-
   std::printf("%lld layers, forward and backward: clean\n", static_cast<long long>(checks));
 }
