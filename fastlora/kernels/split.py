@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import functools
 import struct
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
+from fastlora.int8 import Factor
 from fastlora.kernels import config
+from fastlora.kernels.decode import factor_arguments, factor_tile, factor_values, row_scales
 from fastlora.kernels.launch import interpreted, jit, on_device, with_rows
 from fastlora.kernels.tile import cast, dot, drop, dropout_arguments, keep
 from fastlora.nf4 import CODES, NESTED_BLOCKSIZE, NF4Weight
@@ -198,6 +201,8 @@ def partial_kernel(
     absmax_code_ptr,
     absmax_offset_ptr,
     adapter_ptr,  # A (R, K) or B^T (R, N): element (r, i) at r * stride_r + i * stride_i; None without adapters
+    scales_ptr,
+    table_ptr,
     sums_ptr,  # (parts, M, N or K) float32
     narrow_ptr,  # (narrow parts, M, R) float32
     seed_ptr,
@@ -214,6 +219,7 @@ def partial_kernel(
     stride_r,
     stride_i,
     TRANSPOSED: tl.constexpr,
+    ADAPTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
@@ -248,11 +254,19 @@ def partial_kernel(
             for step in range(p * narrow_steps, (p + 1) * narrow_steps):
                 i = step * BLOCK + tl.arange(0, BLOCK)
                 rows = load_rows(x_ptr, m, i, reduced, M, stride_xm)
-                inside = (r[:, None] < R) & (i[None, :] < reduced)
-                adapter = tl.load(adapter_row + i[None, :].to(tl.int64) * stride_i, mask=inside, other=0.0)
+                if table_ptr is None:
+                    inside = (r[:, None] < R) & (i[None, :] < reduced)
+                    adapter = tl.load(adapter_row + i[None, :].to(tl.int64) * stride_i, mask=inside, other=0.0)
+                    adapter = cast(adapter, dtype)
+                else:
+                    adapter = factor_tile(
+                        adapter_ptr, scales_ptr, table_ptr, r, step * BLOCK, R, reduced, dtype, ADAPTER, BLOCK
+                    )
                 if DROPOUT:
                     rows = drop(rows, seed_ptr, threshold, gain, m, step * BLOCK, BLOCK)
-                narrow = dot(cast(adapter, dtype), tl.trans(rows), narrow)
+                narrow = dot(adapter, tl.trans(rows), narrow)
+            if ADAPTER == "int8":
+                narrow *= row_scales(scales_ptr, r, R)[:, None]
             narrow_target = (p.to(tl.int64) * M + m[None, :]) * R + r[:, None]
             tl.store(narrow_ptr + narrow_target, narrow, mask=(r[:, None] < R) & (m[None, :] < M))
     else:
@@ -308,7 +322,9 @@ def finish_kernel(
     sums_ptr,  # (parts, M, COLUMNS) float32
     narrow_ptr,  # (narrow parts, M, R) float32; None without adapters
     u_ptr,  # (M, R)
-    adapter_ptr,  # B^T (R, N) or A (R, K): element (r, i) at r * stride_r + i * stride_i
+    adapter_ptr,  # B^T (R, N) or A (R, K): element (r, i) at r * stride_r + i * stride_i; B (N, R) where it is packed
+    scales_ptr,
+    table_ptr,
     bias_ptr,  # (COLUMNS,), or None
     y_ptr,  # (M, COLUMNS)
     seed_ptr,
@@ -321,6 +337,7 @@ def finish_kernel(
     R,
     stride_r,
     stride_i,
+    ADAPTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     OVERLAP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -357,14 +374,23 @@ def finish_kernel(
             for p in tl.static_range(NARROW_PARTS):
                 part_ptr = narrow_ptr + tl.full((), p, tl.int64) * M * R
                 narrow += tl.load(part_ptr + row, mask=in_r, other=0.0)
-            adapter = tl.load(
-                adapter_ptr + r[:, None].to(tl.int64) * stride_r + i[None, :].to(tl.int64) * stride_i,
-                mask=(r[:, None] < R) & in_i, other=0.0,
-            )  # fmt: skip
+            if table_ptr is None:
+                adapter = tl.load(
+                    adapter_ptr + r[:, None].to(tl.int64) * stride_r + i[None, :].to(tl.int64) * stride_i,
+                    mask=(r[:, None] < R) & in_i, other=0.0,
+                )  # fmt: skip
+                adapter = cast(adapter, dtype)
+            else:
+                packed = factor_tile(
+                    adapter_ptr, scales_ptr, table_ptr, i, r0, COLUMNS, R, dtype, ADAPTER, BLOCK_R
+                )  # fmt: skip
+                adapter = tl.trans(packed)
             u = cast(narrow * narrow_scale, dtype)
             if i0 == 0:
                 tl.store(u_ptr + row, u, mask=in_r)
-            acc = dot(u, cast(adapter, dtype), acc)
+            acc = dot(u, adapter, acc)
+        if ADAPTER == "int8":
+            acc *= row_scales(scales_ptr, i, COLUMNS)[None, :]
         if DROPOUT:
             acc = tl.where(keep(seed_ptr, threshold, gain, m, i0, BLOCK_N), acc * gain, 0.0)
         acc *= scale
@@ -379,10 +405,15 @@ def reads(w: NF4Weight) -> bool:
     return w.shape[1] % _GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
 
 
+_Adapter = tuple[torch.Tensor, dict[str, Any]]
+"""What a kernel reads of an adapter, and the arguments that say how."""
+
+
 def _product(
     x: torch.Tensor,
     w: NF4Weight,
-    adapters: tuple[torch.Tensor, torch.Tensor] | None,
+    r: int,
+    adapters: tuple[_Adapter, _Adapter] | None,
     bias: torch.Tensor | None,
     scales: tuple[float, float],
     dropouts: tuple[Dropout | None, Dropout | None],
@@ -390,10 +421,10 @@ def _product(
     *,
     transposed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W^T or x W, with the LoRA term, and the narrow product; ``adapters`` are (R, reduced side) and (R, side)."""
+    """x W^T or x W, with the LoRA term, and the narrow product; ``adapters`` are (R, reduced side) and (R, side), or
+    packed, and then A and B."""
     x, (n, k), m = with_rows(x), w.shape, x.shape[0]
     side = n if transposed else k
-    r = 0 if adapters is None else adapters[0].shape[0]
     device = config.Device.of(x.device)
     split = config.split_product(m, n, k, r, device, transposed=transposed)
     tiles, ends = split.tiles, split.finish
@@ -403,7 +434,7 @@ def _product(
     behind = -(-split.parts * m * side // 4) * 4
     sums = torch.empty(behind + split.narrow_parts * m * r, dtype=torch.float32, device=x.device)
     narrow = sums[behind:] if r else None
-    first, second = adapters or (None, None)
+    (first, how_first), (second, how_second) = adapters or ((None, factor_arguments(None)),) * 2
     tiles_m = triton.cdiv(m, tiles.block_m)
     tile = tiles.block_n if transposed else tiles.block_k
     narrow_programs = tiles_m * triton.cdiv(r, tiles.block_r) * split.narrow_parts if r else 0
@@ -440,6 +471,7 @@ def _product(
             BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k,
             BLOCK_R=tiles.block_r,
+            **how_first,
             **dropout_arguments(dropouts[0] if r else None),
             **tiles.launch(),
         )
@@ -463,6 +495,7 @@ def _product(
             BLOCK_M=ends.block_m,
             BLOCK_N=ends.block_n,
             BLOCK_R=ends.block_r,
+            **how_second,
             **dropout_arguments(dropouts[1] if r else None),
             **ends.launch(),
             **({"launch_pdl": True} if split.overlap else {}),
@@ -473,16 +506,19 @@ def _product(
 def linear(
     x: torch.Tensor,
     w: NF4Weight,
-    lora_a: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
+    lora_a: Factor | None,
+    lora_b: Factor | None,
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type; `reads` must accept w."""
-    adapters = None if lora_a is None or lora_b is None else (lora_a, lora_b.T)
-    return _product(x, w, adapters, bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
+    adapters, r = None, 0
+    if lora_a is not None and lora_b is not None:
+        a = factor_values(lora_a), factor_arguments(lora_a)
+        adapters, r = (a, (factor_values(lora_b).T, factor_arguments(lora_b))), lora_a.shape[0]
+    return _product(x, w, r, adapters, bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
 
 
 def input_gradient(
@@ -494,5 +530,8 @@ def input_gradient(
     dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx (M, K) and du (M, R) for dy (M, N) of a 16-bit type; `reads` must accept w."""
-    adapters = None if lora_a is None or lora_b is None else (lora_b.T, lora_a)
-    return _product(dy, w, adapters, None, (scale, 1.0), (None, dropout), None, transposed=False)
+    adapters, r = None, 0
+    if lora_a is not None and lora_b is not None:
+        plain = factor_arguments(None)
+        adapters, r = ((lora_b.T, plain), (lora_a, plain)), lora_a.shape[0]
+    return _product(dy, w, r, adapters, None, (scale, 1.0), (None, dropout), None, transposed=False)
