@@ -28,7 +28,7 @@ from fastlora.kernels.tile import cast, dot, drop, dropout_arguments, keep
 from fastlora.nf4 import CODES, NESTED_BLOCKSIZE, NF4Weight
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
-_GROUP = 32
+GROUP = 32
 """Elements that are decoded together, the smallest block of statistics."""
 
 
@@ -177,7 +177,7 @@ _PERMUTE_CONSTRAINTS = tl.constexpr(",".join(["=h"] * 32 + ["r"] * 5))
 
 
 @functools.cache
-def _permute(quant_type: str, dtype: torch.dtype, wanted: bool) -> str:
+def permute(quant_type: str, dtype: torch.dtype, wanted: bool = True) -> str:
     """`permute_source` where it is wanted and the target understands it, else nothing."""
     portable = not wanted or interpreted() or torch.version.hip is not None
     return "" if portable else permute_source(quant_type, dtype)
@@ -402,7 +402,7 @@ def finish_kernel(
 
 def reads(w: NF4Weight) -> bool:
     """Whether these kernels can read ``w``: whole groups in every row, aligned words."""
-    return w.shape[1] % _GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
+    return w.shape[1] % GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
 
 
 _Adapter = tuple[torch.Tensor, dict[str, Any]]
@@ -453,7 +453,7 @@ def _product(
             narrow_ptr=narrow,
             M=m,
             N=n,
-            groups=k // _GROUP,
+            groups=k // GROUP,
             R=r,
             steps=split.steps,
             narrow_steps=split.narrow_steps,
@@ -464,7 +464,7 @@ def _product(
             TRANSPOSED=transposed,
             FORMAT="nested" if w.nested else "flat",
             BLOCKSIZE=w.blocksize,
-            PERMUTE=_permute(w.quant_type, x.dtype, split.permute),
+            PERMUTE=permute(w.quant_type, x.dtype, split.permute),
             OVERLAP=split.overlap,
             WEIGHT_FIRST=split.weight_first,
             BLOCK_M=tiles.block_m,

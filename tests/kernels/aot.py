@@ -234,11 +234,16 @@ def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:
             columns.scaled_gradients(z, given, gain, None, need_dz)
         columns.scaled_gradients(z, z, gain, gain.to(dtype), True)
         b = torch.empty(n, r, dtype=dtype)
-        products = (torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
-        columns.row_norm(*products)
-        for nested in (True, False):
-            w = NF4Weight.quantize(torch.ones(n, 128), nested=nested)
-            columns.folded(*products, w, b.float() if nested else b, 2.0**-60)
+        columns.row_norm(torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
+        columns.finished(torch.empty(9, n), gain, dtype, gain, b)
+        columns.finished(torch.empty(9, n), gain, torch.float32)
+    if dtype == torch.float32:
+        return
+    for n, r, nested, kind in ((14336, 16, True, torch.float32), (64, 5, False, dtype), (4096, 64, True, dtype)):
+        compiler.case = f"folded {n} r={r} {dtype}"
+        w = NF4Weight.quantize(torch.ones(n, 128), nested=nested)
+        a, b, gain = torch.empty(r, 128, dtype=kind), torch.empty(n, r, dtype=kind), torch.empty(n)
+        columns.folded(w, a, b, gain, gain, 0.5, dtype, 2.0**-60)
 
 
 def loss_of(compiler: Compiler, dtype: torch.dtype) -> None:
