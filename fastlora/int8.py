@@ -6,8 +6,6 @@ import dataclasses
 
 import torch
 
-from fastlora.nf4 import NF4Weight
-
 LEVELS = 127
 """Values lie in [-127, 127]: both signs reach as far."""
 
@@ -48,7 +46,3 @@ class Int8Matrix:
             return self.values.double() * self.scales.double()
         out = torch.empty_like(self.values, dtype=dtype or self.dtype)
         return torch.mul(self.values, self.scales, out=out)
-
-
-Factor = torch.Tensor | Int8Matrix | NF4Weight
-"""A or B as a product takes it: of a floating type, in 8 bits, or in NF4 with flat statistics of 64 elements."""

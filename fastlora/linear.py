@@ -308,11 +308,10 @@ def _packed_forward(
         return None
     rows, wide, dtype = compute_type(base, weight, x)
     rows = rows.reshape(-1, weight.shape[1])
-    reader = packed.chosen(rows, weight, lora_a.shape[0], backend)
-    if reader is None:
+    y = packed.read(rows, weight, lora_a, lora_b, base.bias, float(scale), wide, backend)
+    if y is None:
         lora_a, lora_b = packed.both(lora_a, lora_b, rows.dtype)
         return factors_forward(base, x, lora_a, lora_b, scale, 0.0, weight, backend)
-    y = packed.linear(reader, rows, weight, lora_a, lora_b, base.bias, float(scale), wide)
     return y.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
 

@@ -1,7 +1,8 @@
-"""A layer with quantized adapters, without gradients: which product reads them as they are, and what decodes the rest.
+"""A layer with quantized adapters, without gradients: what reads them as they are, and what decodes them for the rest.
 
-Triton's products read A and B in 8 bits or NF4 themselves (see `fastlora.int8.Factor`). The others take matrices of the
-type computed in, which a launch makes before them.
+Triton's product of few rows reads A and B in 8 bits. Every other product takes matrices of the type computed in, which
+one launch makes of both where the GPU's time is what counts, and the calls that cost the host least elsewhere
+(measured: docs/performance.md).
 """
 
 from __future__ import annotations
@@ -11,50 +12,21 @@ from typing import Any
 
 import torch
 
-from fastlora import backends, ops, tables
-from fastlora.int8 import Factor, Int8Matrix
+from fastlora import backends, native, ops, tables
+from fastlora.int8 import Int8Matrix
 from fastlora.nf4 import NF4Weight, Weight
 
-READ_ROWS = range(1, 65)
-"""Rows for which, in a CUDA graph, Triton's product of few rows takes less time than decoding both adapters and the
-product in C++."""
-
-
-def chosen(x: torch.Tensor, w: Weight, r: int, backend: str) -> backends.Backend | None:
-    """The backend that reads packed adapters of rank ``r`` in a product of x (M, K); None where they are decoded for
-    another one. ``backend``: "auto", or a name."""
-    found = ops._select(x, w, r, "forward", False, backend)
-    if found.name == "triton":
-        return found
-    few = x.shape[0] in READ_ROWS and x.shape[1] % 32 == 0 and isinstance(w, NF4Weight)
-    if backend == "auto" and found.name == "cuda" and few and tables.captured():
-        return backends.BACKENDS["triton"] if backends.this_machine().triton is None else None
-    return None
-
-
-def dense(factor: Factor, dtype: torch.dtype) -> torch.Tensor:
-    """The matrix of an adapter in ``dtype``."""
-    if isinstance(factor, NF4Weight):
-        return backends.dense(factor, dtype)
-    return factor.dequantize(dtype) if isinstance(factor, Int8Matrix) else factor.to(dtype)
-
-
-def both(lora_a: Factor, lora_b: Factor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The matrices of A and B in ``dtype``, from one launch where Triton runs."""
-    if lora_a.device.type == "cuda" and dtype in backends.COMPUTE_DTYPES and backends.this_machine().triton is None:
-        made = importlib.import_module("fastlora.kernels.dequantize").dequantize_together(None, (lora_a, lora_b), dtype)
-        return made[1][0], made[1][1]
-    return dense(lora_a, dtype), dense(lora_b, dtype)
+Factor = Int8Matrix | NF4Weight
+"""A or B in 8 bits, or in 4."""
 
 
 def serves(x: torch.Tensor, bias: torch.Tensor | None, scale: Any) -> bool:
-    """Whether `linear` may compute a layer of this x: nobody wants its gradients or to see its operators."""
+    """Whether this is the place for a layer of this x: nobody wants its gradients or to see its operators."""
     learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     return not learns and isinstance(scale, (int, float)) and not ops.must_dispatch(x)
 
 
-def linear(
-    reader: backends.Backend,
+def read(
     x: torch.Tensor,
     w: Weight,
     lora_a: Factor,
@@ -62,7 +34,35 @@ def linear(
     bias: torch.Tensor | None,
     scale: float,
     out_dtype: torch.dtype | None,
-) -> torch.Tensor:
-    """y (M, N) of x (M, K) by a ``reader`` that `chosen` returned; nothing is recorded for a backward pass."""
+    backend: str,
+) -> torch.Tensor | None:
+    """y (M, N) of x (M, K) by a product that reads both factors as they are, where ``backend`` means one; or None."""
+    if not (isinstance(lora_a, Int8Matrix) and isinstance(lora_b, Int8Matrix) and isinstance(w, NF4Weight)):
+        return None
+    r = lora_a.shape[0]
+    if r == 0 or ops._select(x, w, r, "forward", False, backend).name != "triton":
+        return None
+    if not importlib.import_module("fastlora.kernels.forward").is_split(x, w, r=r, direction="forward"):
+        return None
+    product = importlib.import_module("fastlora.kernels.split").linear
     with torch.no_grad(), ops._without_autocast(x.device.type):
-        return reader.forward(x.contiguous(), w, lora_a, lora_b, bias, scale, None, out_dtype)[0]
+        y: torch.Tensor = product(x, w, lora_a, lora_b, bias, scale, None, out_dtype)[0]
+    return y
+
+
+def both(lora_a: Factor, lora_b: Factor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices of A and B in ``dtype``."""
+    on_gpu = lora_a.device.type == "cuda" and dtype in backends.COMPUTE_DTYPES
+    if on_gpu and tables.captured() and backends.this_machine().triton is None:
+        made = importlib.import_module("fastlora.kernels.dequantize").dequantize_pair(lora_a, lora_b, dtype)
+        if made is not None:
+            return made
+    return _dense(lora_a, dtype, on_gpu), _dense(lora_b, dtype, on_gpu)
+
+
+def _dense(factor: Factor, dtype: torch.dtype, on_gpu: bool) -> torch.Tensor:
+    if isinstance(factor, Int8Matrix):
+        return factor.dequantize(dtype)
+    if on_gpu and not tables.captured() and backends.this_machine().native_cuda is None:
+        return native.dequantize(factor, dtype)
+    return backends.dense(factor, dtype)

@@ -16,8 +16,6 @@ _SHARED_MEMORY = {(7, 5): 65536, (8, 0): 166912, (8, 6): 101376, (8, 7): 166912,
 _SHARED_MEMORY |= {(10, 0): 232448, (10, 3): 232448, (12, 0): 101376, (12, 1): 101376}
 _SMALLEST_SHARED_MEMORY = min(_SHARED_MEMORY.values())
 _REGISTERS = 255
-FACTOR_BLOCKSIZE = 64
-"""Elements of an adapter in NF4 that share a statistic."""
 _MIN_DOT = 16
 
 
@@ -327,14 +325,6 @@ def project(m: int, r: int, dtype: torch.dtype, device: Device, tiles: TileConfi
     # The adapter may be float32 whatever the type of x.
     stage = config.block_m * config.block_k * dtype.itemsize + config.block_k * block_r * 4
     return _fit(config, config.block_m * block_r, stage, device)
-
-
-def decoding_project(tiles: TileConfig, dtype: torch.dtype, device: Device) -> TileConfig:
-    """Those of `project` with as many stages as fit where every step also decodes its part of the adapter."""
-    elements = tiles.block_k * tiles.block_r
-    stage = tiles.block_m * tiles.block_k * dtype.itemsize + elements * 4
-    lookups = math.ceil(elements * _lookup_bytes(1, FACTOR_BLOCKSIZE, tiles.block_k))
-    return _fit(tiles, tiles.block_m * tiles.block_r, stage, device, lookups)
 
 
 @tuned(fields(32, 128), fields(64, 64), fields(64, 256, warps=8), fields(128, 64), fields(128, 128, stages=2))

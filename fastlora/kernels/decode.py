@@ -12,14 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-from fastlora.int8 import Factor, Int8Matrix
 from fastlora.kernels import config
 from fastlora.kernels.launch import with_rows
 from fastlora.kernels.tile import cast
 from fastlora.nf4 import NESTED_BLOCKSIZE, NF4Weight, Weight
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
-_FACTOR_BLOCKSIZE = tl.constexpr(config.FACTOR_BLOCKSIZE)
 
 
 def weight_arguments(w: Weight, block_k: int) -> dict[str, Any]:
@@ -48,28 +46,6 @@ def weight_arguments(w: Weight, block_k: int) -> dict[str, Any]:
 def weight_with_rows(w: Weight) -> Weight:
     """``w`` as the kernels read it: a dense matrix needs contiguous rows."""
     return w if isinstance(w, NF4Weight) else with_rows(w)
-
-
-def factor_values(factor: Factor) -> torch.Tensor:
-    """The matrix that a kernel reads of an adapter; of one in NF4 its bytes, as a matrix of one row."""
-    if isinstance(factor, Int8Matrix):
-        return factor.values
-    return factor.w_packed.view(1, -1) if isinstance(factor, NF4Weight) else factor
-
-
-def factor_arguments(factor: Factor | None) -> dict[str, Any]:
-    """The arguments by which a kernel takes an adapter, beside `factor_values`. Raises ValueError for one in another
-    4-bit format than `Factor` names."""
-    if isinstance(factor, Int8Matrix):
-        return {"scales_ptr": factor.scales, "table_ptr": None, "ADAPTER": "int8"}
-    if isinstance(factor, NF4Weight):
-        if factor.nested or factor.blocksize != config.FACTOR_BLOCKSIZE:
-            raise ValueError(
-                f"an adapter in 4 bits must have flat statistics of {config.FACTOR_BLOCKSIZE} elements each"
-            )
-        kind = "nf4" if factor.shape[1] % 2 == 0 else "odd nf4"
-        return {"scales_ptr": factor.absmax, "table_ptr": factor.code, "ADAPTER": kind}
-    return {"scales_ptr": None, "table_ptr": None, "ADAPTER": "plain"}
 
 
 def check_dtype(dtype: torch.dtype) -> None:
@@ -161,30 +137,3 @@ def weight_tile(
             block, mask, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr, FORMAT
         )
         return cast(tl.load(code_ptr + nibble) * a, dtype)
-
-
-@triton.jit
-def factor_tile(
-    adapter_ptr,
-    scales_ptr,
-    table_ptr,
-    row,  # (BLOCK_ROW,) rows
-    column0,  # first column
-    ROWS,
-    COLUMNS,
-    dtype: tl.constexpr,
-    ADAPTER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """An adapter in NF4, rows ``row`` and BLOCK columns, (BLOCK_ROW, BLOCK) of ``dtype``; zero outside of it."""
-    EVEN: tl.constexpr = ADAPTER == "nf4"
-    return weight_tile(
-        adapter_ptr, table_ptr, scales_ptr, None, None, None, None, row, column0, ROWS, COLUMNS, COLUMNS,
-        dtype, "flat", _FACTOR_BLOCKSIZE, EVEN, False, BLOCK,
-    )  # fmt: skip
-
-
-@triton.jit
-def row_scales(scales_ptr, row, ROWS):
-    """The scales of an adapter in 8 bits, (BLOCK_ROW,) float32."""
-    return tl.load(scales_ptr + row, mask=row < ROWS, other=0.0)

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from fastlora.int8 import Factor, Int8Matrix
+from fastlora.int8 import Int8Matrix
 from fastlora.kernels import config
-from fastlora.kernels.decode import (
-    both_nibbles,
-    check_dtype,
-    factor_arguments,
-    factor_values,
-    statistic,
-    weight_arguments,
-    weight_tile,
-)
+from fastlora.kernels.decode import both_nibbles, check_dtype, statistic, weight_arguments, weight_tile
 from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.tile import cast, dot
 from fastlora.nf4 import NF4Weight
-
-_FACTOR_BLOCKSIZE = tl.constexpr(config.FACTOR_BLOCKSIZE)
 
 
 @jit()
@@ -177,74 +168,60 @@ def dequantize_stacked_kernel(
 
 @triton.jit
 def decode_factor(
-    adapter_ptr,  # an adapter (rows, columns): bytes in 8 bits, or words of eight nibbles
-    scales_ptr,
-    table_ptr,
+    factor_ptr,  # (rows, columns): bytes in 8 bits, or words of eight nibbles
+    scales_ptr,  # float32: one a row, or flat statistics
+    code_ptr,  # of nibbles, or None
     out_ptr,  # (rows, columns), contiguous
     numel,
     columns,
     program,
+    BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
     """8 * WORDS elements of a packed adapter."""
-    if table_ptr is not None:
+    if code_ptr is not None:
         decode_words(
-            adapter_ptr, table_ptr, scales_ptr, None, None, None, None, out_ptr, numel // 8, program,
-            "flat", _FACTOR_BLOCKSIZE, WORDS,
+            factor_ptr, code_ptr, scales_ptr, None, None, None, None, out_ptr, numel // 8, program,
+            "flat", BLOCKSIZE, WORDS,
         )  # fmt: skip
     else:
         first = program.to(tl.int64) * (8 * WORDS)
         i = tl.arange(0, 8 * WORDS)
         mask = i < tl.minimum(numel - first, 8 * WORDS).to(tl.int32)
         row = first // columns + ((first % columns).to(tl.int32) + i) // columns
-        values = tl.load(adapter_ptr + first + i, mask=mask, other=0).to(tl.float32)
+        values = tl.load(factor_ptr + first + i, mask=mask, other=0).to(tl.float32)
         scales = tl.load(scales_ptr + row, mask=mask, other=0.0)
         tl.store(out_ptr + first + i, cast(values * scales, out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit()
-def dequantize_together_kernel(
-    w_ptr,  # (N K / 8,) words of eight nibbles, or None
-    code_ptr,
-    absmax_ptr,
-    absmax_q_ptr,
-    absmax_scale_ptr,
-    absmax_code_ptr,
-    absmax_offset_ptr,
-    out_ptr,  # (N, K), contiguous
-    zero_ptr,  # one int32 that becomes zero, or None
-    words,
-    a_ptr,  # a packed adapter
+def dequantize_pair_kernel(
+    a_ptr,  # as for decode_factor
     a_scales_ptr,
-    a_table_ptr,
+    a_code_ptr,
     a_out_ptr,
     a_numel,
     a_columns,
-    b_ptr,  # another one, or None
+    b_ptr,
     b_scales_ptr,
-    b_table_ptr,
+    b_code_ptr,
     b_out_ptr,
     b_numel,
     b_columns,
-    FORMAT: tl.constexpr,
-    BLOCKSIZE: tl.constexpr,
+    A_BLOCKSIZE: tl.constexpr,
+    B_BLOCKSIZE: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """`dequantize_words_kernel`, and one or two packed adapters, which the first programs decode."""
+    """Two packed adapters: the first programs have the first."""
     program = tl.program_id(0)
-    if zero_ptr is not None and program == 0:
-        tl.store(zero_ptr, 0)
-    first_b = tl.cdiv(a_numel, 8 * WORDS)
-    first_w = first_b + tl.cdiv(b_numel, 8 * WORDS)
-    if program < first_b:
-        decode_factor(a_ptr, a_scales_ptr, a_table_ptr, a_out_ptr, a_numel, a_columns, program, WORDS)
-    elif program < first_w:
-        if b_ptr is not None:
-            decode_factor(b_ptr, b_scales_ptr, b_table_ptr, b_out_ptr, b_numel, b_columns, program - first_b, WORDS)
-    elif w_ptr is not None:
-        decode_words(
-            w_ptr, code_ptr, absmax_ptr, absmax_q_ptr, absmax_scale_ptr, absmax_code_ptr, absmax_offset_ptr,
-            out_ptr, words, program - first_w, FORMAT, BLOCKSIZE, WORDS,
+    of_a = tl.cdiv(a_numel, 8 * WORDS)
+    if program < of_a:
+        decode_factor(
+            a_ptr, a_scales_ptr, a_code_ptr, a_out_ptr, a_numel, a_columns, program, A_BLOCKSIZE, WORDS
+        )  # fmt: skip
+    else:
+        decode_factor(
+            b_ptr, b_scales_ptr, b_code_ptr, b_out_ptr, b_numel, b_columns, program - of_a, B_BLOCKSIZE, WORDS
         )  # fmt: skip
 
 
@@ -371,58 +348,39 @@ def dequantize(
     return out
 
 
-def dequantize_together(
-    w: NF4Weight | None,
-    factors: Sequence[Factor | None],
-    dtype: torch.dtype,
-    zero: torch.Tensor | None = None,
-) -> tuple[torch.Tensor | None, list[Factor | None]]:
-    """The dense matrices of a base weight and of up to two ``factors`` in ``dtype``, in one launch.
+def _one_launch(factor: Int8Matrix | NF4Weight) -> bool:
+    return isinstance(factor, Int8Matrix) or (_in_words(factor) and not factor.nested)
 
-    What is None or no packed factor is returned as it is. ``zero``: as for `dequantize`, with a weight only. A matrix
-    whose elements are no multiple of eight takes a launch of its own.
-    """
+
+def dequantize_pair(
+    lora_a: Int8Matrix | NF4Weight, lora_b: Int8Matrix | NF4Weight, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The dense matrices of two adapters in ``dtype``, from one launch. None where one is in 4 bits with nested
+    statistics or elements that are no multiple of eight: that is for `dequantize`."""
     check_dtype(dtype)
-    made: list[Factor | None] = list(factors)
-    beside: list[tuple[Int8Matrix | NF4Weight, torch.Tensor]] = []
-    for i, factor in enumerate(factors):
-        if isinstance(factor, NF4Weight) and not _in_words(factor):
-            made[i] = dequantize(factor, dtype)
-        elif isinstance(factor, (Int8Matrix, NF4Weight)):
-            made[i] = out = torch.empty(factor.shape, dtype=dtype, device=factor.device)
-            beside.append((factor, out))
-    dense, words = None, 0
-    w_arguments: tuple[torch.Tensor | None, ...] = (None,) * 7
-    if w is not None and beside and _in_words(w):
-        dense, words = torch.empty(w.shape, dtype=dtype, device=w.device), w.w_packed.numel() // _WORD
-        statistics = (w.absmax, w.absmax_q, w.absmax_scale, w.absmax_code, w.absmax_offset)
-        w_arguments = (w.w_packed.view(torch.int32), w.code, *statistics)
-    elif w is not None:
-        dense, zero = dequantize(w, dtype, zero=zero), None
-    if not beside:
-        return dense, made
+    if not (_one_launch(lora_a) and _one_launch(lora_b)):
+        return None
     tiles = config.dequantize_words()
-    programs, arguments = triton.cdiv(words, tiles.block_n), []
-    for factor, out in beside:
-        values, how = factor_values(factor), factor_arguments(factor)
-        values = values.view(torch.int32) if isinstance(factor, NF4Weight) else values
-        arguments += [values, how["scales_ptr"], how["table_ptr"], out, factor.numel(), factor.shape[1]]
+    made = [torch.empty(factor.shape, dtype=dtype, device=factor.device) for factor in (lora_a, lora_b)]
+    arguments: list[Any] = []
+    blocksizes, programs = [], 0
+    for factor, out in zip((lora_a, lora_b), made, strict=True):
+        if isinstance(factor, Int8Matrix):
+            arguments += [factor.values, factor.scales, None]
+        else:
+            arguments += [factor.w_packed.view(torch.int32), factor.absmax, factor.code]
+        arguments += [out, factor.numel(), factor.shape[1]]
+        blocksizes.append(0 if isinstance(factor, Int8Matrix) else factor.blocksize)
         programs += triton.cdiv(factor.numel(), 8 * tiles.block_n)
-    if len(beside) == 1:
-        arguments += [None, None, None, None, 0, 0]
-    with on_device(beside[0][1]):
-        dequantize_together_kernel[(programs,)](
-            *w_arguments,
-            dense if words else None,
-            zero,
-            words,
+    with on_device(made[0]):
+        dequantize_pair_kernel[(programs,)](
             *arguments,
-            FORMAT="nested" if w is not None and w.nested else "flat",
-            BLOCKSIZE=config.FACTOR_BLOCKSIZE if w is None else w.blocksize,
+            A_BLOCKSIZE=blocksizes[0],
+            B_BLOCKSIZE=blocksizes[1],
             WORDS=tiles.block_n,
             **tiles.launch(),
         )
-    return dense, made
+    return made[0], made[1]
 
 
 _STACKED = 4

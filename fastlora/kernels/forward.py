@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.int8 import Factor
 from fastlora.kernels import config, lora, split
-from fastlora.kernels.decode import (
-    check_dtype,
-    factor_arguments,
-    factor_tile,
-    factor_values,
-    row_scales,
-    weight_arguments,
-    weight_tile,
-    weight_with_rows,
-)
-from fastlora.kernels.dequantize import dequantize_together
+from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
+from fastlora.kernels.dequantize import dequantize
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects, unaligned
 from fastlora.kernels.launch import jit, on_device, with_rows
@@ -41,9 +29,7 @@ def linear_kernel(
     absmax_code_ptr,
     absmax_offset_ptr,
     u_ptr,  # (M, R), scale * u; None without adapters
-    b_ptr,  # (N, R), rows stride_bn apart, or packed
-    scales_ptr,
-    table_ptr,
+    b_ptr,  # (N, R), rows stride_bn apart
     bias_ptr,  # (N,), or None
     y_ptr,  # (M, N), rows stride_ym apart
     M,
@@ -54,7 +40,6 @@ def linear_kernel(
     stride_wn,
     stride_bn,
     stride_ym,
-    ADAPTER: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
     K_IS_EVEN: tl.constexpr,
@@ -72,10 +57,6 @@ def linear_kernel(
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     row = m[:, None].to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if ADAPTER == "int8":
-        # Before the base product, which its scales are not for.
-        acc = add_lora(acc, u_ptr, b_ptr, m, n, M, N, R, 1, stride_bn, dtype, BLOCK_R)
-        acc *= row_scales(scales_ptr, n, N)[None, :]
     for k0 in range(0, K, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(x_ptr + row * stride_xm + k, mask=(m[:, None] < M) & (k < K), other=0.0)
@@ -84,14 +65,7 @@ def linear_kernel(
             n, k0, N, K, stride_wn, dtype, FORMAT, BLOCKSIZE, K_IS_EVEN, ROW_STATISTICS, BLOCK_K,
         )  # fmt: skip
         acc = dot(x, tl.trans(w), acc)
-    if table_ptr is not None:
-        # In one stage: more would keep the table lookups of each in shared memory, beside those of W.
-        for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-            r = r0 + tl.arange(0, BLOCK_R)
-            u = tl.load(u_ptr + row * R + r[None, :], mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
-            b = factor_tile(b_ptr, scales_ptr, table_ptr, n, r0, N, R, dtype, ADAPTER, BLOCK_R)
-            acc = dot(cast(u, dtype), tl.trans(b), acc)
-    elif u_ptr is not None and ADAPTER == "plain":
+    if u_ptr is not None:
         acc = add_lora(acc, u_ptr, b_ptr, m, n, M, N, R, 1, stride_bn, dtype, BLOCK_R)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -106,16 +80,16 @@ def linear(
     x: torch.Tensor,
     w: Weight,
     scaled_u: torch.Tensor | None,
-    lora_b: Factor | None,
+    lora_b: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """y (M, N) of ``out_dtype`` from x (M, K) and, with adapters, scale * u (M, R) and lora_b (N, R)."""
     x, w = with_rows(x), weight_with_rows(w)
     (m, k), n = x.shape, w.shape[0]
-    r, b = 0, None
+    r = 0
     if lora_b is not None:
-        b, r = with_rows(factor_values(lora_b)), lora_b.shape[1]
+        lora_b, r = with_rows(lora_b), lora_b.shape[1]
     blocksize = w.blocksize if isinstance(w, NF4Weight) else None
     tiles = config.gemm(m, k, r, x.dtype, config.Device.of(x.device), blocksize=blocksize)
     y = x.new_empty(m, n, dtype=out_dtype)
@@ -123,20 +97,19 @@ def linear(
         linear_kernel[(triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)](
             x_ptr=x,
             u_ptr=scaled_u,
-            b_ptr=b,
+            b_ptr=lora_b,
             bias_ptr=None if bias is None else bias.contiguous(),
             y_ptr=y,
             M=m,
             R=r,
             stride_xm=x.stride(0),
-            stride_bn=0 if b is None else b.stride(0),
+            stride_bn=0 if lora_b is None else lora_b.stride(0),
             stride_ym=y.stride(0),
             BLOCK_M=tiles.block_m,
             BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k,
             BLOCK_R=tiles.block_r,
             GROUP_M=tiles.group_m,
-            **factor_arguments(lora_b),
             **weight_arguments(w, tiles.block_k),
             **tiles.launch(),
         )
@@ -155,42 +128,30 @@ def buffered(
 ) -> tuple[torch.Tensor | None, bool]:
     """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
     rather than a library; no matrix where tiles are decoded inside the product. ``zero``, one int32, becomes zero."""
-    return _buffered(x, w, zero, (), r, direction)[:2]
-
-
-def _buffered(
-    x: torch.Tensor, w: Weight, zero: torch.Tensor | None, factors: Sequence[Factor | None], r: int, direction: str
-) -> tuple[torch.Tensor | None, bool, list[Factor | None]]:
-    """`buffered`, and ``factors``: dense where `gemm`, which reads no packed ones, multiplies by them."""
     (m, _), (n, k) = x.shape, w.shape
     form = config.form(m, n, k, x.dtype, x.device, r, direction, isinstance(w, NF4Weight))
     if form == "decode":
-        return None, False, [*factors]
-    packed = w if isinstance(w, NF4Weight) else None
-    dense, made = dequantize_together(packed, factors if form == "persistent" else (), x.dtype, zero)
-    if not isinstance(w, NF4Weight):
+        return None, False
+    if isinstance(w, NF4Weight):
+        dense = dequantize(w, x.dtype, zero=zero)
+    else:
         dense = w.to(x.dtype)
         if zero is not None:
             zero.zero_()
-    assert dense is not None
-    persistent = form == "persistent" and (n | k) * x.element_size() % 16 == 0 and not unaligned(x, dense)
-    return dense, persistent, made if form == "persistent" else [*factors]
+    return dense, form == "persistent" and (n | k) * x.element_size() % 16 == 0 and not unaligned(x, dense)
 
 
 def forward(
     x: torch.Tensor,
     w: Weight,
-    lora_a: Factor | None,
-    lora_b: Factor | None,
+    lora_a: torch.Tensor | None,
+    lora_b: torch.Tensor | None,
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K), as ``fastlora.reference.forward``.
-
-    Packed adapters are decoded where they are multiplied; where a dense W is made first and our own product multiplies
-    by it, those that it multiplies are decoded by the launch that decodes W.
 
     Raises TypeError for a type of x other than float32, float16 and bfloat16, ValueError for tensors off the GPU.
     """
@@ -206,10 +167,7 @@ def forward(
     elif lora_a is not None and r > 0:
         # Before W is decoded, which is then still in the cache when the product reads it.
         projected = lora.project_x(x, lora_a, scale, dropout)
-    # A is no more read where it has been multiplied by.
-    needed = None if projected is not None else lora_a
-    dense, persistent, (needed, lora_b) = _buffered(x, w, done, (needed, lora_b), r, "forward")
-    lora_a = lora_a if needed is None else needed
+    dense, persistent = buffered(x, w, done, r=r, direction="forward")
     if lora_a is None or lora_b is None or lora_a.shape[0] == 0:
         u = x.new_empty(x.shape[0], 0)
         if dense is None:
@@ -225,16 +183,11 @@ def forward(
         sums = torch.mm(x, dense.T, out_dtype=torch.float32)
         return finish(sums, u, lora_b, bias, scale, out_dtype or x.dtype), u
     if dense is not None and done is not None:
-        a, b = _cast(lora_a, x.dtype), _cast(lora_b, x.dtype)
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         if projects(a.shape[0], x, dense, a, b):
             y, u, _ = projecting_gemm(x, dense, a, b, bias, scale, done, transposed=True, out_dtype=out_dtype)
             return y, u
     u, scaled_u = projected or lora.project_x(x, lora_a, scale, dropout)
     if dense is None:
         return linear(x, w, scaled_u, lora_b, bias, out_dtype), u
-    return gemm(x, dense, scaled_u, _cast(lora_b, x.dtype), bias, transposed=True, out_dtype=out_dtype), u
-
-
-def _cast(factor: Factor, dtype: torch.dtype) -> torch.Tensor:
-    assert isinstance(factor, torch.Tensor)
-    return factor.to(dtype)
+    return gemm(x, dense, scaled_u, lora_b.to(x.dtype), bias, transposed=True, out_dtype=out_dtype), u

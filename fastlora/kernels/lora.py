@@ -11,20 +11,15 @@ import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.int8 import Factor
 from fastlora.kernels import config
-from fastlora.kernels.decode import factor_arguments, factor_tile, factor_values, row_scales
 from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.tile import cast, dot, drop, dropout_arguments
-from fastlora.nf4 import NF4Weight
 
 
 @jit(do_not_specialize=["M", "threshold"])
 def project_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
-    adapter_ptr,  # element (k, r) at k * stride_k + r * stride_r; A (R, K) where it is packed
-    scales_ptr,
-    table_ptr,
+    adapter_ptr,  # element (k, r) at k * stride_k + r * stride_r
     out_ptr,  # (M, R), or None
     scaled_ptr,  # (M, R), or None
     seed_ptr,
@@ -37,7 +32,6 @@ def project_kernel(
     stride_xm,
     stride_k,
     stride_r,
-    ADAPTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,18 +48,12 @@ def project_kernel(
         x = tl.load(x_row + k[None, :], mask=(m[:, None] < M) & (k[None, :] < K), other=0.0)
         if DROPOUT:
             x = drop(x, seed_ptr, threshold, gain, m, k0, BLOCK_K)
-        if table_ptr is None:
-            a = tl.load(
-                adapter_ptr + k[:, None].to(tl.int64) * stride_k + r[None, :].to(tl.int64) * stride_r,
-                mask=(k[:, None] < K) & (r[None, :] < R),
-                other=0.0,
-            )
-            acc = dot(x, cast(a, dtype), acc)
-        else:
-            packed = factor_tile(adapter_ptr, scales_ptr, table_ptr, r, k0, R, K, dtype, ADAPTER, BLOCK_K)
-            acc = dot(x, tl.trans(packed), acc)
-    if ADAPTER == "int8":
-        acc *= row_scales(scales_ptr, r, R)[None, :]
+        a = tl.load(
+            adapter_ptr + k[:, None].to(tl.int64) * stride_k + r[None, :].to(tl.int64) * stride_r,
+            mask=(k[:, None] < K) & (r[None, :] < R),
+            other=0.0,
+        )
+        acc = dot(x, cast(a, dtype), acc)
     target = m[:, None].to(tl.int64) * R + r[None, :]
     inside = (m[:, None] < M) & (r[None, :] < R)
     if out_ptr is not None:
@@ -273,13 +261,11 @@ def _add_parts(partials: torch.Tensor, out: torch.Tensor, beyond: torch.Tensor |
 
 def _project(
     x: torch.Tensor, adapter: torch.Tensor, out: torch.Tensor | None, scaled: torch.Tensor, scale: float,
-    dropout: Dropout | None, factor: Factor | None = None,
+    dropout: Dropout | None,
 ) -> None:  # fmt: skip
-    """``adapter`` is (K, R) in any strides; where ``factor`` (R, K) is packed, what a kernel reads of it."""
-    (m, k), r, device = x.shape, scaled.shape[1], config.Device.of(x.device)
-    tiles = config.project(m, r, x.dtype, device)
-    if isinstance(factor, NF4Weight):
-        tiles = config.decoding_project(tiles, x.dtype, device)
+    """``adapter`` is (K, R) in any strides."""
+    (m, k), r = x.shape, adapter.shape[1]
+    tiles = config.project(m, r, x.dtype, config.Device.of(x.device))
     with on_device(x):
         project_kernel[(triton.cdiv(m, tiles.block_m), triton.cdiv(r, tiles.block_r))](
             x_ptr=x,
@@ -296,18 +282,17 @@ def _project(
             BLOCK_M=tiles.block_m,
             BLOCK_K=tiles.block_k,
             BLOCK_R=tiles.block_r,
-            **factor_arguments(factor),
             **dropout_arguments(dropout),
             **tiles.launch(),
         )
 
 
 def project_x(
-    x: torch.Tensor, lora_a: Factor, scale: float, dropout: Dropout | None
+    x: torch.Tensor, lora_a: torch.Tensor, scale: float, dropout: Dropout | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """u = dropout(x) A^T and scale * u, (M, R) each, for x (M, K) and lora_a (R, K)."""
     u, scaled = (x.new_empty(x.shape[0], lora_a.shape[0]) for _ in range(2))
-    _project(with_rows(x), factor_values(lora_a).T, u, scaled, scale, dropout, lora_a)
+    _project(with_rows(x), lora_a.T, u, scaled, scale, dropout)
     return u, scaled
 
 

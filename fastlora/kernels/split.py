@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import functools
 import struct
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
-from fastlora.int8 import Factor
+from fastlora.int8 import Int8Matrix
 from fastlora.kernels import config
-from fastlora.kernels.decode import factor_arguments, factor_tile, factor_values, row_scales
 from fastlora.kernels.launch import interpreted, jit, on_device, with_rows
 from fastlora.kernels.tile import cast, dot, drop, dropout_arguments, keep
 from fastlora.nf4 import CODES, NESTED_BLOCKSIZE, NF4Weight
@@ -201,8 +199,7 @@ def partial_kernel(
     absmax_code_ptr,
     absmax_offset_ptr,
     adapter_ptr,  # A (R, K) or B^T (R, N): element (r, i) at r * stride_r + i * stride_i; None without adapters
-    scales_ptr,
-    table_ptr,
+    scales_ptr,  # (R,) float32 of an A in 8 bits, or None
     sums_ptr,  # (parts, M, N or K) float32
     narrow_ptr,  # (narrow parts, M, R) float32
     seed_ptr,
@@ -219,7 +216,6 @@ def partial_kernel(
     stride_r,
     stride_i,
     TRANSPOSED: tl.constexpr,
-    ADAPTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     FORMAT: tl.constexpr,
     BLOCKSIZE: tl.constexpr,
@@ -254,19 +250,13 @@ def partial_kernel(
             for step in range(p * narrow_steps, (p + 1) * narrow_steps):
                 i = step * BLOCK + tl.arange(0, BLOCK)
                 rows = load_rows(x_ptr, m, i, reduced, M, stride_xm)
-                if table_ptr is None:
-                    inside = (r[:, None] < R) & (i[None, :] < reduced)
-                    adapter = tl.load(adapter_row + i[None, :].to(tl.int64) * stride_i, mask=inside, other=0.0)
-                    adapter = cast(adapter, dtype)
-                else:
-                    adapter = factor_tile(
-                        adapter_ptr, scales_ptr, table_ptr, r, step * BLOCK, R, reduced, dtype, ADAPTER, BLOCK
-                    )
+                inside = (r[:, None] < R) & (i[None, :] < reduced)
+                adapter = tl.load(adapter_row + i[None, :].to(tl.int64) * stride_i, mask=inside, other=0.0)
                 if DROPOUT:
                     rows = drop(rows, seed_ptr, threshold, gain, m, step * BLOCK, BLOCK)
-                narrow = dot(adapter, tl.trans(rows), narrow)
-            if ADAPTER == "int8":
-                narrow *= row_scales(scales_ptr, r, R)[:, None]
+                narrow = dot(cast(adapter, dtype), tl.trans(rows), narrow)
+            if scales_ptr is not None:
+                narrow *= tl.load(scales_ptr + r, mask=r < R, other=0.0)[:, None]
             narrow_target = (p.to(tl.int64) * M + m[None, :]) * R + r[:, None]
             tl.store(narrow_ptr + narrow_target, narrow, mask=(r[:, None] < R) & (m[None, :] < M))
     else:
@@ -322,9 +312,8 @@ def finish_kernel(
     sums_ptr,  # (parts, M, COLUMNS) float32
     narrow_ptr,  # (narrow parts, M, R) float32; None without adapters
     u_ptr,  # (M, R)
-    adapter_ptr,  # B^T (R, N) or A (R, K): element (r, i) at r * stride_r + i * stride_i; B (N, R) where it is packed
-    scales_ptr,
-    table_ptr,
+    adapter_ptr,  # B^T (R, N) or A (R, K): element (r, i) at r * stride_r + i * stride_i
+    scales_ptr,  # (COLUMNS,) float32 of a B in 8 bits, or None
     bias_ptr,  # (COLUMNS,), or None
     y_ptr,  # (M, COLUMNS)
     seed_ptr,
@@ -337,7 +326,6 @@ def finish_kernel(
     R,
     stride_r,
     stride_i,
-    ADAPTER: tl.constexpr,
     DROPOUT: tl.constexpr,
     OVERLAP: tl.constexpr,
     PARTS: tl.constexpr,
@@ -374,23 +362,16 @@ def finish_kernel(
             for p in tl.static_range(NARROW_PARTS):
                 part_ptr = narrow_ptr + tl.full((), p, tl.int64) * M * R
                 narrow += tl.load(part_ptr + row, mask=in_r, other=0.0)
-            if table_ptr is None:
-                adapter = tl.load(
-                    adapter_ptr + r[:, None].to(tl.int64) * stride_r + i[None, :].to(tl.int64) * stride_i,
-                    mask=(r[:, None] < R) & in_i, other=0.0,
-                )  # fmt: skip
-                adapter = cast(adapter, dtype)
-            else:
-                packed = factor_tile(
-                    adapter_ptr, scales_ptr, table_ptr, i, r0, COLUMNS, R, dtype, ADAPTER, BLOCK_R
-                )  # fmt: skip
-                adapter = tl.trans(packed)
+            adapter = tl.load(
+                adapter_ptr + r[:, None].to(tl.int64) * stride_r + i[None, :].to(tl.int64) * stride_i,
+                mask=(r[:, None] < R) & in_i, other=0.0,
+            )  # fmt: skip
             u = cast(narrow * narrow_scale, dtype)
             if i0 == 0:
                 tl.store(u_ptr + row, u, mask=in_r)
-            acc = dot(u, adapter, acc)
-        if ADAPTER == "int8":
-            acc *= row_scales(scales_ptr, i, COLUMNS)[None, :]
+            acc = dot(u, cast(adapter, dtype), acc)
+        if scales_ptr is not None:
+            acc *= tl.load(scales_ptr + i, mask=i < COLUMNS, other=0.0)[None, :]
         if DROPOUT:
             acc = tl.where(keep(seed_ptr, threshold, gain, m, i0, BLOCK_N), acc * gain, 0.0)
         acc *= scale
@@ -405,15 +386,11 @@ def reads(w: NF4Weight) -> bool:
     return w.shape[1] % GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
 
 
-_Adapter = tuple[torch.Tensor, dict[str, Any]]
-"""What a kernel reads of an adapter, and the arguments that say how."""
-
-
 def _product(
     x: torch.Tensor,
     w: NF4Weight,
-    r: int,
-    adapters: tuple[_Adapter, _Adapter] | None,
+    adapters: tuple[torch.Tensor, torch.Tensor] | None,
+    of_rows: tuple[torch.Tensor | None, torch.Tensor | None],
     bias: torch.Tensor | None,
     scales: tuple[float, float],
     dropouts: tuple[Dropout | None, Dropout | None],
@@ -421,10 +398,14 @@ def _product(
     *,
     transposed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W^T or x W, with the LoRA term, and the narrow product; ``adapters`` are (R, reduced side) and (R, side), or
-    packed, and then A and B."""
+    """x W^T or x W, with the LoRA term, and the narrow product.
+
+    ``adapters`` are (R, reduced side) and (R, side); ``of_rows``, (R,) and (side,), multiply the columns of the narrow
+    product and of the LoRA term.
+    """
     x, (n, k), m = with_rows(x), w.shape, x.shape[0]
     side = n if transposed else k
+    r = 0 if adapters is None else adapters[0].shape[0]
     device = config.Device.of(x.device)
     split = config.split_product(m, n, k, r, device, transposed=transposed)
     tiles, ends = split.tiles, split.finish
@@ -434,7 +415,7 @@ def _product(
     behind = -(-split.parts * m * side // 4) * 4
     sums = torch.empty(behind + split.narrow_parts * m * r, dtype=torch.float32, device=x.device)
     narrow = sums[behind:] if r else None
-    (first, how_first), (second, how_second) = adapters or ((None, factor_arguments(None)),) * 2
+    first, second = adapters or (None, None)
     tiles_m = triton.cdiv(m, tiles.block_m)
     tile = tiles.block_n if transposed else tiles.block_k
     narrow_programs = tiles_m * triton.cdiv(r, tiles.block_r) * split.narrow_parts if r else 0
@@ -449,6 +430,7 @@ def _product(
             absmax_code_ptr=w.absmax_code,
             absmax_offset_ptr=w.absmax_offset,
             adapter_ptr=first,
+            scales_ptr=of_rows[0],
             sums_ptr=sums,
             narrow_ptr=narrow,
             M=m,
@@ -471,7 +453,6 @@ def _product(
             BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k,
             BLOCK_R=tiles.block_r,
-            **how_first,
             **dropout_arguments(dropouts[0] if r else None),
             **tiles.launch(),
         )
@@ -480,6 +461,7 @@ def _product(
             narrow_ptr=narrow,
             u_ptr=u if r else None,
             adapter_ptr=second,
+            scales_ptr=of_rows[1],
             bias_ptr=None if bias is None else bias.contiguous(),
             y_ptr=y,
             narrow_scale=float(scales[0]),
@@ -495,7 +477,6 @@ def _product(
             BLOCK_M=ends.block_m,
             BLOCK_N=ends.block_n,
             BLOCK_R=ends.block_r,
-            **how_second,
             **dropout_arguments(dropouts[1] if r else None),
             **ends.launch(),
             **({"launch_pdl": True} if split.overlap else {}),
@@ -506,19 +487,21 @@ def _product(
 def linear(
     x: torch.Tensor,
     w: NF4Weight,
-    lora_a: Factor | None,
-    lora_b: Factor | None,
+    lora_a: torch.Tensor | Int8Matrix | None,
+    lora_b: torch.Tensor | Int8Matrix | None,
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type; `reads` must accept w."""
-    adapters, r = None, 0
-    if lora_a is not None and lora_b is not None:
-        a = factor_values(lora_a), factor_arguments(lora_a)
-        adapters, r = (a, (factor_values(lora_b).T, factor_arguments(lora_b))), lora_a.shape[0]
-    return _product(x, w, r, adapters, bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
+    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type; `reads` must accept w.
+
+    Adapters in 8 bits are multiplied as they are; the scales of A's rows then multiply u, those of B's the LoRA term.
+    """
+    a, of_a = (lora_a.values, lora_a.scales) if isinstance(lora_a, Int8Matrix) else (lora_a, None)
+    b, of_b = (lora_b.values, lora_b.scales) if isinstance(lora_b, Int8Matrix) else (lora_b, None)
+    adapters = None if a is None or b is None else (a, b.T)
+    return _product(x, w, adapters, (of_a, of_b), bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
 
 
 def input_gradient(
@@ -530,8 +513,5 @@ def input_gradient(
     dropout: Dropout | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx (M, K) and du (M, R) for dy (M, N) of a 16-bit type; `reads` must accept w."""
-    adapters, r = None, 0
-    if lora_a is not None and lora_b is not None:
-        plain = factor_arguments(None)
-        adapters, r = ((lora_b.T, plain), (lora_a, plain)), lora_a.shape[0]
-    return _product(dy, w, r, adapters, None, (scale, 1.0), (None, dropout), None, transposed=False)
+    adapters = None if lora_a is None or lora_b is None else (lora_b.T, lora_a)
+    return _product(dy, w, adapters, (None, None), None, (scale, 1.0), (None, dropout), None, transposed=False)

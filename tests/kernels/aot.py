@@ -27,11 +27,10 @@ from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
 from fastlora.int8 import Int8Matrix
 from fastlora.kernels import columns, config, cross_entropy, gated, launch, split, stacked
-from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked, dequantize_together
+from fastlora.kernels.dequantize import dequantize_merged, dequantize_pair, dequantize_stacked
 from fastlora.kernels.epilogue import finish
-from fastlora.kernels.forward import linear
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
-from fastlora.kernels.lora import Gradients, project_x
+from fastlora.kernels.lora import Gradients
 from fastlora.nf4 import NF4Weight
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl", "launch_cooperative_grid")
@@ -174,24 +173,19 @@ def few_rows(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         split.input_gradient(dy, w, a, b, 0.5, dropout)
 
 
-def packed_adapters(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
-    """Adapters in 8 bits and NF4, in every product that reads them."""
-    for m, n, k, r in [(300, 512, 256, 16), (3, 512, 256, 5), *([(70, 264, 200, 80)] if thorough else [])]:
-        x, bias, sums = torch.empty(m, k, dtype=dtype), torch.empty(n), torch.empty(m, n)
-        w, u = NF4Weight.quantize(torch.ones(n, k)), torch.empty(m, r, dtype=dtype)
+def packed_adapters(compiler: Compiler, dtype: torch.dtype) -> None:
+    """Adapters in 8 bits and NF4: decoded, and read by the product of few rows."""
+    for n, k, r in [(512, 256, 16), (512, 256, 5)]:
         a, b = torch.ones(r, k), torch.ones(n, r)
-        for kind in ("int8", "nf4"):
-            compiler.case = f"{kind} adapters {m}x{n}x{k} r={r} {dtype}"
-            factors = [NF4Weight.quantize(t, nested=False) if kind == "nf4" else Int8Matrix.quantize(t) for t in (a, b)]
-            project_x(x, factors[0], 0.5, None)
-            linear(x, w, u, factors[1], bias)
-            for base in (w, None):
-                dequantize_together(base, factors, dtype)
-                dequantize_together(base, (None, factors[1]), dtype)
-            if dtype != torch.float32:
-                finish(sums, u, factors[1], None, 0.5, dtype)
-            if dtype != torch.float32 and m < 128 and split.reads(w):
-                split.linear(x, w, *factors, None, 0.5, None)
+        pairs = [(Int8Matrix.quantize(t), NF4Weight.quantize(t, nested=False)) for t in (a, b)]
+        compiler.case = f"packed adapters {n}x{k} r={r} {dtype}"
+        for of_a in pairs[0]:
+            for of_b in pairs[1]:
+                dequantize_pair(of_a, of_b, dtype)
+        if dtype != torch.float32:
+            w = NF4Weight.quantize(torch.ones(n, k))
+            for m in (3, 64):
+                split.linear(torch.empty(m, k, dtype=dtype), w, pairs[0][0], pairs[1][0], None, 0.5, None)
 
 
 def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
@@ -294,7 +288,7 @@ def main(capability: str, *dtypes: str) -> None:
             buffered(compiler, dtype, thorough=i == 0)
             few_rows(compiler, dtype, thorough=i == 0)
             blocks(compiler, dtype)
-        packed_adapters(compiler, dtype, thorough=i == 0)
+        packed_adapters(compiler, dtype)
 
 
 if __name__ == "__main__":

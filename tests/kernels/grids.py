@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import pytest
 import tolerance
 import torch
 from tolerance import Problem, Results
@@ -70,17 +69,6 @@ CASES = SMALL + LARGE if HAS_CUDA else SMALL
 def check(problem: Problem, needs: tuple[bool, bool, bool] = (True, True, True)) -> Results:
     """Hold the kernels to the tolerance policy on y, u and every gradient asked for; returns their results."""
     return tolerance.check(problem, kernels.forward, kernels.backward, needs)
-
-
-def wide_product_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch offers ``out_dtype`` on CUDA only."""
-    mm = torch.mm
-
-    def wide(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
-        return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
-
-    if not HAS_CUDA:
-        monkeypatch.setattr(torch, "mm", wide)
 
 
 def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {
     "dequantize_kernel", "dequantize_words_kernel", "project_kernel", "linear_kernel", "input_gradient_kernel",
     "gradient_kernel", "gradients_kernel", "add_parts_kernel", "epilogue_kernel", "dequantize_stacked_kernel",
-    "dequantize_together_kernel",
+    "dequantize_pair_kernel",
     "merged_kernel", "partial_kernel", "finish_kernel", "scaled_kernel", "scaled_gradients_kernel", "row_norm_kernel",
     "finished_kernel", "cross_entropy_kernel", "rescale_kernel",
 }  # fmt: skip
@@ -70,5 +70,5 @@ def test_every_kernel_compiles(capability: str, dtypes: list[str], request: pyte
         assert record["target"], record
         assert record["cubin"] > 0, record
         assert record["shared"] <= record["shared_limit"], record
-        if record["kernel"] in ("dequantize_kernel", "dequantize_words_kernel", "dequantize_together_kernel"):
+        if record["kernel"] in ("dequantize_kernel", "dequantize_words_kernel", "dequantize_pair_kernel"):
             assert record["fused"] == 0, "a fused multiply-add changes the bits of nested statistics"

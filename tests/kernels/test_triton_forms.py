@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from grids import HAS_CUDA, check, product, wide_product_on_cpu
+from grids import HAS_CUDA, check, product
 from tolerance import Problem, assert_close, make_problem
 
 from fastlora import kernels, reference
@@ -25,6 +25,17 @@ DTYPE = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=st
 HAS_ACCELERATOR = not HAS_CUDA or torch.cuda.get_device_capability() >= (9, 0)
 
 
+def _wide_product_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch offers ``out_dtype`` on CUDA only."""
+    mm = torch.mm
+
+    def wide(a: torch.Tensor, b: torch.Tensor, *, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+        return mm(a, b) if out_dtype is None else mm(a.to(out_dtype), b.to(out_dtype))
+
+    if not HAS_CUDA:
+        monkeypatch.setattr(torch, "mm", wide)
+
+
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Have every product take one form, whatever its size and device."""
@@ -32,7 +43,7 @@ def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     def choose(form: str) -> None:
         if form == "persistent" and not HAS_ACCELERATOR:
             pytest.skip("needs the tensor memory accelerator")
-        wide_product_on_cpu(monkeypatch)
+        _wide_product_on_cpu(monkeypatch)
         monkeypatch.setattr(config, "form", lambda *args: form)
         monkeypatch.setattr(config, "PROJECTED_ROWS", 1)
 

@@ -1,10 +1,10 @@
-"""Adapters in 8 bits and NF4: read by the products as they are, or decoded by the launch that decodes the base."""
+"""Adapters in 8 bits and NF4: both from one launch, and in 8 bits read by the product of few rows."""
 
 from __future__ import annotations
 
-import collections
+import contextlib
+import dataclasses
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,45 +12,36 @@ import torch
 
 pytest.importorskip("triton")
 
-from grids import HAS_CUDA, wide_product_on_cpu
 from tolerance import DTYPES, Problem, assert_close, make_problem
 
-from fastlora import FastLoRALinear, kernels, packed, reference, tables
+from fastlora import FastLoRALinear, backends, ops, packed, reference, tables
 from fastlora.adapters.quantized import QuantizedFactor
-from fastlora.int8 import Factor, Int8Matrix
-from fastlora.kernels import config, lora
-from fastlora.kernels.dequantize import dequantize_together
-from fastlora.kernels.epilogue import finish
+from fastlora.int8 import Int8Matrix
+from fastlora.kernels import config, split
+from fastlora.kernels.dequantize import dequantize_pair
 from fastlora.nf4 import NF4Weight
+from fastlora.packed import Factor
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
 KIND = pytest.mark.parametrize("kind", ["int8", "nf4"])
-FORMS = ("decode", "library", "persistent", "split")
-HAS_ACCELERATOR = not HAS_CUDA or torch.cuda.get_device_capability() >= (9, 0)
-MODULE = sys.modules["fastlora.kernels.dequantize"]
 
 
-Packed = Int8Matrix | NF4Weight
-
-
-def packed_of(t: torch.Tensor, kind: str) -> Packed:
+def packed_of(t: torch.Tensor, kind: str) -> Factor:
     if kind == "nf4":
         return NF4Weight.quantize(t, nested=False)
     # Scales far apart, so that one of another row shows.
     return Int8Matrix.quantize(t * (1 + torch.arange(t.shape[0], device=t.device) % 5)[:, None].to(t.dtype))
 
 
-def exact(factor: Packed) -> torch.Tensor:
+def exact(factor: Factor) -> torch.Tensor:
     """The matrix that the stored bits stand for, in float64."""
     if isinstance(factor, Int8Matrix):
         return factor.dequantize(torch.float64)
     return factor.dequantize(torch.float32).double()
 
 
-def judge(
-    p: Problem, a: Int8Matrix | NF4Weight, b: Int8Matrix | NF4Weight, got: tuple[torch.Tensor, torch.Tensor]
-) -> None:
+def judge(p: Problem, a: Factor, b: Factor, got: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Hold y and u to the tolerance policy; the plain result rounds the factors to the type computed in."""
     wide = p.to(torch.float64)
     truth = reference.forward(wide.x, wide.w, exact(a), exact(b), wide.bias, p.scale, p.dropout)
@@ -60,186 +51,57 @@ def judge(
         assert_close(*results, name)
 
 
-@pytest.fixture
-def force(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Have every product take one form, whatever its size and device."""
-
-    def choose(form: str) -> None:
-        if form == "persistent" and not HAS_ACCELERATOR:
-            pytest.skip("needs the tensor memory accelerator")
-        wide_product_on_cpu(monkeypatch)
-        monkeypatch.setattr(config, "form", lambda *args: form)
-
-    return choose
-
-
-class Counted:
-    """A kernel that counts its launches."""
-
-    def __init__(self, kernel: Any, count: collections.Counter[str], name: str) -> None:
-        self.kernel, self.count, self.name = kernel, count, name
-
-    def __getitem__(self, grid: Any) -> Any:
-        self.count[self.name] += 1
-        return self.kernel[grid]
-
-
-@pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
-    """Launches of every kernel that decodes to memory."""
-    count: collections.Counter[str] = collections.Counter()
-    for name in ("dequantize_kernel", "dequantize_words_kernel", "dequantize_together_kernel"):
-        monkeypatch.setattr(MODULE, name, Counted(getattr(MODULE, name), count, name.removesuffix("_kernel")))
-    return count
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "ragged": {"m": 37, "n": 136, "k": 200, "r": 16, "bias": True, "scale": -1.75},
-    "one row": {"m": 1, "n": 40, "k": 64, "r": 8},
-    "odd rank": {"m": 20, "n": 48, "k": 64, "r": 5},
-    "rank 80": {"m": 20, "n": 72, "k": 64, "r": 80, "bias": True},
-    "dropout": {"m": 20, "n": 72, "k": 200, "r": 4, "dropout_p": 0.3},
-    "dense base": {"m": 20, "n": 72, "k": 96, "r": 8, "quant_type": None},
-    "flat fp4 base": {"m": 20, "n": 72, "k": 96, "r": 8, "quant_type": "fp4", "nested": False},
-    "unaligned": {"m": 20, "n": 33, "k": 70, "r": 3},
-    "odd columns": {"m": 17, "n": 31, "k": 33, "r": 2},
-}
-
-
-@KIND
 @pytest.mark.parametrize(
-    ("form", "projected_rows"),
-    [("decode", 4096), ("library", 4096), ("library", 1), ("persistent", 4096), ("persistent", 1), ("split", 4096)],
-)
-@pytest.mark.parametrize("case", CASES)
-def test_every_form(
-    case: str, form: str, projected_rows: int, kind: str, kernel_device: str, force: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    force(form)
-    monkeypatch.setattr(config, "PROJECTED_ROWS", projected_rows)
-    dtype = torch.bfloat16 if len(case) % 2 else torch.float16
-    p = make_problem(dtype=dtype, device=kernel_device, **CASES[case])
-    a, b = packed_of(p.lora_a, kind), packed_of(p.lora_b, kind)
-    judge(p, a, b, kernels.forward(p.x, p.w, a, b, p.bias, p.scale, p.dropout))
-
-
-@KIND
-@pytest.mark.parametrize("case", CASES)
-def test_float32(case: str, kind: str, kernel_device: str) -> None:
-    p = make_problem(dtype=torch.float32, device=kernel_device, **CASES[case])
-    a, b = packed_of(p.lora_a, kind), packed_of(p.lora_b, kind)
-    judge(p, a, b, kernels.forward(p.x, p.w, a, b, p.bias, p.scale, p.dropout))
-
-
-def test_one_packed_factor_beside_one_that_is_not(kernel_device: str, force: Callable[[str], None]) -> None:
-    p = make_problem(20, 72, 96, 8, torch.float16, device=kernel_device)
-    a, b = packed_of(p.lora_a, "int8"), packed_of(p.lora_b, "nf4")
-    for form in FORMS:
-        force(form)
-        for factors in ((a, p.lora_b), (p.lora_a, b), (a, b)):
-            dense = [t if isinstance(t, torch.Tensor) else t.dequantize(torch.float16) for t in factors]
-            y, _ = kernels.forward(p.x, p.w, *factors, None, 0.5, None)
-            want, _ = kernels.forward(p.x, p.w, *dense, None, 0.5, None)
-            torch.testing.assert_close(y, want, rtol=2e-3, atol=2e-3)
-
-
-@KIND
-@pytest.mark.parametrize(
-    ("form", "rows", "wanted"),
+    "case",
     [
-        ("decode", 4096, {}),
-        ("split", 4096, {}),
-        ("library", 4096, {"dequantize_words": 1}),
-        ("library", 1, {"dequantize_words": 1}),
-        ("persistent", 4096, {"dequantize_together": 1}),
-        ("persistent", 1, {"dequantize_together": 1}),
+        {"m": 20, "n": 136, "k": 192, "r": 16, "bias": True, "scale": -1.75},
+        {"m": 1, "n": 40, "k": 64, "r": 8},
+        {"m": 37, "n": 72, "k": 64, "r": 5, "dropout_p": 0.3},
+        {"m": 3, "n": 33, "k": 96, "r": 80, "quant_type": "fp4", "nested": False},
     ],
+    ids=lambda case: f"{case['m']}x{case['n']} r{case['r']}",
 )
-def test_no_launch_is_added(
-    form: str, rows: int, wanted: dict[str, int], kind: str, kernel_device: str, force: Callable[[str], None],
-    launches: collections.Counter[str], monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    force(form)
-    monkeypatch.setattr(config, "PROJECTED_ROWS", rows)
-    p = make_problem(8, 32, 64, 8, torch.float16, device=kernel_device)
-    kernels.forward(p.x, p.w, packed_of(p.lora_a, kind), packed_of(p.lora_b, kind), None, 1.0, None)
-    assert launches == wanted
-    launches.clear()
-    kernels.forward(p.x, p.w, p.lora_a, p.lora_b, None, 1.0, None)
-    assert sum(launches.values()) == sum(wanted.values())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_few_rows_read_8_bits(dtype: torch.dtype, case: dict[str, Any], kernel_device: str) -> None:
+    p = make_problem(dtype=dtype, device=kernel_device, **case)
+    a, b = packed_of(p.lora_a, "int8"), packed_of(p.lora_b, "int8")
+    judge(p, a, b, split.linear(p.x, p.w, a, b, p.bias, p.scale, p.dropout))
+    of_a = split.linear(p.x, p.w, a, p.lora_b, p.bias, p.scale, p.dropout)
+    want = split.linear(p.x, p.w, a.dequantize(dtype), p.lora_b, p.bias, p.scale, p.dropout)
+    for got, one in zip(of_a, want, strict=True):
+        torch.testing.assert_close(got, one, rtol=0.03, atol=0.03 * float(one.abs().max()))
 
 
-@KIND
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(1, 64, 8), (70, 320, 5), (33, 130, 40), (17, 33, 3)], ids=str)
-def test_u(size: tuple[int, int, int], dtype: torch.dtype, kind: str, kernel_device: str) -> None:
-    m, k, r = size
-    x = torch.randn(m, k).to(kernel_device, dtype)
-    a = packed_of(torch.randn(r, k).to(kernel_device), kind)
-    u, scaled = lora.project_x(x, a, -0.5, None)
-    plain, truth = x @ a.dequantize(dtype).T, x.double() @ exact(a).T
-    assert_close(u, plain, truth, "u")
-    assert_close(scaled, -0.5 * plain, -0.5 * truth, "scaled")
-
-
-def test_the_scales_of_int8_are_not_rounded(kernel_device: str) -> None:
-    """1/3 in bfloat16 is off by a third of a unit: a product of sums with it is not."""
-    a = Int8Matrix(torch.full((1, 64), 96, dtype=torch.int8), torch.full((1, 1), 1 / 3), torch.bfloat16)
-    a = Int8Matrix(a.values.to(kernel_device), a.scales.to(kernel_device))
-    x = torch.ones(1, 64, dtype=torch.bfloat16, device=kernel_device)
-    u, _ = lora.project_x(x, a, 1.0, None)
-    assert u.item() == 2048.0
-    b = Int8Matrix(a.values[:, :1].contiguous(), a.scales)
-    y = finish(torch.zeros(1, 1, device=kernel_device), x[:, :1], b, None, 3.0, torch.float32)
-    assert y.item() == pytest.approx(96.0, rel=1e-6)
+def test_the_scales_are_not_rounded(kernel_device: str) -> None:
+    """Neither to 16 bits nor times a value: with u and its product exact, y has the error of its last rounding."""
+    x = torch.zeros(1, 64, device=kernel_device).half()
+    x[0, 0] = 1
+    scales = torch.full((16, 1), 1 + 2.0**-13, device=kernel_device)
+    a = Int8Matrix(torch.zeros(16, 64, dtype=torch.int8, device=kernel_device), scales)
+    a.values[0, 0] = 64
+    b = Int8Matrix(torch.ones(32, 16, dtype=torch.int8, device=kernel_device), scales[:1].expand(32, 1).contiguous())
+    w = NF4Weight.quantize(torch.zeros(32, 64, device=kernel_device))
+    y, u = split.linear(x, w, a, b, None, 1.0, None, torch.float32)
+    assert u[0, 0] == 64
+    assert torch.equal(y, torch.full_like(y, 64 * (1 + 2.0**-13)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
-@pytest.mark.parametrize("shape", [(96, 192), (48, 40), (7, 3)], ids=str)
-def test_decoded_together(shape: tuple[int, int], nested: bool, dtype: torch.dtype, kernel_device: str) -> None:
-    """Every kind beside every other, aligned to whole words or not, gives the bits that each gives alone."""
-    w = NF4Weight.quantize(torch.randn(shape).to(kernel_device), nested=nested)
-    small, odd = torch.randn(16, 300).to(kernel_device), torch.randn(3, 67).to(kernel_device)
-    given: list[Factor | None] = [
-        packed_of(small, "int8"), packed_of(small, "nf4"), packed_of(odd, "int8"), packed_of(odd, "nf4"), odd, None,
-    ]  # fmt: skip
-    for base in (w, None):
-        for first in given:
-            for second in given:
-                zero = None if base is None else torch.ones(1, dtype=torch.int32, device=kernel_device)
-                dense, made = dequantize_together(base, (first, second), dtype, zero)
-                assert (dense is None) == (base is None)
-                if dense is not None and zero is not None:
-                    assert torch.equal(dense, w.dequantize(dtype))
-                    assert zero.item() == 0
-                for got, factor in zip(made, (first, second), strict=True):
-                    if factor is None or isinstance(factor, torch.Tensor):
-                        assert got is factor
-                    else:
-                        assert isinstance(got, torch.Tensor)
-                        assert torch.equal(got, factor.dequantize(dtype))
-
-
-def test_decoded_together_in_one_launch(kernel_device: str, launches: collections.Counter[str]) -> None:
-    w = NF4Weight.quantize(torch.randn(96, 192).to(kernel_device))
-    a, b = torch.randn(16, 192).to(kernel_device), torch.randn(96, 16).to(kernel_device)
-    for kinds in (("int8", "nf4"), ("nf4", "nf4")):
-        for base in (w, None):
-            launches.clear()
-            dequantize_together(base, (packed_of(a, kinds[0]), packed_of(b, kinds[1])), torch.float16)
-            assert launches == {"dequantize_together": 1}
-    launches.clear()
-    dequantize_together(w, (a, None), torch.float16)
-    assert launches == {"dequantize_words": 1}
-
-
-def test_other_4_bit_formats_are_refused(kernel_device: str) -> None:
-    a, x = torch.randn(4, 64).to(kernel_device), torch.randn(2, 64).to(kernel_device)
-    for w in (NF4Weight.quantize(a), NF4Weight.quantize(a, nested=False, blocksize=128)):
-        with pytest.raises(ValueError, match="flat statistics of 64"):
-            lora.project_x(x, w, 1.0, None)
+def test_both_from_one_launch(dtype: torch.dtype, kernel_device: str) -> None:
+    """Every kind beside every other gives the bits that each gives alone."""
+    small, tall = torch.randn(16, 300).to(kernel_device), torch.randn(700, 8).to(kernel_device)
+    odd, wide = torch.randn(3, 67).to(kernel_device), torch.randn(2, 5000).to(kernel_device)
+    given = [packed_of(t, "int8") for t in (small, tall, odd)] + [packed_of(t, "nf4") for t in (small, tall)]
+    given += [packed_of(wide, "int8"), NF4Weight.quantize(wide, nested=False, blocksize=128)]
+    for first in given:
+        for second in given:
+            made = dequantize_pair(first, second, dtype)
+            assert made is not None
+            for got, factor in zip(made, (first, second), strict=True):
+                assert torch.equal(got, factor.dequantize(dtype))
+    for other in (packed_of(odd, "nf4"), NF4Weight.quantize(small)):
+        assert dequantize_pair(given[0], other, dtype) is None
+        assert dequantize_pair(other, given[0], dtype) is None
 
 
 # -- layers --------------------------------------------------------------------------------------------------------
@@ -263,9 +125,8 @@ def judge_layer(layer: FastLoRALinear, x: torch.Tensor, y: torch.Tensor) -> None
     assert_close(y, plain, truth, "y")
 
 
-@KIND
-def test_layers_read_them_without_gradients(kind: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = layer_of(kind, 72, 64, 4, kernel_device, backend="triton")
+def test_layers_read_them_without_gradients(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of("int8", 72, 64, 4, kernel_device, backend="triton")
     x = torch.randn(3, 5, 64, device=kernel_device).bfloat16()
     whole = layer(x.clone().requires_grad_()).detach()
     judge_layer(layer, x.view(15, 64), whole.view(15, 72))
@@ -273,8 +134,8 @@ def test_layers_read_them_without_gradients(kind: str, kernel_device: str, monke
     def refuse(self: Any, dtype: Any = None) -> Any:
         raise AssertionError("a factor was decoded")
 
+    monkeypatch.setattr(config, "form", lambda *args: "split")
     monkeypatch.setattr(Int8Matrix, "dequantize", refuse)
-    monkeypatch.setattr(NF4Weight, "dequantize", refuse)
     monkeypatch.setattr(QuantizedFactor, "weight", property(refuse))
     results = []
     with torch.no_grad():
@@ -293,6 +154,17 @@ def test_layers_read_them_without_gradients(kind: str, kernel_device: str, monke
         layer(x[..., :63])
 
 
+@KIND
+@pytest.mark.parametrize("form", ["decode", "split"])
+def test_layers_of_every_kind(form: str, kind: str, kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "form", lambda *args: form)
+    layer = layer_of(kind, 72, 64, 4, kernel_device, backend="triton")
+    x = torch.randn(15, 64, device=kernel_device).bfloat16()
+    for scope in (contextlib.nullcontext(), tables.for_graphs()):
+        with scope, torch.no_grad():
+            judge_layer(layer, x, layer(x))
+
+
 def test_gradients_reach_x_and_the_bias(kernel_device: str) -> None:
     layer = layer_of("int8", 72, 64, 4, kernel_device, backend="triton")
     layer.base_layer.bias.requires_grad_()
@@ -308,28 +180,55 @@ def test_gradients_reach_x_and_the_bias(kernel_device: str) -> None:
 
 
 def test_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's backend always; few rows in a graph though C++ is faster alone; nobody else."""
-    from fastlora import backends, ops
-
-    names = iter(())
+    """Triton's product of few rows, and no other; factors in 8 bits, and no others."""
+    names, forms = iter(()), iter(())
     monkeypatch.setattr(ops, "_select", lambda *args: backends.BACKENDS[next(names)])
-    w, x = NF4Weight.quantize(torch.randn(64, 64)), torch.randn(8, 64)
+    monkeypatch.setattr(config, "form", lambda *args: next(forms))
+    w, x = NF4Weight.quantize(torch.randn(64, 64)), torch.randn(8, 64).half()
+    a, b = packed_of(torch.randn(4, 64), "int8"), packed_of(torch.randn(64, 4), "int8")
 
-    def reader(name: str, rows: int = 8, backend: str = "auto", base: Any = w) -> str | None:
-        nonlocal names
-        names = iter((name,))
-        found = packed.chosen(x[:1].expand(rows, 64), base, 4, backend)
-        return found and found.name
+    def reads(name: str, form: str = "split", w: Any = w, a: Factor = a, b: Factor = b) -> bool:
+        nonlocal names, forms
+        names, forms = iter((name,)), iter((form,))
+        return packed.read(x, w, a, b, None, 1.0, None, "auto") is not None
 
-    assert reader("triton") == reader("triton", 500, "triton") == "triton"
-    assert reader("cuda") is None
+    assert reads("triton")
+    assert not reads("cuda")
+    assert not reads("torch")
+    assert not any(reads("triton", form) for form in ("decode", "library", "persistent"))
+    assert not reads("triton", w=torch.randn(64, 64))
+    assert not reads("triton", a=packed_of(torch.randn(4, 64), "nf4"))
+    assert not reads("triton", b=packed_of(torch.randn(64, 4), "nf4"))
+
+
+def test_one_launch_only_where_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (packed_of(torch.randn(8, 64), kind) for kind in ("int8", "nf4"))
+    want = packed.both(a, b, torch.bfloat16)
+    calls: list[str] = []
+
+    class OnGPU:
+        """Says that it is on a GPU, and is not."""
+
+        def __init__(self, factor: Any) -> None:
+            self.factor = factor
+
+        def __getattr__(self, name: str) -> Any:
+            return torch.device("cuda") if name == "device" else getattr(self.factor, name)
+
+    machine = dataclasses.replace(backends.this_machine(), triton=None, native_cuda=None)
+    monkeypatch.setattr(backends, "this_machine", lambda: machine)
+    module = sys.modules["fastlora.kernels.dequantize"]
+    monkeypatch.setattr(module, "dequantize_pair", lambda *args: (calls.append("pair"), want)[1])
+    monkeypatch.setattr(packed, "_dense", lambda *args: (calls.append("one"), want[0])[1])
+    moved: Any = OnGPU(a)
+    packed.both(moved, b, torch.bfloat16)
+    assert calls == ["one", "one"]
+    calls.clear()
     with tables.for_graphs():
-        last = packed.READ_ROWS.stop - 1
-        assert reader("cuda") == reader("cuda", 1) == reader("cuda", last) == "triton"
-        assert reader("cuda", last + 1) is None
-        assert reader("cuda", backend="cuda") is None
-        assert reader("cuda", base=torch.randn(64, 64)) is None
-        assert reader("cpu") is reader("torch") is None
+        packed.both(moved, b, torch.bfloat16)
+        packed.both(moved, b, torch.float64)
+        packed.both(a, b, torch.bfloat16)
+    assert calls == ["pair", *["one"] * 4]
 
 
 @pytest.mark.gpu
