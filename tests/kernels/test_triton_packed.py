@@ -179,13 +179,14 @@ def test_gradients_reach_x_and_the_bias(kernel_device: str) -> None:
     torch.testing.assert_close(x.grad.double(), want.expand(6, 64), rtol=0.02, atol=0.02 * float(want.abs().max()))
 
 
-def test_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_reads(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's product of few rows, and no other; factors in 8 bits, and no others."""
     names, forms = iter(()), iter(())
     monkeypatch.setattr(ops, "_select", lambda *args: backends.BACKENDS[next(names)])
     monkeypatch.setattr(config, "form", lambda *args: next(forms))
-    w, x = NF4Weight.quantize(torch.randn(64, 64)), torch.randn(8, 64).half()
-    a, b = packed_of(torch.randn(4, 64), "int8"), packed_of(torch.randn(64, 4), "int8")
+    w, x = NF4Weight.quantize(torch.randn(64, 64)).to(kernel_device), torch.randn(8, 64, device=kernel_device).half()
+    of_a, of_b = torch.randn(4, 64, device=kernel_device), torch.randn(64, 4, device=kernel_device)
+    a, b = packed_of(of_a, "int8"), packed_of(of_b, "int8")
 
     def reads(name: str, form: str = "split", w: Any = w, a: Factor = a, b: Factor = b) -> bool:
         nonlocal names, forms
@@ -196,9 +197,9 @@ def test_who_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not reads("cuda")
     assert not reads("torch")
     assert not any(reads("triton", form) for form in ("decode", "library", "persistent"))
-    assert not reads("triton", w=torch.randn(64, 64))
-    assert not reads("triton", a=packed_of(torch.randn(4, 64), "nf4"))
-    assert not reads("triton", b=packed_of(torch.randn(64, 4), "nf4"))
+    assert not reads("triton", w=torch.randn(64, 64, device=kernel_device))
+    assert not reads("triton", a=packed_of(of_a, "nf4"))
+    assert not reads("triton", b=packed_of(of_b, "nf4"))
 
 
 def test_one_launch_only_where_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
