@@ -22,11 +22,14 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "integrations": (("integrations",), "PEFT, bitsandbytes: explicit calls, no patches"),
     "methods": (("adapters", "requantize", "parameters"), "around LoRA, one file each, on the same operator"),
     "layers": (("linear", "blocks", "dora", "groups", "loss"), "modules: checks, types, several layers at once"),
-    "operator": (("ops", "node"), "one differentiable node"),
+    "operator": (("ops", "node", "packed"), "one differentiable node"),
     "choice": (("backends",), "which kernel runs, and why"),
     "kernels": (("kernels", "native", "eager"), "Triton, C++ and CUDA, library products"),
     "tables": (("tables",), "what was measured where"),
-    "truth": (("nf4", "dropout", "reference", "activation", "stacking"), "format and mathematics, in plain PyTorch"),
+    "truth": (
+        ("nf4", "int8", "dropout", "reference", "activation", "stacking"),
+        "format and mathematics, in plain PyTorch",
+    ),
 }
 """From the top to the bottom: imports go down this list only."""
 ERRORS = "training.errors"

@@ -171,14 +171,15 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         z, norm, gain, bias = ctx.saved_tensors
         need_dz, need_magnitude, need_bias, need_rest = ctx.needs_input_grad[:4]
-        dz = sums = dbias = None
+        dz = dm = dbias = None
         if ctx.columns is not None and (need_dz or need_magnitude):
             dz, sums = ctx.columns.scaled_gradients(dy, z, gain, bias, need_dz)
+            dm, _ = ctx.columns.finished(sums, norm, ctx.magnitude_dtype)
         elif ctx.columns is None:
             dz = torch.mul(dy, gain).to(dy.dtype) if need_dz else None
             if need_magnitude:
                 sums = torch.sum(dy * (z if bias is None else z - bias), 0, dtype=norm.dtype)
-        dm = None if sums is None else (sums / norm).to(ctx.magnitude_dtype)
+                dm = (sums / norm).to(ctx.magnitude_dtype)
         if need_bias:
             dbias = torch.sum(dy, 0, dtype=norm.dtype).to(bias.dtype)
         return dz, dm, dbias, dy if need_rest else None, None, None, None
@@ -199,10 +200,9 @@ def _fold(
     """gain = magnitude / norm (N,), nowhere 0; gain * norm (N,), the magnitude but for that; the flat statistics of
     diag(gain) w; diag(gain) lora_b in its own type."""
     columns = _columns(lora_b, backend)
-    if columns is not None and norm is None:
+    if columns is not None and norm is None and columns.folds(w, lora_a.shape[0], dtype):
         of_w = row_norms(w) if norms is None else norms
-        cross, gram = _products(w, lora_a, dtype, backend)
-        return columns.folded(cross, gram, lora_b.to(dtype), of_w, magnitude, scale, w, lora_b, _NO_GAIN)
+        return columns.folded(w, lora_a, lora_b, of_w, magnitude, scale, dtype, _NO_GAIN)
     if norm is None:
         norm, gain = _norm_and_gain(w, lora_a, lora_b, magnitude, scale, dtype, backend, norms)
     else:
@@ -274,23 +274,24 @@ class _Folded(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, u, lora_a, folded_b, absmax, gain, length, y = ctx.saved_tensors
         need_x, need_a, need_b, need_m, *_ = ctx.needs_input_grad
-        w = _with(ctx.w, absmax)
-        dm = None
+        w, columns = _with(ctx.w, absmax), _columns(dy, ctx.backend)
+        sums = None
         if need_m:
             if y._version != ctx.version:  # the caller has changed it in place
                 y, _ = ops._forward(x, w, lora_a, folded_b, None, ctx.out_dtype, ctx.scale, 0.0, None, ctx.backend)
-            columns = _columns(dy, ctx.backend)
             if columns is None:
                 sums = torch.sum(dy * y, 0, dtype=gain.dtype)
             else:
                 sums = columns.scaled_gradients(dy, y, gain, None, False)[1]
-            dm = (sums / length).to(ctx.magnitude_dtype)
         dx, da, db = ops.gradients(
             dy.to(ctx.dtype), x if need_a else None, u, w, lora_a, folded_b, ctx.scale, 0.0, None, ctx.backend,
             (need_x, need_a, need_b),
         )  # fmt: skip
-        if db is not None:
-            db = (db * gain[:, None]).to(db.dtype)
+        if columns is not None:
+            dm, db = columns.finished(sums, length, ctx.magnitude_dtype, gain, db)
+        else:
+            dm = None if sums is None else (sums / length).to(ctx.magnitude_dtype)
+            db = None if db is None else (db * gain[:, None]).to(db.dtype)
         return dx, da, db, dm, None, None, None, None, None
 
 

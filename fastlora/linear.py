@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import node, ops
+from fastlora import node, ops, packed
 from fastlora.dropout import draw_seed
 from fastlora.nf4 import NF4Weight, Weight
 
@@ -287,9 +287,32 @@ def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, b
     if variant is not None and hasattr(variant, "factors"):
         lora_a, lora_b, scale = variant.factors(layer, adapter)
     else:
-        lora_a, lora_b = modules["lora_A"]._modules[adapter].weight, modules["lora_B"]._modules[adapter].weight
-        scale = layer.scaling[adapter]
+        a, b, scale = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter], layer.scaling[adapter]
+        if type(a) is not nn.Linear and p == 0:
+            y = _packed_forward(modules["base_layer"], x, a, b, scale, weight, backend)
+            if y is not None:
+                return y
+        lora_a, lora_b = a.weight, b.weight
     return factors_forward(modules["base_layer"], x, lora_a, lora_b, scale, p, weight, backend)
+
+
+def _packed_forward(
+    base: Any, x: torch.Tensor, a: nn.Module, b: nn.Module, scale: Any, weight: Weight, backend: str
+) -> torch.Tensor | None:
+    """`factors_forward` of quantized adapters, of which each has a ``packed`` factor; None where gradients or an
+    operator are asked for, or the arguments do not fit."""
+    lora_a, lora_b = getattr(a, "packed", None), getattr(b, "packed", None)
+    if lora_a is None or lora_b is None or not packed.serves(x, base.bias, scale):
+        return None
+    if x.dim() == 0 or x.numel() == 0 or x.shape[-1] != weight.shape[1] or x.device != weight.device:
+        return None
+    rows, wide, dtype = compute_type(base, weight, x)
+    rows = rows.reshape(-1, weight.shape[1])
+    y = packed.read(rows, weight, lora_a, lora_b, base.bias, float(scale), wide, backend)
+    if y is None:
+        lora_a, lora_b = packed.both(lora_a, lora_b, rows.dtype)
+        return factors_forward(base, x, lora_a, lora_b, scale, 0.0, weight, backend)
+    return y.to(dtype).view(*x.shape[:-1], weight.shape[0])
 
 
 def factors_forward(

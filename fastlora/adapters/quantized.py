@@ -3,8 +3,9 @@
     int8   s = max |row| / 127,   values = round(row / s)        row = s * values
     nf4    as the base: blocks of 64 elements with one float32 scale each
 
-A quantized factor stands where the ``nn.Linear`` of A or B stood and gives its ``weight`` in the type that the layer
-computes in; one kernel makes it for one product. Files are safetensors with PEFT's configuration beside them.
+A quantized factor stands where the ``nn.Linear`` of A or B stood. Products without gradients read it as it is, or one
+launch decodes A and B (see `fastlora.packed`); to everything else it gives its ``weight`` in the type that the layer
+computes in. Files are safetensors with PEFT's configuration beside them.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch import nn
 from fastlora import ops
 from fastlora.adapters.variant import require_layers
 from fastlora.backends import dense
+from fastlora.int8 import Int8Matrix
 from fastlora.nf4 import NF4Weight
 
 KINDS = ("int8", "nf4")
 FILE = "adapter_quantized.safetensors"
 _PLAIN_FILE = "adapter_model.safetensors"
-_LEVELS = 127
 
 
 class QuantizedFactor(nn.Module):
@@ -49,24 +50,37 @@ class QuantizedFactor(nn.Module):
             raise ValueError("the adapter has values that are not finite: it seems to be broken")
         self.kind, self.dtype = kind, dtype or w.dtype
         self.out_features, self.in_features = w.shape
-        w = w.detach().float()
         if kind == "int8":
-            scales = w.abs().amax(1, keepdim=True) / _LEVELS
-            values = torch.where(scales > 0, w / scales, 0).round().to(torch.int8)
+            rounded = Int8Matrix.quantize(w)
+            values, scales = rounded.values, rounded.scales
         else:
-            packed = NF4Weight.quantize(w, nested=False)
+            packed = NF4Weight.quantize(w.detach().float(), nested=False)
             assert packed.absmax is not None
             values, scales = packed.w_packed, packed.absmax
         self.register_buffer("values", values)
         self.register_buffer("scales", scales)
 
     @property
+    def packed(self) -> Int8Matrix | NF4Weight:
+        """What kernels read: the same object for as long as the buffers are."""
+        values, scales = self._buffers["values"], self._buffers["scales"]
+        known: Any = self.__dict__.get("_known")
+        if known is None or known[0] is not values or known[1] is not scales or known[2] != self.dtype:
+            known = self.__dict__["_known"] = (values, scales, self.dtype, self._packed())
+        made: Int8Matrix | NF4Weight = known[3]
+        return made
+
+    def _packed(self) -> Int8Matrix | NF4Weight:
+        if self.kind == "int8":
+            return Int8Matrix(self.values, self.scales, self.dtype)
+        return NF4Weight(self.values, (self.out_features, self.in_features), 64, "nf4", self.dtype, absmax=self.scales)
+
+    @property
     def weight(self) -> torch.Tensor:
         """(rows, columns)"""
-        if self.kind == "int8":  # one pass: the product is rounded as it is written
-            return torch.mul(self.values, self.scales, out=torch.empty_like(self.values, dtype=self.dtype))
-        shape = (self.out_features, self.in_features)
-        packed = NF4Weight(self.values, shape, 64, "nf4", self.dtype, absmax=self.scales)
+        packed = self._packed()
+        if isinstance(packed, Int8Matrix):
+            return packed.dequantize()
         if ops.must_dispatch(self.values):
             return torch.ops.fastlora.dequantize(*ops.weight_args(packed), self.dtype)
         return dense(packed, self.dtype)

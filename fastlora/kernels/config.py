@@ -370,6 +370,33 @@ def columns() -> TileConfig:
     return _COLUMNS
 
 
+@functools.lru_cache(maxsize=1024)
+def column_sums(m: int, n: int, device: Device) -> tuple[TileConfig, int]:
+    """Tiles of the sums over the rows of each column of (M, N), and the rows that one program adds up: as many as leave
+    enough programs, because the partial sums of a strip are written and read once more."""
+    tiles, wanted = _COLUMN_SUMS, _PROGRAMS_OF_SUMS * device.multiprocessors
+    columns = -(-n // tiles.block_n)
+    strips = (strip for strip in _COLUMN_STRIPS if columns * -(-m // strip) >= wanted)
+    return tiles, next(strips, _SHORTEST_STRIP)
+
+
+def finished() -> TileConfig:
+    """Tiles of what follows the sums of columns: ``block_m`` strips at once."""
+    return _FINISHED
+
+
+@functools.lru_cache(maxsize=1024)
+def folded(n: int, r: int, device: Device) -> TileConfig:
+    """Rows of W (N, K) of one program that makes their norms beside an adapter of rank r, and columns of a step.
+
+    Every program reads all of A: few programs of many rows read it least, as long as each multiprocessor has one.
+    """
+    block_n = next((rows for rows in (64, 32) if -(-n // rows) >= 0.9 * device.multiprocessors), _MIN_DOT)
+    block_r = power_of_two(r, _MIN_DOT, FOLDED_RANK)
+    block_k = max(64, min(512, 16384 // block_n, 8192 // block_r))
+    return TileConfig(16, block_n, block_k, block_r, num_warps=8, num_stages=1)
+
+
 def dequantize_words() -> TileConfig:
     """32-bit words that one block of the fast dequantizer decodes (``block_n``), two a thread."""
     return _DEQUANTIZE_WORDS
@@ -377,10 +404,16 @@ def dequantize_words() -> TileConfig:
 
 _DROPOUT = TileConfig(block_m=16, block_k=256, num_warps=4)
 _COLUMNS = TileConfig(block_m=16, block_n=256, num_warps=4)
-COLUMN_STRIP = 128
-"""Rows whose products one program of a sum of columns adds up."""
+_COLUMN_SUMS = TileConfig(block_m=16, block_n=128, num_warps=4)
+_COLUMN_STRIPS = (512, 256, 128)
+_SHORTEST_STRIP = 64
+_PROGRAMS_OF_SUMS = 6
+"""A multiprocessor has at least so many before strips get longer."""
+_FINISHED = TileConfig(block_m=32, block_n=32, num_warps=4)
 ROW_NORMS = 32
 """Rows whose norms one program makes."""
+FOLDED_RANK = 64
+"""The largest rank whose A A^T, in float32, one program keeps beside its other sums."""
 _DEQUANTIZE_WORDS = TileConfig(block_n=512, num_warps=8, num_stages=1)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from fastlora.int8 import Int8Matrix
 from fastlora.kernels import config
 from fastlora.kernels.decode import both_nibbles, check_dtype, statistic, weight_arguments, weight_tile
 from fastlora.kernels.launch import jit, on_device, with_rows
@@ -164,6 +166,65 @@ def dequantize_stacked_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def decode_factor(
+    factor_ptr,  # (rows, columns): bytes in 8 bits, or words of eight nibbles
+    scales_ptr,  # float32: one a row, or flat statistics
+    code_ptr,  # of nibbles, or None
+    out_ptr,  # (rows, columns), contiguous
+    numel,
+    columns,
+    program,
+    BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """8 * WORDS elements of a packed adapter."""
+    if code_ptr is not None:
+        decode_words(
+            factor_ptr, code_ptr, scales_ptr, None, None, None, None, out_ptr, numel // 8, program,
+            "flat", BLOCKSIZE, WORDS,
+        )  # fmt: skip
+    else:
+        first = program.to(tl.int64) * (8 * WORDS)
+        i = tl.arange(0, 8 * WORDS)
+        mask = i < tl.minimum(numel - first, 8 * WORDS).to(tl.int32)
+        row = first // columns + ((first % columns).to(tl.int32) + i) // columns
+        values = tl.load(factor_ptr + first + i, mask=mask, other=0).to(tl.float32)
+        scales = tl.load(scales_ptr + row, mask=mask, other=0.0)
+        tl.store(out_ptr + first + i, cast(values * scales, out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit()
+def dequantize_pair_kernel(
+    a_ptr,  # as for decode_factor
+    a_scales_ptr,
+    a_code_ptr,
+    a_out_ptr,
+    a_numel,
+    a_columns,
+    b_ptr,
+    b_scales_ptr,
+    b_code_ptr,
+    b_out_ptr,
+    b_numel,
+    b_columns,
+    A_BLOCKSIZE: tl.constexpr,
+    B_BLOCKSIZE: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Two packed adapters: the first programs have the first."""
+    program = tl.program_id(0)
+    of_a = tl.cdiv(a_numel, 8 * WORDS)
+    if program < of_a:
+        decode_factor(
+            a_ptr, a_scales_ptr, a_code_ptr, a_out_ptr, a_numel, a_columns, program, A_BLOCKSIZE, WORDS
+        )  # fmt: skip
+    else:
+        decode_factor(
+            b_ptr, b_scales_ptr, b_code_ptr, b_out_ptr, b_numel, b_columns, program - of_a, B_BLOCKSIZE, WORDS
+        )  # fmt: skip
+
+
 @jit()
 def merged_kernel(
     w_ptr,  # (ceil(N K / 2),) bytes
@@ -285,6 +346,41 @@ def dequantize(
             **tiles.launch(),
         )
     return out
+
+
+def _one_launch(factor: Int8Matrix | NF4Weight) -> bool:
+    return isinstance(factor, Int8Matrix) or (_in_words(factor) and not factor.nested)
+
+
+def dequantize_pair(
+    lora_a: Int8Matrix | NF4Weight, lora_b: Int8Matrix | NF4Weight, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The dense matrices of two adapters in ``dtype``, from one launch. None where one is in 4 bits with nested
+    statistics or elements that are no multiple of eight: that is for `dequantize`."""
+    check_dtype(dtype)
+    if not (_one_launch(lora_a) and _one_launch(lora_b)):
+        return None
+    tiles = config.dequantize_words()
+    made = [torch.empty(factor.shape, dtype=dtype, device=factor.device) for factor in (lora_a, lora_b)]
+    arguments: list[Any] = []
+    blocksizes, programs = [], 0
+    for factor, out in zip((lora_a, lora_b), made, strict=True):
+        if isinstance(factor, Int8Matrix):
+            arguments += [factor.values, factor.scales, None]
+        else:
+            arguments += [factor.w_packed.view(torch.int32), factor.absmax, factor.code]
+        arguments += [out, factor.numel(), factor.shape[1]]
+        blocksizes.append(0 if isinstance(factor, Int8Matrix) else factor.blocksize)
+        programs += triton.cdiv(factor.numel(), 8 * tiles.block_n)
+    with on_device(made[0]):
+        dequantize_pair_kernel[(programs,)](
+            *arguments,
+            A_BLOCKSIZE=blocksizes[0],
+            B_BLOCKSIZE=blocksizes[1],
+            WORDS=tiles.block_n,
+            **tiles.launch(),
+        )
+    return made[0], made[1]
 
 
 _STACKED = 4

@@ -19,13 +19,14 @@ import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
+from fastlora.int8 import Int8Matrix
 from fastlora.kernels import config
 from fastlora.kernels.launch import interpreted, jit, on_device, with_rows
 from fastlora.kernels.tile import cast, dot, drop, dropout_arguments, keep
 from fastlora.nf4 import CODES, NESTED_BLOCKSIZE, NF4Weight
 
 _NESTED_BLOCKSIZE = tl.constexpr(NESTED_BLOCKSIZE)
-_GROUP = 32
+GROUP = 32
 """Elements that are decoded together, the smallest block of statistics."""
 
 
@@ -174,7 +175,7 @@ _PERMUTE_CONSTRAINTS = tl.constexpr(",".join(["=h"] * 32 + ["r"] * 5))
 
 
 @functools.cache
-def _permute(quant_type: str, dtype: torch.dtype, wanted: bool) -> str:
+def permute(quant_type: str, dtype: torch.dtype, wanted: bool = True) -> str:
     """`permute_source` where it is wanted and the target understands it, else nothing."""
     portable = not wanted or interpreted() or torch.version.hip is not None
     return "" if portable else permute_source(quant_type, dtype)
@@ -198,6 +199,7 @@ def partial_kernel(
     absmax_code_ptr,
     absmax_offset_ptr,
     adapter_ptr,  # A (R, K) or B^T (R, N): element (r, i) at r * stride_r + i * stride_i; None without adapters
+    scales_ptr,  # (R,) float32 of an A in 8 bits, or None
     sums_ptr,  # (parts, M, N or K) float32
     narrow_ptr,  # (narrow parts, M, R) float32
     seed_ptr,
@@ -253,6 +255,8 @@ def partial_kernel(
                 if DROPOUT:
                     rows = drop(rows, seed_ptr, threshold, gain, m, step * BLOCK, BLOCK)
                 narrow = dot(cast(adapter, dtype), tl.trans(rows), narrow)
+            if scales_ptr is not None:
+                narrow *= tl.load(scales_ptr + r, mask=r < R, other=0.0)[:, None]
             narrow_target = (p.to(tl.int64) * M + m[None, :]) * R + r[:, None]
             tl.store(narrow_ptr + narrow_target, narrow, mask=(r[:, None] < R) & (m[None, :] < M))
     else:
@@ -309,6 +313,7 @@ def finish_kernel(
     narrow_ptr,  # (narrow parts, M, R) float32; None without adapters
     u_ptr,  # (M, R)
     adapter_ptr,  # B^T (R, N) or A (R, K): element (r, i) at r * stride_r + i * stride_i
+    scales_ptr,  # (COLUMNS,) float32 of a B in 8 bits, or None
     bias_ptr,  # (COLUMNS,), or None
     y_ptr,  # (M, COLUMNS)
     seed_ptr,
@@ -365,6 +370,8 @@ def finish_kernel(
             if i0 == 0:
                 tl.store(u_ptr + row, u, mask=in_r)
             acc = dot(u, cast(adapter, dtype), acc)
+        if scales_ptr is not None:
+            acc *= tl.load(scales_ptr + i, mask=i < COLUMNS, other=0.0)[None, :]
         if DROPOUT:
             acc = tl.where(keep(seed_ptr, threshold, gain, m, i0, BLOCK_N), acc * gain, 0.0)
         acc *= scale
@@ -376,13 +383,14 @@ def finish_kernel(
 
 def reads(w: NF4Weight) -> bool:
     """Whether these kernels can read ``w``: whole groups in every row, aligned words."""
-    return w.shape[1] % _GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
+    return w.shape[1] % GROUP == 0 and w.w_packed.data_ptr() % 4 == 0
 
 
 def _product(
     x: torch.Tensor,
     w: NF4Weight,
     adapters: tuple[torch.Tensor, torch.Tensor] | None,
+    of_rows: tuple[torch.Tensor | None, torch.Tensor | None],
     bias: torch.Tensor | None,
     scales: tuple[float, float],
     dropouts: tuple[Dropout | None, Dropout | None],
@@ -390,7 +398,11 @@ def _product(
     *,
     transposed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x W^T or x W, with the LoRA term, and the narrow product; ``adapters`` are (R, reduced side) and (R, side)."""
+    """x W^T or x W, with the LoRA term, and the narrow product.
+
+    ``adapters`` are (R, reduced side) and (R, side); ``of_rows``, (R,) and (side,), multiply the columns of the narrow
+    product and of the LoRA term.
+    """
     x, (n, k), m = with_rows(x), w.shape, x.shape[0]
     side = n if transposed else k
     r = 0 if adapters is None else adapters[0].shape[0]
@@ -418,11 +430,12 @@ def _product(
             absmax_code_ptr=w.absmax_code,
             absmax_offset_ptr=w.absmax_offset,
             adapter_ptr=first,
+            scales_ptr=of_rows[0],
             sums_ptr=sums,
             narrow_ptr=narrow,
             M=m,
             N=n,
-            groups=k // _GROUP,
+            groups=k // GROUP,
             R=r,
             steps=split.steps,
             narrow_steps=split.narrow_steps,
@@ -433,7 +446,7 @@ def _product(
             TRANSPOSED=transposed,
             FORMAT="nested" if w.nested else "flat",
             BLOCKSIZE=w.blocksize,
-            PERMUTE=_permute(w.quant_type, x.dtype, split.permute),
+            PERMUTE=permute(w.quant_type, x.dtype, split.permute),
             OVERLAP=split.overlap,
             WEIGHT_FIRST=split.weight_first,
             BLOCK_M=tiles.block_m,
@@ -448,6 +461,7 @@ def _product(
             narrow_ptr=narrow,
             u_ptr=u if r else None,
             adapter_ptr=second,
+            scales_ptr=of_rows[1],
             bias_ptr=None if bias is None else bias.contiguous(),
             y_ptr=y,
             narrow_scale=float(scales[0]),
@@ -473,16 +487,21 @@ def _product(
 def linear(
     x: torch.Tensor,
     w: NF4Weight,
-    lora_a: torch.Tensor | None,
-    lora_b: torch.Tensor | None,
+    lora_a: torch.Tensor | Int8Matrix | None,
+    lora_b: torch.Tensor | Int8Matrix | None,
     bias: torch.Tensor | None,
     scale: float,
     dropout: Dropout | None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type; `reads` must accept w."""
-    adapters = None if lora_a is None or lora_b is None else (lora_a, lora_b.T)
-    return _product(x, w, adapters, bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
+    """y (M, N), of ``out_dtype`` or x's type, and u (M, R) for x (M, K) of a 16-bit type; `reads` must accept w.
+
+    Adapters in 8 bits are multiplied as they are; the scales of A's rows then multiply u, those of B's the LoRA term.
+    """
+    a, of_a = (lora_a.values, lora_a.scales) if isinstance(lora_a, Int8Matrix) else (lora_a, None)
+    b, of_b = (lora_b.values, lora_b.scales) if isinstance(lora_b, Int8Matrix) else (lora_b, None)
+    adapters = None if a is None or b is None else (a, b.T)
+    return _product(x, w, adapters, (of_a, of_b), bias, (1.0, scale), (dropout, None), out_dtype, transposed=True)
 
 
 def input_gradient(
@@ -495,4 +514,4 @@ def input_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx (M, K) and du (M, R) for dy (M, N) of a 16-bit type; `reads` must accept w."""
     adapters = None if lora_a is None or lora_b is None else (lora_b.T, lora_a)
-    return _product(dy, w, adapters, None, (scale, 1.0), (None, dropout), None, transposed=False)
+    return _product(dy, w, adapters, (None, None), None, (scale, 1.0), (None, dropout), None, transposed=False)

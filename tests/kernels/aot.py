@@ -25,8 +25,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora import kernels
 from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
+from fastlora.int8 import Int8Matrix
 from fastlora.kernels import columns, config, cross_entropy, gated, launch, split, stacked
-from fastlora.kernels.dequantize import dequantize_merged, dequantize_stacked
+from fastlora.kernels.dequantize import dequantize_merged, dequantize_pair, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
 from fastlora.kernels.lora import Gradients
@@ -34,7 +35,7 @@ from fastlora.nf4 import NF4Weight
 
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl", "launch_cooperative_grid")
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-_POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+_POINTERS |= {torch.int8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 def specialize(fn: Any, arguments: dict[str, Any]) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -172,6 +173,21 @@ def few_rows(compiler: Compiler, dtype: torch.dtype, *, thorough: bool) -> None:
         split.input_gradient(dy, w, a, b, 0.5, dropout)
 
 
+def packed_adapters(compiler: Compiler, dtype: torch.dtype) -> None:
+    """Adapters in 8 bits and NF4: decoded, and read by the product of few rows."""
+    for n, k, r in [(512, 256, 16), (512, 256, 5)]:
+        a, b = torch.ones(r, k), torch.ones(n, r)
+        pairs = [(Int8Matrix.quantize(t), NF4Weight.quantize(t, nested=False)) for t in (a, b)]
+        compiler.case = f"packed adapters {n}x{k} r={r} {dtype}"
+        for of_a in pairs[0]:
+            for of_b in pairs[1]:
+                dequantize_pair(of_a, of_b, dtype)
+        if dtype != torch.float32:
+            w = NF4Weight.quantize(torch.ones(n, k))
+            for m in (3, 64):
+                split.linear(torch.empty(m, k, dtype=dtype), w, pairs[0][0], pairs[1][0], None, 0.5, None)
+
+
 def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
     """Projections of one x, and the gated activation."""
     k, m = 512, 300
@@ -212,11 +228,16 @@ def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:
             columns.scaled_gradients(z, given, gain, None, need_dz)
         columns.scaled_gradients(z, z, gain, gain.to(dtype), True)
         b = torch.empty(n, r, dtype=dtype)
-        products = (torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
-        columns.row_norm(*products)
-        for nested in (True, False):
-            w = NF4Weight.quantize(torch.ones(n, 128), nested=nested)
-            columns.folded(*products, w, b.float() if nested else b, 2.0**-60)
+        columns.row_norm(torch.empty(r, n), torch.empty(r, r), b, gain, gain.to(dtype), 0.5)
+        columns.finished(torch.empty(9, n), gain, dtype, gain, b)
+        columns.finished(torch.empty(9, n), gain, torch.float32)
+    if dtype == torch.float32:
+        return
+    for n, r, nested, kind in ((14336, 16, True, torch.float32), (64, 5, False, dtype), (4096, 64, True, dtype)):
+        compiler.case = f"folded {n} r={r} {dtype}"
+        w = NF4Weight.quantize(torch.ones(n, 128), nested=nested)
+        a, b, gain = torch.empty(r, 128, dtype=kind), torch.empty(n, r, dtype=kind), torch.empty(n)
+        columns.folded(w, a, b, gain, gain, 0.5, dtype, 2.0**-60)
 
 
 def loss_of(compiler: Compiler, dtype: torch.dtype) -> None:
@@ -267,6 +288,7 @@ def main(capability: str, *dtypes: str) -> None:
             buffered(compiler, dtype, thorough=i == 0)
             few_rows(compiler, dtype, thorough=i == 0)
             blocks(compiler, dtype)
+        packed_adapters(compiler, dtype)
 
 
 if __name__ == "__main__":

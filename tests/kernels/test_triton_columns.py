@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ pytest.importorskip("triton")
 from tolerance import DTYPES, assert_close, make_problem
 
 from fastlora import dora
-from fastlora.kernels import columns
+from fastlora.kernels import columns, config
 from fastlora.nf4 import NF4Weight
 
 # Tiles, strips and columns that are full, cut, and single.
@@ -60,7 +62,7 @@ def test_scaled_gradients(
     if sums is not None:
         shifted = z.float() if bias is None else z.float() - bias
         exact = z.double() if bias is None else z.double() - bias.double()
-        assert_close(sums, (dy.float() * shifted).sum(0), (dy.double() * exact).sum(0), "sums")
+        assert_close(sums.sum(0), (dy.float() * shifted).sum(0), (dy.double() * exact).sum(0), "sums")
         again = columns.scaled_gradients(dy, z, gain, bias, need_dz)[1]
         assert again is not None
         assert torch.equal(again, sums)
@@ -81,25 +83,90 @@ def test_row_norm(dtype: torch.dtype, n: int, r: int, kernel_device: str, poison
     assert norm[0] == norms[0], "an adapter of zeros must change nothing"
 
 
-@pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
-@pytest.mark.parametrize(("n", "k", "r"), [(33, 128, 16), (5, 64, 3), (40, 64 * 70, 1)], ids=str)
-def test_folded(n: int, k: int, r: int, nested: bool, kernel_device: str, poison_empty: None) -> None:
-    w = NF4Weight.quantize(torch.randn(n, k), nested=nested).to(kernel_device)
-    a, lora_b = torch.randn(r, k, device=kernel_device), torch.randn(n, 2 * r, device=kernel_device)[:, :r]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("strips", "n", "r"), [(1, 32, 16), (70, 45, 3), (33, 1, 40), (64, 100, 1)], ids=str)
+def test_finished(strips: int, n: int, r: int, dtype: torch.dtype, kernel_device: str, poison_empty: None) -> None:
+    sums, length, gain = (torch.rand(shape, device=kernel_device) + 0.5 for shape in ((strips, n), n, n))
+    db = torch.randn(n, r, device=kernel_device).to(dtype)
+    plain_dm, plain_db = (sums.sum(0) / length).to(dtype), (db.float() * gain[:, None]).to(dtype)
+    want_dm, want_db = sums.double().sum(0) / length.double(), db.double() * gain.double()[:, None]
+    apart = torch.zeros(r, n, dtype=dtype, device=kernel_device).T.copy_(db)
+    for given in (db.clone(), apart, None):
+        for parts in (sums, None):
+            dm, of_b = columns.finished(parts, length, dtype, gain, given if given is None else given.clone())
+            assert (dm is None, of_b is None) == (parts is None, given is None)
+            if dm is not None:
+                assert dm.dtype == dtype
+                assert_close(dm, plain_dm, want_dm, "dm")
+            if of_b is not None:
+                assert of_b.dtype == dtype
+                assert_close(of_b, plain_db, want_db, "db")
+    own = db.clone()
+    assert columns.finished(None, length, dtype, gain, own)[1] is own
+
+
+def test_strips_leave_enough_programs() -> None:
+    h200 = config.Device((9, 0), 132)
+    strips = {shape: config.column_sums(*shape, h200)[1] for shape in ((4096, 4096), (4096, 14336), (4096, 1024))}
+    assert strips == {(4096, 4096): 128, (4096, 14336): 512, (4096, 1024): 64}
+    assert config.column_sums(8192, 4096, h200)[1] == 256
+
+
+def test_rows_of_a_program_that_folds() -> None:
+    h200 = config.Device((9, 0), 132)
+    assert [config.folded(n, 16, h200).block_n for n in (1024, 4096, 14336)] == [16, 32, 64]
+    for n in (1, 1024, 4096, 14336):
+        for r in (1, 16, 33, config.FOLDED_RANK):
+            tiles = config.folded(n, r, h200)
+            assert tiles.block_k >= 64
+            assert tiles.block_r >= r
+            assert max(tiles.block_n * tiles.block_k, 2 * tiles.block_r * tiles.block_k) <= 16384
+
+
+@pytest.mark.parametrize("kind", ["nested", "flat", "fp4"])
+@pytest.mark.parametrize(("n", "k", "r"), [(33, 128, 16), (5, 64, 3), (40, 64 * 20, 1), (70, 192, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_folded(dtype: torch.dtype, n: int, k: int, r: int, kind: str, kernel_device: str, poison_empty: None) -> None:
+    w = NF4Weight.quantize(
+        torch.randn(n, k), nested=kind == "nested", quant_type="fp4" if kind == "fp4" else "nf4", blocksize=64
+    ).to(kernel_device)
+    # Rows that are apart, and values of which rounding takes a part.
+    lora_a = torch.randn(r, 2 * k, device=kernel_device)[:, :k]
+    lora_b = torch.randn(n, 2 * r, device=kernel_device)[:, :r]
     magnitude, norms = torch.randn(n, device=kernel_device), dora.row_norms(w)
     magnitude[0] = 0
-    b = lora_b.bfloat16()
-    cross, gram = a @ w.dequantize(torch.float32).T, a @ a.T
-    norm, gain = columns.row_norm(cross, gram, b, norms, magnitude, 0.75)
-    got = columns.folded(cross, gram, b, norms, magnitude, 0.75, w, lora_b, 2.0**-60)
+    a, b = lora_a.to(dtype).double(), lora_b.to(dtype).double()
+    assert columns.folds(w, r, dtype)
+    got = columns.folded(w, lora_a, lora_b, norms, magnitude, 0.75, dtype, 2.0**-60)
+    norm = (
+        norms.double().square()
+        + 1.5 * ((w.dequantize(dtype).double() @ a.T) * b).sum(1)
+        + (0.75**2 * ((b @ (a @ a.T)) * b).sum(1))
+    ).sqrt()
+    gain = magnitude.double() / norm
     gain[0] = 2.0**-60
-    absmax = w.flat_absmax().view(n, -1) * gain[:, None]
-    want = (gain, norm * gain, absmax.view(-1), lora_b * gain[:, None])
+    absmax = w.flat_absmax().view(n, -1).double() * gain[:, None]
+    want = (gain, norm * gain, absmax.view(-1), lora_b.double() * gain[:, None])
     for result, value in zip(got, want, strict=True):
-        torch.testing.assert_close(result, value, rtol=1e-6, atol=0)
-    ones = columns.folded(cross, gram, torch.zeros_like(b), norms, norms, 0.75, w, lora_b, 2.0**-60)
+        assert result.dtype == torch.float32
+        torch.testing.assert_close(result.double(), value, rtol=3e-6, atol=0)
+    exact = dora.weight_norm(w, lora_a, lora_b, 0.75, torch.float32, "reference", norms)
+    torch.testing.assert_close(got[1][1:] / got[0][1:], exact[1:], rtol=0.02, atol=0)
+    ones = columns.folded(w, lora_a, torch.zeros_like(lora_b), norms, norms, 0.75, dtype, 2.0**-60)
     assert torch.equal(ones[2], w.flat_absmax()), "an adapter of zeros must change nothing"
-    assert torch.equal(ones[3], lora_b)
+    assert torch.equal(ones[0], torch.ones_like(gain, dtype=torch.float32))
+    assert not ones[3].any()
+    half = columns.folded(w, lora_a.to(dtype), lora_b.to(dtype), norms, magnitude, 0.75, dtype, 2.0**-60)
+    assert half[3].dtype == dtype
+    assert torch.equal(half[0], got[0]), "rounded before or inside, the products are of the same operands"
+
+
+def test_what_is_not_folded(kernel_device: str) -> None:
+    w = NF4Weight.quantize(torch.randn(8, 64)).to(kernel_device)
+    assert not columns.folds(w, 4, torch.float32)
+    assert not columns.folds(w, config.FOLDED_RANK + 1, torch.bfloat16)
+    moved = dataclasses.replace(w, w_packed=torch.cat((w.w_packed[:1], w.w_packed))[1:])
+    assert not columns.folds(moved, 4, torch.bfloat16)
 
 
 def test_rows_that_the_adapter_cancels(kernel_device: str) -> None:
@@ -119,7 +186,7 @@ def test_dora(
     p = make_problem(20, 72, 64, 5, dtype, bias=bias, scale=0.75)
     magnitude = torch.rand(72) + 0.5
     calls = []
-    for name in ("scaled", "scaled_gradients", "row_norm", "folded"):
+    for name in ("scaled", "scaled_gradients", "finished", "row_norm", "folded"):
         real = getattr(columns, name)
         monkeypatch.setattr(columns, name, lambda *args, r=real, n=name: (calls.append(n), r(*args))[1])
 
@@ -147,8 +214,10 @@ def test_dora(
         return {"y": y.detach(), **{name: t.grad for name, t in zip(("dx", "da", "db", "dm", "dbias"), leaves)}}  # noqa: B905
 
     actual = run(True, dtype)
-    folds = not bias and dtype != torch.float16
-    assert calls == (["folded", "scaled_gradients"] if folds else ["row_norm", "scaled", "scaled_gradients"])
+    first = ["row_norm", "scaled"]
+    if not bias and dtype != torch.float16:
+        first = ["folded"] if dtype == torch.bfloat16 else ["row_norm"]
+    assert calls == [*first, "scaled_gradients", "finished"]
     calls.clear()
     plain, want = run(False, dtype), run(False, torch.float64)
     assert not calls
