@@ -389,12 +389,11 @@ def finished() -> TileConfig:
 def folded(n: int, r: int, device: Device) -> TileConfig:
     """Rows of W (N, K) of one program that makes their norms beside an adapter of rank r, and columns of a step.
 
-    Every program reads all of A: few programs of many rows read it least, as long as each multiprocessor has one.
+    Every program reads all of A: programs of more rows read it less often, as long as each multiprocessor has one.
     """
-    block_n = next((rows for rows in (64, 32) if -(-n // rows) >= 0.9 * device.multiprocessors), _MIN_DOT)
+    block_n = 2 * _MIN_DOT if -(-n // (2 * _MIN_DOT)) >= 0.9 * device.multiprocessors else _MIN_DOT
     block_r = power_of_two(r, _MIN_DOT, FOLDED_RANK)
-    block_k = max(64, min(512, 16384 // block_n, 8192 // block_r))
-    return TileConfig(16, block_n, block_k, block_r, num_warps=8, num_stages=1)
+    return TileConfig(16, block_n, max(64, min(256, 8192 // block_r)), block_r, num_warps=4, num_stages=1)
 
 
 def dequantize_words() -> TileConfig:

@@ -114,7 +114,7 @@ def test_strips_leave_enough_programs() -> None:
 
 def test_rows_of_a_program_that_folds() -> None:
     h200 = config.Device((9, 0), 132)
-    assert [config.folded(n, 16, h200).block_n for n in (1024, 4096, 14336)] == [16, 32, 64]
+    assert [config.folded(n, 16, h200).block_n for n in (1024, 4096, 14336)] == [16, 32, 32]
     for n in (1, 1024, 4096, 14336):
         for r in (1, 16, 33, config.FOLDED_RANK):
             tiles = config.folded(n, r, h200)
