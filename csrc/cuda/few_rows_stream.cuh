@@ -6,8 +6,8 @@
 
 namespace fastlora {
 
-// False where the kernel does not take p. `busy`: blocks of the launch before. A block needs all of a multiprocessor, so
-// it would wait for theirs to end; many of those are not worth as many multiprocessors.
+// False where the kernel does not take p. `busy`: blocks of the launch before. A block needs all of a multiprocessor,
+// so it would wait for theirs to end; many of those are not worth as many multiprocessors.
 inline bool plan_stream(const FewRowsForward& p, const DeviceLimits& limits, int64_t busy, StreamPlan& plan) {
   const int64_t spared = limits.multiprocessors / 8;
   const int64_t places = limits.multiprocessors - (busy < spared ? busy : spared);
