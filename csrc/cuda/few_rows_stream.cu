@@ -227,12 +227,6 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
   if (p.nested && thread < 256) statistics[thread] = statistic;
   __syncthreads();
 
-  float undo[kTokens][kSlices];
-#pragma unroll
-  for (int token = 0; token < kTokens; ++token) {
-#pragma unroll
-    for (int i = 0; i < kSlices; ++i) undo[token][i] = scale_pairs<T>(x[token][i]);
-  }
   const float inverse = 1.0f / factor;
   for (int from = 0; from < count; from += kBatch * kConsumers) {
     if (from > 0) load_statistics(from);
@@ -245,6 +239,13 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
   __syncthreads();
 
   if (row_group < plan.row_groups) {
+    // Here and not before the barriers, where the compiler would have the table wait for x.
+    float undo[kTokens][kSlices];
+#pragma unroll
+    for (int token = 0; token < kTokens; ++token) {
+#pragma unroll
+      for (int i = 0; i < kSlices; ++i) undo[token][i] = scale_pairs<T>(x[token][i]);
+    }
     const uint32_t place = window + Plan::kTableAt + static_cast<uint32_t>(lane) * 4;
     const bool odd = g % 2 == 1, diagonal = t == g / 2;
     // Lanes behind the end of a row read its last bytes, and multiply them by zero.
@@ -344,14 +345,15 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
           const float* of_row = sums + (token * plan.capacity + row) * plan.pitch;
           for (int column = part; column < columns; column += kRowLanes) sum[token] += of_row[column];
         }
-        for (int r = part; r < p.r; r += kRowLanes) {
-          const bool early = row0 == adder && r == part;
-          const float b = element_of<T>(early ? held[i] : load_element<T>(p.lora_b, n * p.r + r, wide), wide);
+        uint32_t b = held[i];
+        if (row0 != adder) b = part < p.r ? load_element<T>(p.lora_b, n * p.r + part, wide) : 0;
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token) sum[token] += u[token] * element_of<T>(b, wide);
+        for (int r = part + kRowLanes; r < p.r; r += kRowLanes) {
+          const float other = p.scale * element<T>(p.lora_b, n * p.r + r, wide);
 #pragma unroll
           for (int token = 0; token < kTokens; ++token) {
-            const float of_r =
-                r == part ? u[token] : p.scale * Numeric<T>::wide(static_cast<const T*>(p.u)[token * p.r + r]);
-            sum[token] += of_r * b;
+            sum[token] += Numeric<T>::wide(static_cast<const T*>(p.u)[token * p.r + r]) * other;
           }
         }
       }
