@@ -111,7 +111,7 @@ def plan() -> tuple[list, dict, str]:
     extension = (CUDAExtension if with_cuda else CppExtension)(
         "fastlora._C",
         ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(sorted(glob("csrc/cuda/*.cu")) if with_cuda else ())],
-        depends=[*glob("csrc/*.h"), *glob("csrc/cpu/*.h"), *glob("csrc/cpu/*.inl"), *glob("csrc/cuda/*.cuh")],
+        depends=[*glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/cpu/*.inl"), *glob("csrc/cuda/*.cuh")],
         extra_compile_args={
             "cxx": [*stable_abi, *no_contraction, *define],
             "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", *define],

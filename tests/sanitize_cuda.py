@@ -56,7 +56,7 @@ def races() -> int:
 def main() -> None:
     capability = torch.cuda.get_device_capability()
     for dtype, nested, quant_type in ((torch.bfloat16, True, "nf4"), (torch.float16, False, "fp4")):
-        for m in (1, 3, 13, 40, 70, 140):
+        for m in (1, 2, 3, 13, 40, 70, 140):
             problem = make_problem(
                 m, 136, 320, 8, dtype, nested=nested, quant_type=quant_type, bias=True, device="cuda"
             )
@@ -65,6 +65,11 @@ def main() -> None:
             if m in (3, 140):
                 for form in ("split", "persistent", "library", "decode") if m == 3 else ("persistent", "decode"):
                     run(problem, "triton", form)
+        for k, rank in ((1088, 40), (14336, 8)):  # several slices of a row; shared memory filled more than once
+            problem = make_problem(
+                2, 2000, k, rank, dtype, nested=nested, quant_type=quant_type, bias=True, device="cuda"
+            )
+            run(problem, "cuda", "few_rows")
         if "tile" in native.forms(2300, 1992, 1024, 8, 64, capability):  # enough tiles for those of 256 rows
             problem = make_problem(
                 2300, 1992, 1024, 8, dtype, nested=nested, quant_type=quant_type, bias=True, device="cuda"

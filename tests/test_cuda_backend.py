@@ -19,7 +19,7 @@ pytestmark = [
 ]
 
 MOST = native.few_rows(torch.cuda.get_device_capability()) if torch.cuda.is_available() else 0
-ROWS = [m for m in (1, 3, 8, 9, 16, 17, 32, 33, 64) if m <= MOST]
+ROWS = [m for m in (1, 2, 3, 8, 9, 16, 17, 32, 33, 64) if m <= MOST]
 DTYPES = (torch.bfloat16, torch.float16)
 FORMS = ("few_rows", "library")
 
@@ -186,7 +186,7 @@ def test_unaligned_views_and_other_layouts(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("m", [m for m in (1, 48) if m <= MOST])
+@pytest.mark.parametrize("m", [m for m in (1, 2, 48) if m <= MOST])
 def test_two_runs_give_the_same_bits(m: int, form: str) -> None:
     problem = make_problem(m, 4096, 4096, 16, torch.bfloat16, device="cuda")
     first = problem.run(*passes(form))
@@ -195,9 +195,10 @@ def test_two_runs_give_the_same_bits(m: int, form: str) -> None:
             assert torch.equal(value, first[name]), name
 
 
-def test_chained_launches_wait_for_what_they_read() -> None:
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_chained_launches_wait_for_what_they_read(m: int) -> None:
     # Each result feeds the next call while the device is busy: a kernel that started too early would read the old one.
-    problem = make_problem(8, 1024, 1024, 16, torch.bfloat16, scale=0.1, device="cuda")
+    problem = make_problem(m, 1024, 1024, 16, torch.bfloat16, scale=0.1, device="cuda")
     args = (problem.w, problem.lora_a, problem.lora_b, None, problem.scale, None)
 
     def chain(wait: bool) -> torch.Tensor:
@@ -215,8 +216,9 @@ def test_chained_launches_wait_for_what_they_read() -> None:
         assert torch.equal(chain(wait=False), expected)
 
 
-def test_graph_capture_replays_with_new_inputs() -> None:
-    problem = make_problem(8, 1024, 1024, 16, torch.bfloat16, device="cuda")
+@pytest.mark.parametrize("m", [1, 2, 8])
+def test_graph_capture_replays_with_new_inputs(m: int) -> None:
+    problem = make_problem(m, 1024, 1024, 16, torch.bfloat16, device="cuda")
     problem.run(native.forward, native.backward)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -263,6 +265,62 @@ def test_wrong_arguments_of_a_gradient(change: dict[str, Any], message: str, for
         native.backward(
             problem.dy, given["x"], given["u"], problem.w, problem.lora_a, problem.lora_b, 1.0, None, form=form
         )
+
+
+def check_forward(problem: Problem, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Hold the forward pass of few rows to the policy; returns y."""
+    truth, plain = truth_and_plain(problem)
+    args = (problem.x, problem.w, problem.lora_a, problem.lora_b, problem.bias, problem.scale, None)
+    y, u = native.forward(*args, out_dtype, form="few_rows")
+    assert_close(y.to(problem.x.dtype), plain["y"], truth["y"], "y")
+    assert_close(u, plain["u"], truth["u"], "u")
+    return y
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize("k", [64, 320, 512, 1088, 8704, 14336, 16384, 17408, 33792])
+@pytest.mark.parametrize("n", [1, 8, 77, 131, 333, 1031])
+def test_one_and_two_rows(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check_forward(make_problem(m, n, k, 16, dtype, bias=True, device="cuda"))
+
+
+@pytest.mark.parametrize(("n", "k"), [(14336, 4096), (32001, 512), (70001, 1088)])
+@pytest.mark.parametrize("m", [1, 2])
+def test_one_and_two_rows_of_many_outputs(m: int, n: int, k: int) -> None:
+    # More than shared memory holds at once, and more than one wave of blocks.
+    check_forward(make_problem(m, n, k, 16, torch.bfloat16, bias=True, device="cuda"))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("blocksize", [64, 128, 4096])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, None])
+@pytest.mark.parametrize("r", [0, 1, 16, 17, 64, 100])
+def test_every_format_and_rank_of_one_and_two_rows(
+    r: int, adapter_dtype: torch.dtype | None, quant_type: str, blocksize: int, nested: bool
+) -> None:
+    for m in (1, 2):
+        for dtype in DTYPES:
+            problem = make_problem(
+                m, 333, 1088, r, dtype, quant_type=quant_type, blocksize=blocksize, nested=nested,
+                adapter_dtype=adapter_dtype, device="cuda",
+            )  # fmt: skip
+            y = check_forward(problem)
+            wide = check_forward(problem, torch.float32)
+            assert wide.dtype == torch.float32
+            assert torch.equal(wide.to(dtype), y)
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_one_and_two_rows_of_elements_far_apart(m: int) -> None:
+    problem = make_problem(m, 333, 1088, 16, torch.bfloat16, device="cuda")
+    for exponents in (torch.linspace(-30, 8, 1088), torch.linspace(-120, -90, 1088), torch.linspace(90, 110, 1088)):
+        x = (problem.x.float() * torch.exp2(exponents.to("cuda"))).bfloat16()
+        check_forward(Problem(x, problem.dy, problem.w, None, None, None))
+        one = torch.zeros_like(x)
+        one[:, 700] = x[:, 700]
+        check_forward(Problem(one, problem.dy, problem.w, None, None, None))
 
 
 HOPPER = pytest.mark.skipif(

@@ -5,6 +5,7 @@
 // blocks of a cluster add their sums through distributed shared memory, in a fixed order.
 
 #include "few_rows.cuh"
+#include "few_rows_stream.cuh"
 
 namespace fastlora {
 namespace {
@@ -397,13 +398,14 @@ template <typename T>
 cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
   DeviceLimits limits{};
   if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
+  const dim3 grid((p.r + kFragment - 1) / kFragment, (p.m + kTokens - 1) / kTokens);
   if (p.r > 0) {
-    const dim3 grid((p.r + kFragment - 1) / kFragment, (p.m + kTokens - 1) / kTokens);
     FewRowsForward side = p;
     if (p.dropped != nullptr) side.x = p.dropped;
     project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(side);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
+  if (StreamPlan plan{}; plan_stream(p, limits, grid.x, plan)) return launch_stream(p, plan, limits, stream);
   if (p.m <= 8) return launch_decode<T, 1>(p, limits, stream);
   if (p.m <= 16) return launch_decode<T, 2>(p, limits, stream);
   if (p.m <= 32) return launch_linear<T, 4>(p, limits, stream);
