@@ -21,7 +21,10 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "training": (("training",), "data, loop, checkpoints, methods, generation"),
     "integrations": (("integrations",), "PEFT, bitsandbytes: explicit calls, no patches"),
     "methods": (("adapters", "requantize", "parameters"), "around LoRA, one file each, on the same operator"),
-    "layers": (("linear", "blocks", "dora", "groups", "loss"), "modules: checks, types, several layers at once"),
+    "layers": (
+        ("linear", "blocks", "dora", "groups", "loss", "norm", "recomputed"),
+        "modules: checks, types, several layers at once",
+    ),
     "operator": (("ops", "node", "packed"), "one differentiable node"),
     "choice": (("backends",), "which kernel runs, and why"),
     "kernels": (("kernels", "native", "eager"), "Triton, C++ and CUDA, library products"),

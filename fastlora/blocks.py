@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastlora import activation as plain
-from fastlora import backends, groups, ops
+from fastlora import backends, groups, ops, recomputed
 from fastlora.groups import Each, Form, Needs, Projection, Stacked, kernels
 from fastlora.linear import _autocast, lora_linear
 from fastlora.nf4 import QUANT_TYPES
@@ -153,8 +153,15 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Any:
         _refuse_trained_base([*inner, down])
         with ops._without_autocast(x.device.type):
-            ys, inner_kept = form.forward(x, inner, None)
+            if isinstance(form, Stacked) and recomputed.running():
+                again = form.adapters(inner, x)
+                ys, inner_kept = form.forward(x, inner, None, again)
+            else:
+                again = None
+                ys, inner_kept = form.forward(x, inner, None)
         middle.gate, middle.up = gate, up = _halves(ys)
+        if again is not None:
+            recomputed.hand_over(gate, again)
         needs = _needs(ctx.needs_input_grad[7:-_PER_PROJECTION], True)
         ctx.save_for_backward(
             x if any(needs.da) else None,
@@ -243,7 +250,7 @@ def _mlp_backward(
     first = Needs(True, (False,), (False,))
     if isinstance(form, Stacked):
         stacked, gated = kernels("stacked"), kernels("gated")
-        adapters, inner_adapters = form.adapters([down], dy), form.adapters(inner, dy)
+        adapters, inner_adapters = form.adapters([down], dy), recomputed.take(gate) or form.adapters(inner, dy)
         dy, du = stacked.project_gradients([dy], adapters, dtype)
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
         in_place = ops.freed_after_use() and groups.as_one([gate, up]) is not None

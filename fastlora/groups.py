@@ -245,9 +245,12 @@ class Stacked:
         x: torch.Tensor,
         projections: Sequence[Projection],
         out_dtype: torch.dtype | None,
+        keep: Any = None,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """``keep``: the packed adapters, which are to hold W as well from now on."""
         weights, biases = [p.w for p in projections], [p.bias for p in projections]
-        y, u = kernels("stacked").forward(x, weights, self.adapters(projections, x), biases, out_dtype)
+        adapters = keep or self.adapters(projections, x)
+        y, u = kernels("stacked").forward(x, weights, adapters, biases, out_dtype, keep=keep is not None)
         return columns(y, sizes(projections)), [u]
 
     def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:

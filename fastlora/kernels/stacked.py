@@ -244,6 +244,8 @@ class Adapters:
         rank, p = max(self.ranks), len(self.sizes)
         self.a: torch.Tensor | None = None
         self.b: torch.Tensor | None = None
+        self.dense: torch.Tensor | None = None
+        """W (sum N, K), where `forward` was to keep it for `input_gradient`."""
         self.span = self.width = 0
         if not rank:
             return
@@ -432,14 +434,20 @@ def forward(
     adapters: Adapters,
     biases: Sequence[torch.Tensor | None],
     out_dtype: torch.dtype | None = None,
+    *,
+    keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """y (M, sum N), of ``out_dtype`` or x's type, and u (M, P S), for x (M, K)."""
+    """y (M, sum N), of ``out_dtype`` or x's type, and u (M, P S), for x (M, K).
+
+    keep: leave W in ``adapters.dense``.
+    """
     check_dtype(x.dtype)
     x = x.clone() if unaligned(x) else x
     u = project(x, adapters)
     # After the pass over x: the product then finds W in the cache.
     dense = stack(weights, x.dtype)
     dense = dense.clone() if unaligned(dense) else dense
+    adapters.dense = dense if keep else None
     narrow, b = (u, adapters.b) if adapters.width else (None, None)
     y = gemm(
         x,
@@ -466,8 +474,13 @@ def _bias(biases: Sequence[torch.Tensor | None], sizes: Sequence[int], x: torch.
 
 
 def input_gradient(dy: torch.Tensor, du: torch.Tensor, weights: Sequence[Weight], adapters: Adapters) -> torch.Tensor:
-    """dx = dy W + du A (M, K) for dy (M, sum N) and du (M, P S): one product for all projections."""
-    dense = stack(weights, dy.dtype)
+    """dx = dy W + du A (M, K) for dy (M, sum N) and du (M, P S): one product for all projections.
+
+    W is taken out of ``adapters.dense`` where `forward` left it.
+    """
+    dense, adapters.dense = adapters.dense, None
+    if dense is None:
+        dense = stack(weights, dy.dtype)
     dense = dense.clone() if unaligned(dense) else dense
     narrow, a = (du, adapters.a) if adapters.width else (None, None)
     return gemm(dy, dense, narrow, a, transposed=False)
