@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from fastlora import recomputed
 from fastlora.linear import NF4Linear, to_linear4bit
 from fastlora.nf4 import NF4Weight
 from fastlora.training.step import checkpoint_blocks
@@ -111,6 +112,8 @@ class _GatedMLP(torch.autograd.Function):
         rows, (k, middle, n) = x.numel() // x.shape[-1], widths
         dense = x.new_empty(2 * middle, k)
         gate, up = x.new_empty(rows, middle), x.new_empty(rows, middle)
+        if recomputed.running():
+            recomputed.hand_over(gate, dense)
         del dense
         u = [x.new_empty(rows, a.shape[0]) for a in parameters[::2]]
         h, dense = x.new_empty(rows, middle), x.new_empty(n, middle)
@@ -123,14 +126,28 @@ class _GatedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         x, gate, _, *rest = ctx.saved_tensors
         k, middle, n = ctx.widths
+        kept = recomputed.take(gate)
         dense = dy.new_empty(n, middle)
         dh = torch.empty_like(gate)  # the gradients of gate and up take the place of their values, h that of dh
         del dense
         grads = [torch.empty_like(p) for p in rest[len(rest) // 3 :]]
         del dh
-        dense, dx = dy.new_empty(2 * middle, k), torch.empty_like(x)
-        del dense
+        dense, dx = dy.new_empty(2 * middle, k) if kept is None else kept, torch.empty_like(x)
+        del dense, kept
         return dx, None, *grads
+
+
+class _Norm(torch.autograd.Function):
+    """What `fastlora.norm` allocates and keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        return torch.empty_like(dy)
 
 
 def _stand_in(mlp: Any) -> None:
@@ -188,6 +205,8 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
     for module in adapted.modules():
         if _is_fused_mlp(module):
             _stand_in(module)
+        elif hasattr(module, "fastlora_formula"):
+            module.forward = _Norm.apply
     return adapted
 
 

@@ -126,6 +126,31 @@ def test_logits_in_chunks_are_not_kept(checkpointing: bool) -> None:
     assert chunked.activations == apart.activations
 
 
+def test_w_that_is_kept_for_the_backward_pass_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of("llama-3-8b", 4)
+    weights = 2 * 512 * 256 * 2
+    decoded_again = {}
+    for on in (False, True):
+        predicted = memory.predict(config, 2, 64, blocks=True, checkpointing=on)
+        with monkeypatch.context() as patch:
+            patch.setattr(memory.recomputed, "running", lambda: False)
+            decoded_again[on] = predicted.peak - memory.predict(config, 2, 64, blocks=True, checkpointing=on).peak
+        assert not memory.recomputed._held
+    assert decoded_again[False] == 0
+    # It is there beside the weight of down and the gradient of h, and not only after them.
+    assert weights // 4 <= decoded_again[True] <= weights
+
+
+def test_norms_of_blocks_keep_x_and_a_number_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = models.config("llama-3-8b", 3, 64, **SIZES | {"hidden_size": 512}, head_dim=64)
+    fused = memory.predict(config, 2, 64, blocks=True)
+    monkeypatch.setattr("fastlora.integrations.peft.norms.NARROWEST", 1024)
+    apart = memory.predict(config, 2, 64, blocks=True)
+    saved = apart.activations[1] - fused.activations[1]
+    # Of each of two norms x in 16 bits, not in 32; the factors of the rows are kept either way.
+    assert saved == pytest.approx(2 * (2 * 64) * 512 * 2, rel=0.02)
+
+
 def test_kept_blocks_are_counted() -> None:
     config = config_of("llama-3-8b", 4)
     plain = memory.predict(config, 2, 64).activations
