@@ -447,13 +447,6 @@ def gated_gradients(width: int, dtype: torch.dtype, device: Device) -> TileConfi
     return _fit(config, config.block_n * 2 * width, stage, dataclasses.replace(device, reserved=beside))
 
 
-@functools.cache
-def norm(k: int) -> TileConfig:
-    """A row of ``k`` columns a program, 16 of them a thread."""
-    block = power_of_two(k, 128, 1 << 20)
-    return TileConfig(block_n=block, num_warps=min(max(block // 512, 1), 16), num_stages=1)
-
-
 def cross_entropy(v: int) -> TileConfig:
     """Columns of a row of V logits that a program takes at once."""
     block = power_of_two(v, 256, 4096)

@@ -137,19 +137,6 @@ class _GatedMLP(torch.autograd.Function):
         return dx, None, *grads
 
 
-class _Norm(torch.autograd.Function):
-    """What `fastlora.norm` allocates and keeps."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        return torch.empty_like(dy)
-
-
 def _stand_in(mlp: Any) -> None:
     """Let a fused MLP allocate on the meta device what its node does elsewhere."""
     names = [name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if name in mlp._modules]
@@ -205,8 +192,6 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
     for module in adapted.modules():
         if _is_fused_mlp(module):
             _stand_in(module)
-        elif hasattr(module, "fastlora_formula"):
-            module.forward = _Norm.apply
     return adapted
 
 

@@ -26,7 +26,7 @@ from fastlora import kernels
 from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
 from fastlora.int8 import Int8Matrix
-from fastlora.kernels import columns, config, cross_entropy, gated, launch, norm, split, stacked
+from fastlora.kernels import columns, config, cross_entropy, gated, launch, split, stacked
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_pair, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
@@ -215,12 +215,6 @@ def blocks(compiler: Compiler, dtype: torch.dtype) -> None:
         for r, rd, kinds in ((16, 16, (torch.float32,) * 2), (32, 32, (dtype, dtype))):
             u, du = torch.empty(m, 2 * r, dtype=dtype), torch.empty(m, rd, dtype=dtype)
             gated.gradients(gate, up, dh, activation, u, (0.5, 0.5), du, kinds, in_place=True)
-    for k, offset, rounded in ((512, 0, True), (3584, 1, False), (4096, 0, True)):
-        compiler.case = f"norm {k} {offset} {dtype}"
-        x, weight = torch.empty(m, k, dtype=dtype), torch.empty(k, dtype=dtype)
-        y, scale = norm.forward(x, weight, 1e-5, offset=offset, rounded=rounded)
-        for need in (True, False):
-            norm.backward(y, x, weight, scale, offset=offset, rounded=rounded, need_dweight=need)
 
 
 def columns_of(compiler: Compiler, dtype: torch.dtype) -> None:
@@ -282,7 +276,6 @@ def main(capability: str, *dtypes: str) -> None:
         "gated",
         "columns",
         "cross_entropy",
-        "norm",
     ):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()

@@ -23,7 +23,7 @@ KERNELS = {
 }  # fmt: skip
 BLOCKS = {
     "pack_kernel", "project_stacked_kernel", "gradients_stacked_kernel", "gated_kernel", "gated_backward_kernel",
-    "gated_gradients_kernel", "rms_norm_kernel", "rms_norm_backward_kernel",
+    "gated_gradients_kernel",
 }  # fmt: skip
 """Those of several layers together, in 16 bits."""
 OLDER, NEWER = KERNELS | {"du_db_kernel"}, KERNELS | {"gemm_kernel"}

@@ -141,16 +141,6 @@ def test_w_that_is_kept_for_the_backward_pass_is_counted(monkeypatch: pytest.Mon
     assert weights // 4 <= decoded_again[True] <= weights
 
 
-def test_norms_of_blocks_keep_x_and_a_number_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = models.config("llama-3-8b", 3, 64, **SIZES | {"hidden_size": 512}, head_dim=64)
-    fused = memory.predict(config, 2, 64, blocks=True)
-    monkeypatch.setattr("fastlora.integrations.peft.norms.NARROWEST", 1024)
-    apart = memory.predict(config, 2, 64, blocks=True)
-    saved = apart.activations[1] - fused.activations[1]
-    # Of each of two norms x in 16 bits, not in 32; the factors of the rows are kept either way.
-    assert saved == pytest.approx(2 * (2 * 64) * 512 * 2, rel=0.02)
-
-
 def test_kept_blocks_are_counted() -> None:
     config = config_of("llama-3-8b", 4)
     plain = memory.predict(config, 2, 64).activations
@@ -192,6 +182,7 @@ def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> No
 def test_prediction_on_a_gpu(checkpointing: bool, chunked: bool) -> None:
     config = models.config("llama-3-8b", 2, 32000)
     device = torch.device("cuda")
+    others = torch.cuda.memory_allocated()  # what earlier tests of the process have left
     model = models.adapt(models.base(config, device), r=16).train()
     fastlora.accelerate(model, loss=chunked)
     models.checkpoint(model, checkpointing, keep=int(chunked))
@@ -208,4 +199,4 @@ def test_prediction_on_a_gpu(checkpointing: bool, chunked: bool) -> None:
     predicted = memory.predict(
         config, 2, 2048, checkpointing=checkpointing, chunked_loss=chunked, kept_blocks=int(chunked)
     )
-    assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.1)
+    assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated() - others, rel=0.1)

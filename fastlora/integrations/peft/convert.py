@@ -16,7 +16,6 @@ from fastlora import backends
 from fastlora.integrations.peft import blocks as joint
 from fastlora.integrations.peft import liger as liger_kernels
 from fastlora.integrations.peft import loss as losses
-from fastlora.integrations.peft import norms
 from fastlora.integrations.peft.layers import FUSED, Fused, FusedMethod, convert, convertible, revert
 from fastlora.integrations.peft.report import BlockReport, Report, report_layer
 from fastlora.integrations.peft.situation import Situation, situation
@@ -47,11 +46,9 @@ def accelerate(
 
     model: a PEFT model, or any module with such layers inside, on a bitsandbytes 4-bit or a dense base.
     backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
-    blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`. Root mean
-        square norms are then computed by `fastlora.norm` where it runs, Liger or not.
-    liger: have Liger kernels compute the other norms, the rotary embedding and the cross-entropy of the model;
-        "captured": all but the cross-entropy, which reads the number of labels on the host, so that a step can be a
-        CUDA graph.
+    blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`.
+    liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model; "captured":
+        all but the cross-entropy, which reads the number of labels on the host, so that a step can be a CUDA graph.
     loss: compute the cross-entropy of training some tokens at a time, as `fastlora.loss` does, instead of Liger's: the
         logits of all tokens never exist (an output has none), and nothing waits for the device.
 
@@ -78,8 +75,7 @@ def accelerate(
     for layer in fusible:
         convert(layer, backend)
     joint.separate(model)
-    norms.separate(model)
-    joined = (*joint.join(model), *norms.convert(model)) if blocks else ()
+    joined = tuple(joint.join(model)) if blocks else ()
     losses.undo(model)
     if loss:
         reason = losses.reason(model)
@@ -88,7 +84,6 @@ def accelerate(
             losses.fuse(model)
     own = loss and joined[-1].reason is None
     replaced = liger_kernels.apply(model, liger_kernels.LOSSES if liger == "captured" or own else ()) if liger else ()
-    norms.own(model)
     report = Report(tuple(reports), joined, replaced, liger == "captured" and not own)
     if not report.replaced:
         warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
@@ -99,7 +94,6 @@ def restore(model: nn.Module) -> int:
     """Give every fused layer of ``model`` its PEFT class back, and undo what came with it. Returns how many layers
     changed."""
     joint.separate(model)
-    norms.separate(model)
     losses.undo(model)
     liger_kernels.undo(model)
     fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]

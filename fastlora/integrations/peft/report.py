@@ -37,7 +37,7 @@ class BlockReport:
     name: str
     """The module's."""
     kind: str
-    """"shared input", "gated MLP", "norms" or "head and loss"."""
+    """"shared input", "gated MLP" or "head and loss"."""
     layers: tuple[str, ...]
     reason: str | None
     """Why each layer computes for itself; None when they compute together."""
@@ -92,15 +92,14 @@ class Report:
         rows: list[tuple[str, ...]] = [("module", "count", "kind", "layers", "computed")]
         for (pattern, kind, layers, reason), blocks in groups.items():
             name = blocks[0].name if len(blocks) == 1 else pattern
-            computed = "by one kernel" if kind == "norms" else "together"
-            if reason is not None:
-                computed = f"by layer: {reason}"
-            rows.append((name, str(len(blocks)), kind, ", ".join(layers), computed))
+            rows.append(
+                (name, str(len(blocks)), kind, ", ".join(layers), f"by layer: {reason}" if reason else "together")
+            )
         return [*_table(rows), f"{len(self.joined)} of {len(self.blocks)} blocks fused"]
 
 
 def _numberless(name: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    return re.sub(r"\.\d+(?=\.)", ".*", name)
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
