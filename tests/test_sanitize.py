@@ -13,8 +13,14 @@ THEIRS = """========= Error: Race reported between Read access at nvjet_sm90_tst
 """
 
 
+NAMELESS = """========= Error: Race reported between Read access at
+=========     and Write access at  [256 hazards]
+"""
+
+
 def test_only_hazards_of_own_kernels_count() -> None:
     (found,) = own_hazards(f"some text\n{THEIRS}=========\n{OURS}=========\n{THEIRS}")
     assert found.count("product_kernel") == 3
     assert "nvjet" not in found
     assert own_hazards(THEIRS) == []
+    assert own_hazards(NAMELESS) == []
