@@ -28,7 +28,7 @@ constexpr int kTeams = 2;
 constexpr int kTokenBytes = kTokensTile * kStep * 2;
 constexpr int kStages = 4;
 constexpr int kTeamStages = kStages / kTeams;  // each team has stages of its own: only it ever writes to them
-static_assert(kStages % kTeams == 0 && kPackedSlots % kTeams == 0);
+static_assert(kTeamStages * kTeams == kStages && kPackedSlots % kTeams == 0);
 constexpr int kProductThreads = (kConsumers + kTeams) * kWarpgroup;
 // Shared memory, by distances from its first multiple of 1024.
 constexpr int kWeightsAt = kStages * kTokenBytes;
