@@ -54,7 +54,7 @@ def _interleave(
 
 def _refuse_trained_base(projections: Sequence[Projection]) -> None:
     for p in projections:
-        ops._refuse_trained_base(isinstance(p.w, torch.Tensor) and p.w.requires_grad)
+        ops.refuse_trained_base(isinstance(p.w, torch.Tensor) and p.w.requires_grad)
 
 
 class _Once(torch.autograd.Function):
@@ -66,7 +66,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        ops._no_second_derivative(ctx)
+        ops.no_second_derivative(ctx)
 
 
 def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,7 +87,7 @@ class _Group(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, projections: Any, out_dtype: Any, form: Any, *tensors: Any) -> Any:
         _refuse_trained_base(projections)
-        with ops._without_autocast(x.device.type):
+        with ops.without_autocast(x.device.type):
             ys, kept = form.forward(x, projections, out_dtype)
         needs = _needs(ctx.needs_input_grad[4:], ctx.needs_input_grad[0])
         ctx.set_materialize_grads(False)
@@ -114,7 +114,7 @@ class _Group(torch.autograd.Function):
         ]
         dx, das, dbs = None, [None] * len(parts), [None] * len(parts)
         if needs.dx or any(needs.da) or any(needs.db):
-            with ops._without_autocast(some.device.type):
+            with ops.without_autocast(some.device.type):
                 dx, das, dbs = ctx.form.backward(parts, x, kept, projections, needs, ctx.dtype)
         return dx, None, None, None, *_interleave(das, dbs, parts, projections, flags)
 
@@ -152,13 +152,9 @@ class _GatedMLP(torch.autograd.Function):
         ctx: Any, x: Any, middle: Any, inner: Any, down: Any, activation: Any, out_dtype: Any, form: Any, *tensors: Any
     ) -> Any:
         _refuse_trained_base([*inner, down])
-        with ops._without_autocast(x.device.type):
-            if isinstance(form, Stacked) and recomputed.running():
-                again = form.adapters(inner, x)
-                ys, inner_kept = form.forward(x, inner, None, again)
-            else:
-                again = None
-                ys, inner_kept = form.forward(x, inner, None)
+        with ops.without_autocast(x.device.type):
+            again = form.adapters(inner, x) if isinstance(form, Stacked) and recomputed.running() else None
+            ys, inner_kept = form.forward(x, inner, None, again)
         middle.gate, middle.up = gate, up = _halves(ys)
         if again is not None:
             recomputed.hand_over(gate, again)
@@ -186,7 +182,7 @@ class _GatedMLP(torch.autograd.Function):
         inner_needs = _needs(inner_flags, ctx.needs_input_grad[0])
         below = inner_needs.dx or any(inner_flags)
         down_needs = _needs(down_flags, below or down_flags[0] or down_flags[1])
-        with ops._without_autocast(dy.device.type):
+        with ops.without_autocast(dy.device.type):
             dx, inner_grads, down_grads = _mlp_backward(
                 dy.to(ctx.dtype), x, gate, up, inner_kept, ctx.middle.kept, inner, down, ctx.activation, ctx.form,
                 inner_needs, down_needs, (inner_flags, down_flags),
@@ -203,7 +199,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, shape: Any, middle: Any, down: Any, activation: Any, out_dtype: Any, form: Any) -> Any:
         gate, up = middle.gate, middle.up
         middle.gate = middle.up = None
-        with ops._without_autocast(gate.device.type):
+        with ops.without_autocast(gate.device.type):
             compute = kernels("gated").forward if _on_kernels(gate, form) else plain.forward
             (y,), kept = form.forward(compute(gate, up, activation), [down], out_dtype)
         if ctx.needs_input_grad[0] and down.lora_b is not None and down.lora_b.requires_grad:
@@ -307,12 +303,12 @@ _OPERANDS = "Tensor[] w, Tensor?[] statistics, SymInt[] shapes, int[] formats, T
 lora_a, lora_b and bias. Autograd takes no list with gaps: an absent one is a vector without elements."""
 _QUANT_TYPES = (None, *QUANT_TYPES)
 _STATISTICS = 5
-_LIB = ops._LIB
-_LIB.define(f"lora_linears(Tensor x, {_OPERANDS}, ScalarType? out_dtype, str backend) -> Tensor", tags=ops._TAGS)
+_LIB = ops.LIBRARY
+_LIB.define(f"lora_linears(Tensor x, {_OPERANDS}, ScalarType? out_dtype, str backend) -> Tensor", tags=ops.TAGS)
 _LIB.define(
     f"lora_linears_backward(Tensor dy, Tensor x, {_OPERANDS}, str backend, bool need_dx, bool[] needs) "
     "-> (Tensor, Tensor[])",
-    tags=ops._TAGS,
+    tags=ops.TAGS,
 )
 
 
@@ -349,7 +345,7 @@ def _given(operands: Sequence[Any], dtype: torch.dtype) -> list[Projection]:
         blocksize, kind = formats[2 * i], _QUANT_TYPES[formats[2 * i + 1]]
         args = (*statistics[_STATISTICS * i :][:_STATISTICS], *shapes[2 * i : 2 * i + 2], blocksize, kind)
         lora_a, lora_b, bias = (None if _is_absent(t) else t for t in adapters[_PER_PROJECTION * i :][:_PER_PROJECTION])
-        found.append(Projection(ops._weight((weight, *args), dtype), lora_a, lora_b, bias))
+        found.append(Projection(ops.weight_from((weight, *args), dtype), lora_a, lora_b, bias))
     return found
 
 
@@ -367,7 +363,7 @@ def _operator_forward(x: torch.Tensor, *args: Any) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, _width(operands[2]), dtype=out_dtype)
     x = x.contiguous()
-    with ops._without_autocast(x.device.type):
+    with ops.without_autocast(x.device.type):
         ys, _ = groups.form(x, projections, backend).forward(x, projections, out_dtype)
     whole = groups.as_one(ys)
     return torch.cat(ys, 1) if whole is None else whole
@@ -382,7 +378,7 @@ def _operator_backward(dy: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[t
     x = x.contiguous()
     wanted = Needs(need_dx, tuple(needs[0::2]), tuple(needs[1::2]))
     form = groups.form(x, projections, backend)
-    with ops._without_autocast(x.device.type):
+    with ops.without_autocast(x.device.type):
         # Without dB nothing reads them.
         kept = form.project(x, projections) if any(wanted.db) else [x] * len(projections)
         parts = groups.columns(dy, groups.sizes(projections))
@@ -422,7 +418,7 @@ def _(dy: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, list
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, w, statistics, shapes, formats, adapters, _, backend = inputs
-    ops._refuse_trained_base(any(t.requires_grad for t in w))
+    ops.refuse_trained_base(any(t.requires_grad for t in w))
     ctx.save_for_backward(x, *w, *statistics, *adapters)
     ctx.shapes, ctx.formats, ctx.backend, ctx.dtype = shapes, formats, backend, x.dtype
 
@@ -448,7 +444,7 @@ def _autograd(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastlora::lora_linears", _autograd, setup_context=_setup_context, lib=_LIB)
-torch.library.register_autograd("fastlora::lora_linears_backward", ops._no_second_derivative, lib=_LIB)
+torch.library.register_autograd("fastlora::lora_linears_backward", ops.no_second_derivative, lib=_LIB)
 
 
 def _check(x: torch.Tensor, projections: Sequence[Projection], k: int) -> None:

@@ -48,7 +48,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _packed_row_norms(*args: Any) -> torch.Tensor:
-    w = ops._weight(args, torch.float32)
+    w = ops.weight_from(args, torch.float32)
     assert isinstance(w, NF4Weight)
     n, k = w.shape
     if k % w.blocksize:  # a block may straddle rows
@@ -65,7 +65,7 @@ def _packed_row_norms(*args: Any) -> torch.Tensor:
 
 
 _LIB = torch.library.Library("fastlora", "FRAGMENT")
-_LIB.define(f"row_norms({ops._WEIGHT}) -> Tensor", tags=ops._TAGS)
+_LIB.define(f"row_norms({ops.WEIGHT_SCHEMA}) -> Tensor", tags=ops.TAGS)
 for _device in ("CPU", "CUDA"):
     _LIB.impl("row_norms", _packed_row_norms, _device)
 
@@ -123,7 +123,7 @@ def _norm_and_gain(
     if columns is not None:
         magnitude = torch.ones_like(of_w) if magnitude is None else magnitude
         return columns.row_norm(cross, gram, b, of_w, magnitude, scale)
-    with ops._without_autocast(b.device.type):
+    with ops.without_autocast(b.device.type):
         b = b.to(gram.dtype)
         inner = cross.T.mul(2 * scale).add(scale * scale * (b @ gram))
     change = (inner * b).sum(1)
@@ -138,7 +138,7 @@ def _products(w: Weight, lora_a: torch.Tensor, dtype: torch.dtype, backend: str)
     wide = _accumulator(dtype)
     a = lora_a.to(dtype).contiguous()
     cross = ops.lora_linear(a, w, None, None, None, wide if wide != dtype else None, 1.0, 0.0, None, backend)
-    with ops._without_autocast(a.device.type):
+    with ops.without_autocast(a.device.type):
         exact = a.is_cuda and dtype.itemsize == 2
         return cross, torch.mm(a, a.T, out_dtype=wide) if exact else a.to(wide) @ a.T.to(wide)
 
@@ -260,7 +260,7 @@ class _Folded(torch.autograd.Function):
         backend: str,
     ) -> torch.Tensor:
         gain, length, absmax, folded_b = folded
-        y, u = ops._forward(x, _with(w, absmax), lora_a, folded_b, None, out_dtype, scale, 0.0, None, backend)
+        y, u = ops.forward(x, _with(w, absmax), lora_a, folded_b, None, out_dtype, scale, 0.0, None, backend)
         _, need_a, need_b, need_m, *_ = ctx.needs_input_grad
         kept = y.detach() if need_m else None
         ctx.save_for_backward(
@@ -278,7 +278,7 @@ class _Folded(torch.autograd.Function):
         sums = None
         if need_m:
             if y._version != ctx.version:  # the caller has changed it in place
-                y, _ = ops._forward(x, w, lora_a, folded_b, None, ctx.out_dtype, ctx.scale, 0.0, None, ctx.backend)
+                y, _ = ops.forward(x, w, lora_a, folded_b, None, ctx.out_dtype, ctx.scale, 0.0, None, ctx.backend)
             if columns is None:
                 sums = torch.sum(dy * y, 0, dtype=gain.dtype)
             else:

@@ -58,8 +58,10 @@ class Form(Protocol):
     """A way to compute a group."""
 
     def forward(
-        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]: ...
+        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, keep: Any = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """y of each, and what the backward pass needs. keep: see `Stacked`, which makes such."""
+        ...
 
     def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]: ...
 
@@ -95,11 +97,11 @@ class Each:
         self.backend = backend
 
     def forward(
-        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
+        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, keep: Any = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         ys, us = [], []
         for p in projections:
-            y, u = ops._forward(x, p.w, p.lora_a, p.lora_b, p.bias, out_dtype, p.scale, 0.0, None, self.backend)
+            y, u = ops.forward(x, p.w, p.lora_a, p.lora_b, p.bias, out_dtype, p.scale, 0.0, None, self.backend)
             ys.append(y)
             us.append(u)
         return ys, us
@@ -125,7 +127,7 @@ class Each:
             dx = da = db = None
             if any(wanted):
                 dy = dy.to(dtype)
-                dx, da, db = ops._backward(
+                dx, da, db = ops.backward(
                     dy, x, kept[i], p.w, p.lora_a, p.lora_b, p.scale, 0.0, None, self.backend, wanted
                 )
             if dx is not None:
@@ -139,7 +141,7 @@ class Library:
     """Library products of the stacked weight, ordered so that y is rounded once."""
 
     def forward(
-        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
+        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, keep: Any = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         w, u = self._stack(projections, x.dtype), self._project(x, projections)
         dtype, narrow = out_dtype or x.dtype, self._narrow(u, projections)

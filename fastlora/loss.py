@@ -109,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             softmax = kernels("cross_entropy").cross_entropy
         elif _on_extension(x, options):
             softmax = native.cross_entropy
-        with ops._without_autocast(x.device.type):
+        with ops.without_autocast(x.device.type):
             weight = w.to(x.dtype)
             shift = None if bias is None else bias.to(x.dtype)
             buffer = x.new_empty(min(rows, m), v)

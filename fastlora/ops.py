@@ -18,28 +18,28 @@ from fastlora.backends import Backend
 from fastlora.dropout import Dropout
 from fastlora.nf4 import NF4Weight, Weight
 
-_LIB = torch.library.Library("fastlora", "DEF")
+LIBRARY = torch.library.Library("fastlora", "DEF")
 
 # A dense base weight has quant_type None and no statistics.
-_WEIGHT = (
+WEIGHT_SCHEMA = (
     "Tensor w, Tensor? absmax, Tensor? absmax_q, Tensor? absmax_scale, Tensor? absmax_code, Tensor? absmax_offset, "
     "SymInt n, SymInt k, int blocksize, str? quant_type"
 )
 _ADAPTER = "Tensor? lora_a, Tensor? lora_b"
 _CONTEXT = "float scale, float dropout_p, Tensor? seed, str backend"
-_TAGS = (torch.Tag.pt2_compliant_tag,)
+TAGS = (torch.Tag.pt2_compliant_tag,)
 
-_LIB.define(
-    f"lora_linear(Tensor x, {_WEIGHT}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) "
+LIBRARY.define(
+    f"lora_linear(Tensor x, {WEIGHT_SCHEMA}, {_ADAPTER}, Tensor? bias, ScalarType? out_dtype, {_CONTEXT}) "
     "-> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIB.define(
-    f"lora_linear_backward(Tensor dy, Tensor? x, Tensor u, {_WEIGHT}, {_ADAPTER}, {_CONTEXT}, "
+LIBRARY.define(
+    f"lora_linear_backward(Tensor dy, Tensor? x, Tensor u, {WEIGHT_SCHEMA}, {_ADAPTER}, {_CONTEXT}, "
     "bool need_dx, bool need_da, bool need_db) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIB.define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", tags=_TAGS)
+LIBRARY.define(f"dequantize({WEIGHT_SCHEMA}, ScalarType dtype) -> Tensor", tags=TAGS)
 
 
 def weight_args(w: Weight) -> tuple[Any, ...]:
@@ -50,7 +50,7 @@ def weight_args(w: Weight) -> tuple[Any, ...]:
     return (w, None, None, None, None, None, *w.shape, 0, None)
 
 
-def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
+def weight_from(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
     """The inverse of ``weight_args``."""
     w, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, quant_type = args
     if quant_type is None:
@@ -63,7 +63,8 @@ def _weight(args: tuple[Any, ...], dtype: torch.dtype) -> Weight:
 _N_WEIGHT = 10
 
 
-def _select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, backend: str) -> Backend:
+def select(x: torch.Tensor, w: Weight, r: int, direction: str, dropout: bool, backend: str) -> Backend:
+    """The backend that computes one direction of a layer; ``backend`` names it, or is "auto"."""
     n, k = w.shape
     format_: tuple[Any, ...] = (None, 0, False)
     if isinstance(w, NF4Weight):
@@ -86,8 +87,8 @@ def _no_autocast(device_type: str) -> Iterator[None]:
 _NOTHING = contextlib.nullcontext()
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
-    # The caller has chosen the type to compute in; autocast must not choose again for the products inside.
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[None]:
+    """A scope for products in a type that the caller has chosen: autocast must not choose again inside of it."""
     on = device_type != "meta" and torch.is_autocast_enabled(device_type)
     return _no_autocast(device_type) if on else _NOTHING
 
@@ -109,7 +110,7 @@ def _check(x: torch.Tensor, weight: tuple[Any, ...], lora_a: Any, lora_b: Any, c
         )
 
 
-def _forward(
+def forward(
     x: torch.Tensor,
     w: Weight,
     lora_a: torch.Tensor | None,
@@ -121,16 +122,17 @@ def _forward(
     seed: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """y (M, N) and u (M, R) of x (M, K) by the chosen backend, below autograd."""
     r = 0 if lora_a is None else lora_a.shape[0]
     if x.shape[0] == 0:
         return x.new_empty(0, w.shape[0], dtype=out_dtype), x.new_empty(0, r)
     dropout = None if seed is None else Dropout(p, seed)
-    chosen = _select(x, w, r, "forward", dropout is not None, backend)
-    with _without_autocast(x.device.type):
+    chosen = select(x, w, r, "forward", dropout is not None, backend)
+    with without_autocast(x.device.type):
         return chosen.forward(x.contiguous(), w, lora_a, lora_b, bias, scale, dropout, out_dtype)
 
 
-def _backward(
+def backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
     u: torch.Tensor | None,
@@ -143,15 +145,16 @@ def _backward(
     backend: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dx, dA and dB of dy (M, N) by the chosen backend, below autograd; None where ``needs`` is False."""
     if dy.shape[0] == 0:
         zeros = (out.zero_() for out in _empty_grads(dy, w.shape[1], lora_a, lora_b, needs))
         dx, da, db = (zero if need else None for zero, need in zip(zeros, needs, strict=True))
         return dx, da, db
     r = 0 if lora_a is None else lora_a.shape[0]
     dropout = None if seed is None else Dropout(p, seed)
-    chosen = _select(dy, w, r, "backward", dropout is not None, backend)
+    chosen = select(dy, w, r, "backward", dropout is not None, backend)
     x = None if x is None else x.contiguous()
-    with _without_autocast(dy.device.type):
+    with without_autocast(dy.device.type):
         return chosen.backward(dy.contiguous(), x, u, w, lora_a, lora_b, scale, dropout, needs)
 
 
@@ -167,30 +170,30 @@ def _empty_grads(dy: torch.Tensor, k: Any, lora_a: Any, lora_b: Any, needs: Any)
 
 def _dequantize(*args: Any) -> torch.Tensor:
     weight, dtype = args[:_N_WEIGHT], args[_N_WEIGHT]
-    return backends.dense(_weight(weight, dtype), dtype)
+    return backends.dense(weight_from(weight, dtype), dtype)
 
 
 def _forward_operator(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight, (lora_a, lora_b, *rest) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
-    return _forward(x, _weight(weight, x.dtype), lora_a, lora_b, *rest)
+    return forward(x, weight_from(weight, x.dtype), lora_a, lora_b, *rest)
 
 
 def _backward_operator(dy: torch.Tensor, x: Any, u: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     weight, (lora_a, lora_b, scale, p, seed, backend, *needs) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(dy, weight, lora_a, lora_b, weight[6])
-    w = _weight(weight, dy.dtype)
-    grads = _backward(dy, x, u, w, lora_a, lora_b, scale, p, seed, backend, (needs[0], needs[1], needs[2]))
+    w = weight_from(weight, dy.dtype)
+    grads = backward(dy, x, u, w, lora_a, lora_b, scale, p, seed, backend, (needs[0], needs[1], needs[2]))
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 
 for _device in ("CPU", "CUDA"):
-    _LIB.impl("lora_linear", _forward_operator, _device)
-    _LIB.impl("lora_linear_backward", _backward_operator, _device)
-    _LIB.impl("dequantize", _dequantize, _device)
+    LIBRARY.impl("lora_linear", _forward_operator, _device)
+    LIBRARY.impl("lora_linear_backward", _backward_operator, _device)
+    LIBRARY.impl("dequantize", _dequantize, _device)
 
 
-@torch.library.register_fake("fastlora::lora_linear", lib=_LIB)
+@torch.library.register_fake("fastlora::lora_linear", lib=LIBRARY)
 def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     weight, (lora_a, lora_b, _, out_dtype, *_) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(x, weight, lora_a, lora_b, weight[7])
@@ -198,14 +201,14 @@ def _(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape[0], weight[6], dtype=out_dtype), x.new_empty(x.shape[0], r)
 
 
-@torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIB)
+@torch.library.register_fake("fastlora::lora_linear_backward", lib=LIBRARY)
 def _(dy: torch.Tensor, x: Any, u: Any, *args: Any) -> tuple[torch.Tensor, ...]:
     weight, (lora_a, lora_b, *rest) = args[:_N_WEIGHT], args[_N_WEIGHT:]
     _check(dy, weight, lora_a, lora_b, weight[6])
     return tuple(_empty_grads(dy, weight[7], lora_a, lora_b, rest[-3:]))
 
 
-@torch.library.register_fake("fastlora::dequantize", lib=_LIB)
+@torch.library.register_fake("fastlora::dequantize", lib=LIBRARY)
 def _(w: torch.Tensor, *args: Any) -> torch.Tensor:
     n, k, _, _, dtype = args[-5:]
     return w.new_empty((n, k), dtype=dtype)
@@ -215,7 +218,7 @@ _FORWARD_ARGS = 1 + _N_WEIGHT + 8
 _A, _B, _BIAS = 1 + _N_WEIGHT, 2 + _N_WEIGHT, 3 + _N_WEIGHT
 
 
-def _refuse_trained_base(trained: bool) -> None:
+def refuse_trained_base(trained: bool) -> None:
     if trained:
         raise RuntimeError("the base weight of a fused LoRA layer is frozen: set requires_grad = False on it")
 
@@ -223,7 +226,7 @@ def _refuse_trained_base(trained: bool) -> None:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, lora_a, lora_b, bias = inputs[0], inputs[_A], inputs[_B], inputs[_BIAS]
     weight, seed = inputs[1 : 1 + _N_WEIGHT], inputs[-2]
-    _refuse_trained_base(ctx.needs_input_grad[1])
+    refuse_trained_base(ctx.needs_input_grad[1])
     u = output[1]
     ctx.mark_non_differentiable(u)
     ctx.set_materialize_grads(False)
@@ -260,17 +263,18 @@ def _autograd(ctx: Any, dy: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
     return tuple(grads)
 
 
-torch.library.register_autograd("fastlora::lora_linear", _autograd, setup_context=_setup_context, lib=_LIB)
+torch.library.register_autograd("fastlora::lora_linear", _autograd, setup_context=_setup_context, lib=LIBRARY)
 
 
-def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+def no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    """The backward of a backward."""
     raise RuntimeError(
         "the backward of a fused LoRA layer cannot be differentiated again; "
         "fastlora.reference.lora_linear computes the same layer with derivatives of any order"
     )
 
 
-torch.library.register_autograd("fastlora::lora_linear_backward", _no_second_derivative, lib=_LIB)
+torch.library.register_autograd("fastlora::lora_linear_backward", no_second_derivative, lib=LIBRARY)
 
 
 def gradients(
@@ -288,7 +292,7 @@ def gradients(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dx, dA and dB of dy (M, N), of the type of x, for the backward of a Function; None where ``needs`` is False."""
     if not torch.is_grad_enabled():
-        return _backward(dy, x, u, w, lora_a, lora_b, scale, dropout_p, seed, backend, needs)
+        return backward(dy, x, u, w, lora_a, lora_b, scale, dropout_p, seed, backend, needs)
     # Gradients that are to be differentiated again: the operator says that they cannot be.
     u = dy.new_empty(dy.shape[0], 0) if u is None else u
     context = (scale, dropout_p, seed, backend)
@@ -305,8 +309,8 @@ class _Eager(torch.autograd.Function):
         ctx: Any, x: Any, lora_a: Any, lora_b: Any, bias: Any, w: Any, out_dtype: Any, scale: Any, p: Any, seed: Any,
         backend: Any,
     ) -> Any:  # fmt: skip
-        _refuse_trained_base(isinstance(w, torch.Tensor) and w.requires_grad)
-        y, u = _forward(x, w, lora_a, lora_b, bias, out_dtype, scale, p, seed, backend)
+        refuse_trained_base(isinstance(w, torch.Tensor) and w.requires_grad)
+        y, u = forward(x, w, lora_a, lora_b, bias, out_dtype, scale, p, seed, backend)
         _, need_da, need_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_da else None, u if need_db else None, lora_a, lora_b, seed)
         ctx.w, ctx.scale, ctx.p, ctx.backend, ctx.dtype = w, scale, p, backend, x.dtype
@@ -361,4 +365,4 @@ def lora_linear(
         return torch.ops.fastlora.lora_linear(*args)[0]
     if torch.is_grad_enabled():
         return _Eager.apply(x, lora_a, lora_b, bias, w, out_dtype, scale, dropout_p, seed, backend)
-    return _forward(x, w, lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)[0]
+    return forward(x, w, lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)[0]

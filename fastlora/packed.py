@@ -40,12 +40,12 @@ def read(
     if not (isinstance(lora_a, Int8Matrix) and isinstance(lora_b, Int8Matrix) and isinstance(w, NF4Weight)):
         return None
     r = lora_a.shape[0]
-    if r == 0 or ops._select(x, w, r, "forward", False, backend).name != "triton":
+    if r == 0 or ops.select(x, w, r, "forward", False, backend).name != "triton":
         return None
     if not importlib.import_module("fastlora.kernels.forward").is_split(x, w, r=r, direction="forward"):
         return None
     product = importlib.import_module("fastlora.kernels.split").linear
-    with torch.no_grad(), ops._without_autocast(x.device.type):
+    with torch.no_grad(), ops.without_autocast(x.device.type):
         y: torch.Tensor = product(x, w, lora_a, lora_b, bias, scale, None, out_dtype)[0]
     return y
 

@@ -47,16 +47,8 @@ _FILLED_ONCE = "--filled-once"
 
 def races() -> int:
     """Run this file under racecheck; the exit status."""
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        "racecheck",
-        "--print-limit",
-        "100000",
-        sys.executable,
-        __file__,
-        _FILLED_ONCE,
-    ]
+    tool = ["compute-sanitizer", "--tool", "racecheck", "--print-limit", "100000"]
+    command = [*tool, sys.executable, __file__, _FILLED_ONCE]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     found = own_hazards(done.stdout)
     if "RACECHECK SUMMARY" not in done.stdout or done.returncode:

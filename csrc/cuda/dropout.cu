@@ -98,40 +98,29 @@ cudaError_t launch_dropout(const DropoutParams& p, cudaStream_t stream) {
 }
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 32;  // of a warp: 8 neighbours for each of its 4 lanes t
-constexpr int kTiles = kColumns / kTokens;
 
-// 16 rows and 32 columns a warp, in the order of finish.cu: column c of tile i is the column 8 (c / 2) + 2 i + c % 2 of
-// the warp, so that a lane holds 8 neighbours, whose words are those of two counters.
+// 16 rows and kSpan columns a warp: the words of the 8 neighbours that a lane holds are those of two counters.
 template <typename T, bool kVectorized>
 __global__ void __launch_bounds__(kThreads) dropped_gradient_kernel(const DroppedGradient p) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  const int64_t tiles_k = (p.k + kWarps * kColumns - 1) / (kWarps * kColumns);
+  const int64_t tiles_k = (p.k + kWarps * kSpan - 1) / (kWarps * kSpan);
   const int64_t tile_m = blockIdx.x / tiles_k, tile_k = blockIdx.x % tiles_k;
-  const int64_t m0 = tile_m * kFragment, k0 = (tile_k * kWarps + warp) * kColumns;
+  const int64_t m0 = tile_m * kFragment, k0 = (tile_k * kWarps + warp) * kSpan;
   if (k0 >= p.k) return;
   const bool wide = p.adapter_dtype == DType::kFloat32;
   const int64_t k = k0 + 8 * t;
-  float acc[kTiles][4] = {};
-  for (int r0 = 0; r0 < p.r; r0 += kFragment) {
-    const int r = r0 + 4 * t;
-    const int upper = m0 + g < p.m ? p.r : 0, lower = m0 + g + 8 < p.m ? p.r : 0;
-    const uint32_t a0 = pair<T>(p.du, m0 + g, p.r, r, upper, false);
-    const uint32_t a1 = pair<T>(p.du, m0 + g + 8, p.r, r, lower, false);
-    const uint32_t a2 = pair<T>(p.du, m0 + g, p.r, r + 2, upper, false);
-    const uint32_t a3 = pair<T>(p.du, m0 + g + 8, p.r, r + 2, lower, false);
+  float acc[kSpanTiles][4] = {};
+  const auto of_a = [&](int r, int column) {
+    float a[4];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int64_t column = k0 + 8 * (g / 2) + 2 * tile + g % 2;
-      float a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        a[i] = column < p.k && r + i < p.r ? element<T>(p.lora_a, (r + i) * p.k + column, wide) : 0.0f;
-      }
-      Numeric<T>::mma(acc[tile], a0, a1, a2, a3, Numeric<T>::pack(a[0], a[1]), Numeric<T>::pack(a[2], a[3]));
+    for (int i = 0; i < 4; ++i) {
+      const bool inside = k0 + column < p.k && r + i < p.r;
+      a[i] = inside ? element<T>(p.lora_a, (r + i) * p.k + k0 + column, wide) : 0.0f;
     }
-  }
+    return make_uint2(Numeric<T>::pack(a[0], a[1]), Numeric<T>::pack(a[2], a[3]));
+  };
+  multiply_narrow<T>(p.du, p.m, m0, p.r, of_a, acc);
   if (k >= p.k) return;
   const uint64_t seed = __ldg(reinterpret_cast<const unsigned long long*>(p.seed));
 #pragma unroll
@@ -161,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) dropped_gradient_kernel(const Droppe
 
 template <typename T>
 cudaError_t launch_dropped_gradient(const DroppedGradient& p, cudaStream_t stream) {
-  const int64_t tiles_k = (p.k + kWarps * kColumns - 1) / (kWarps * kColumns);
+  const int64_t tiles_k = (p.k + kWarps * kSpan - 1) / (kWarps * kSpan);
   const int64_t tiles_m = (p.m + kFragment - 1) / kFragment;
   if (tiles_m * tiles_k > kMostBlocks) return cudaErrorInvalidConfiguration;
   const auto kernel = p.k % kVector == 0 ? dropped_gradient_kernel<T, true> : dropped_gradient_kernel<T, false>;

@@ -118,6 +118,31 @@ pair(const void* base, int64_t row, int stride, int column, int stop, bool is_fl
       column + 1 < stop ? element<T>(base, index + 1, is_float) : 0.0f);
 }
 
+// Columns of a warp that multiplies a narrow matrix. Column c of tile i is the column 8 (c / 2) + 2 i + c % 2 of the
+// warp, so that a lane holds 8 neighbours: those from 8 t on, of the rows g and g + 8.
+constexpr int kSpan = 32;
+constexpr int kSpanTiles = kSpan / kTokens;
+
+// acc += narrow (m, r) times a matrix (r, kSpan), for the 16 rows from m0 on. right(r, column): the elements r .. r + 3
+// of a column of that matrix as two fragment registers, zero from r on.
+template <typename T, typename Right>
+__device__ __forceinline__ void multiply_narrow(
+    const void* narrow, int64_t m, int64_t m0, int r, Right right, float (&acc)[kSpanTiles][4]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  for (int r0 = 0; r0 < r; r0 += kFragment) {
+    const int first = r0 + 4 * t, upper = m0 + g < m ? r : 0, lower = m0 + g + 8 < m ? r : 0;
+    const uint32_t a0 = pair<T>(narrow, m0 + g, r, first, upper, false);
+    const uint32_t a1 = pair<T>(narrow, m0 + g + 8, r, first, lower, false);
+    const uint32_t a2 = pair<T>(narrow, m0 + g, r, first + 2, upper, false);
+    const uint32_t a3 = pair<T>(narrow, m0 + g + 8, r, first + 2, lower, false);
+#pragma unroll
+    for (int tile = 0; tile < kSpanTiles; ++tile) {
+      const uint2 b = right(first, 8 * (g / 2) + 2 * tile + g % 2);
+      Numeric<T>::mma(acc[tile], a0, a1, a2, a3, b.x, b.y);
+    }
+  }
+}
+
 // Eight neighbours, 16-byte aligned, as four fragment registers.
 template <typename T>
 __device__ __forceinline__ uint4 eight(const void* base, int64_t index, bool is_float) {

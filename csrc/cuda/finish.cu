@@ -7,40 +7,27 @@ namespace fastlora {
 namespace {
 
 constexpr int kWarps = kThreads / 32;
-constexpr int kColumns = 32;  // of a warp's step: 8 neighbours for each of its 4 lanes t
-constexpr int kTiles = kColumns / kTokens;
 
-// 16 rows a warp. The tokens are the rows of the fragment here; column c of tile i is the output 8 (c / 2) + 2 i + c %
-// 2 of the step, so that a lane holds 8 neighbours.
+// 16 rows and kSpan columns a warp.
 template <typename T, bool kVectorized>
 __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
   const int64_t m0 = static_cast<int64_t>(blockIdx.y) * kFragment;
-  const int64_t n0 = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kColumns;
+  const int64_t n0 = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) * kSpan;
   if (n0 >= p.n) return;
   const bool wide = p.adapter_dtype == DType::kFloat32, wide_bias = p.bias_dtype == DType::kFloat32;
   const int64_t n = n0 + 8 * t;
-  float acc[kTiles][4] = {};
-  for (int r0 = 0; r0 < p.r; r0 += kFragment) {
-    const int r = r0 + 4 * t;
-    const int upper = m0 + g < p.m ? p.r : 0, lower = m0 + g + 8 < p.m ? p.r : 0;
-    const uint32_t a0 = pair<T>(p.u, m0 + g, p.r, r, upper, false);
-    const uint32_t a1 = pair<T>(p.u, m0 + g + 8, p.r, r, lower, false);
-    const uint32_t a2 = pair<T>(p.u, m0 + g, p.r, r + 2, upper, false);
-    const uint32_t a3 = pair<T>(p.u, m0 + g + 8, p.r, r + 2, lower, false);
+  float acc[kSpanTiles][4] = {};
+  const auto of_b = [&](int r, int column) {
+    const int64_t row = n0 + column;
+    const int stop = row < p.n ? p.r : 0;
+    return make_uint2(pair<T>(p.lora_b, row, p.r, r, stop, wide), pair<T>(p.lora_b, row, p.r, r + 2, stop, wide));
+  };
+  multiply_narrow<T>(p.u, p.m, m0, p.r, of_b, acc);
+  float bias[2 * kSpanTiles];
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      const int64_t column = n0 + 8 * (g / 2) + 2 * tile + g % 2;
-      const int stop = column < p.n ? p.r : 0;
-      Numeric<T>::mma(
-          acc[tile], a0, a1, a2, a3, pair<T>(p.lora_b, column, p.r, r, stop, wide),
-          pair<T>(p.lora_b, column, p.r, r + 2, stop, wide));
-    }
-  }
-  float bias[2 * kTiles];
-#pragma unroll
-  for (int i = 0; i < 2 * kTiles; ++i) {
+  for (int i = 0; i < 2 * kSpanTiles; ++i) {
     bias[i] = p.bias != nullptr && n + i < p.n ? element<T>(p.bias, n + i, wide_bias) : 0.0f;
   }
 #pragma unroll
@@ -78,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
 
 template <typename T>
 cudaError_t launch(const FinishParams& p, cudaStream_t stream) {
-  const int64_t columns = static_cast<int64_t>(kWarps) * kColumns;
+  const int64_t columns = static_cast<int64_t>(kWarps) * kSpan;
   const int64_t rows = (p.m + kFragment - 1) / kFragment;
   constexpr int64_t kMostRows = 65535;  // of a grid
   const auto kernel = p.n % 8 == 0 ? finish_kernel<T, true> : finish_kernel<T, false>;

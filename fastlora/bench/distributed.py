@@ -12,7 +12,6 @@ import datetime
 import itertools
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from fastlora.bench import layer, models, train_step
 from fastlora.bench.record import Row
@@ -344,12 +344,6 @@ def _write(out: Path, line: dict[str, Any]) -> None:
 # --- the run ---
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 class _Group:
     """The processes of a run; iterating gives what they measure, as they do. They end with the iteration."""
 
@@ -366,7 +360,7 @@ class _Group:
             request = {
                 "tasks": [dataclasses.asdict(task) for task in self.tasks],
                 "world": self.world,
-                "port": _free_port(),
+                "port": get_free_port(),
                 "cuda": self.cuda,
                 "steps": self.steps,
                 "out": str(out),

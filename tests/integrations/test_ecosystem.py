@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import multiprocessing
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -112,12 +112,6 @@ def test_sft_trainer_that_makes_the_adapters(tmp_path: Path, make_llama: Maker) 
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def join(rank: int, port: int) -> None:
     """The environment that a launcher would give to a process."""
     warnings.simplefilter("ignore")
@@ -165,7 +159,7 @@ def ddp(rank: int, port: int, folder: str, base: str, use_dora: bool) -> None:
 
 @pytest.mark.parametrize(("base", "use_dora"), [("4bit", False), ("dense", True)])
 def test_ddp_by_accelerate(base: str, use_dora: bool, tmp_path: Path) -> None:
-    multiprocessing.spawn(ddp, (free_port(), str(tmp_path), base, use_dora), nprocs=WORLD)
+    multiprocessing.spawn(ddp, (get_free_port(), str(tmp_path), base, use_dora), nprocs=WORLD)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
@@ -216,7 +210,7 @@ def zero3(rank: int, port: int, folder: str) -> None:
 def test_zero3_is_left_to_peft(tmp_path: Path) -> None:
     """ZeRO-3 gathers a module's weights when the module is called, which PEFT's forward does."""
     pytest.importorskip("deepspeed")
-    multiprocessing.spawn(zero3, (free_port(), str(tmp_path)), nprocs=WORLD)
+    multiprocessing.spawn(zero3, (get_free_port(), str(tmp_path)), nprocs=WORLD)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 

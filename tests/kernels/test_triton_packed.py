@@ -182,7 +182,7 @@ def test_gradients_reach_x_and_the_bias(kernel_device: str) -> None:
 def test_who_reads(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's product of few rows, and no other; factors in 8 bits, and no others."""
     names, forms = iter(()), iter(())
-    monkeypatch.setattr(ops, "_select", lambda *args: backends.BACKENDS[next(names)])
+    monkeypatch.setattr(ops, "select", lambda *args: backends.BACKENDS[next(names)])
     monkeypatch.setattr(config, "form", lambda *args: next(forms))
     w, x = NF4Weight.quantize(torch.randn(64, 64)).to(kernel_device), torch.randn(8, 64, device=kernel_device).half()
     of_a, of_b = torch.randn(4, 64, device=kernel_device), torch.randn(64, 4, device=kernel_device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -12,15 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 WORLD = 2
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def launcher_environment(rank: int, port: int) -> dict[str, str]:
@@ -57,7 +51,7 @@ def run(function: Callable[..., Any], *args: Any, folder: Path, timeout: float =
     # The libraries look for GPUs when they are imported, and a process that has done so cannot be forked.
     server = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "forkserver")
     server.set_forkserver_preload(["torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets"])
-    port = free_port()
+    port = get_free_port()
     logs = [folder / f"rank-{rank}.log" for rank in range(WORLD)]
     started = [
         server.Process(target=_child, args=(function, rank, port, str(logs[rank]), list(sys.path), args))
