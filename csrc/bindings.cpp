@@ -55,6 +55,8 @@ const char* name_of(ScalarType type) {
   switch (type) {
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
     case ScalarType::Float:
       return "float32";
     case ScalarType::BFloat16:
@@ -642,7 +644,7 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
     int64_t threshold,
     double gain) {
   FewRowsForward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
+      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   check_few_rows(p, "x", x, w_packed);
   const auto outputs = new_outputs(p, x);
@@ -651,6 +653,60 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
   std::optional<Tensor> dropped;
   if (dropping) p.dropped = dropped.emplace(dropped_cuda(x, dropping, launch)).const_data_ptr();
   Launch::check("few_rows_forward", few_rows_forward_cuda(p, launch.stream()));
+  return outputs;
+}
+
+// A or B (rows, columns) as it is stored, in int8 or in bytes of two NF4 codes.
+const void* take_packed(
+    const char* name,
+    Tensor& values,
+    const Tensor& scales,
+    int64_t rows,
+    int64_t columns,
+    const Tensor& beside,
+    PackedFactor& factor) {
+  const int64_t numel = rows * columns;
+  factor.nf4 = values.scalar_type() == ScalarType::Byte;
+  checked<void>(
+      name, values, beside, factor.nf4 ? ScalarType::Byte : ScalarType::Char, factor.nf4 ? (numel + 1) / 2 : numel);
+  const int64_t count = factor.nf4 ? (numel + PackedFactor::kBlocksize - 1) / PackedFactor::kBlocksize : rows;
+  factor.scales = checked<float>((std::string(name) + "_scales").c_str(), scales, beside, ScalarType::Float, count);
+  align(values);
+  return values.const_data_ptr();
+}
+
+std::tuple<Tensor, Tensor> few_rows_packed_op(
+    Tensor x,
+    Tensor w_packed,
+    std::optional<Tensor> absmax,
+    std::optional<Tensor> absmax_q,
+    std::optional<Tensor> absmax_scale,
+    std::optional<Tensor> absmax_code,
+    std::optional<Tensor> absmax_offset,
+    int64_t n,
+    int64_t k,
+    int64_t blocksize,
+    bool fp4,
+    Tensor lora_a,
+    Tensor lora_a_scales,
+    Tensor lora_b,
+    Tensor lora_b_scales,
+    int64_t r,
+    std::optional<Tensor> bias,
+    double scale,
+    bool float_out) {
+  FewRowsForward p{
+      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}};
+  std::optional<Tensor> none;
+  prepare_forward(p, x, none, none, bias, scale, float_out);
+  check_few_rows(p, "x", x, w_packed);
+  if (r < 1 || r > INT32_MAX) fail("r must be from 1 to ", int64_t{INT32_MAX}, ", got ", r);
+  p.r = static_cast<int32_t>(r);
+  p.lora_a = take_packed("lora_a", lora_a, lora_a_scales, r, k, x, p.packed_a);
+  p.lora_b = take_packed("lora_b", lora_b, lora_b_scales, n, r, x, p.packed_b);
+  const auto outputs = new_outputs(p, x);
+  const Launch launch(x);
+  Launch::check("few_rows_packed", few_rows_forward_cuda(p, launch.stream()));
   return outputs;
 }
 
@@ -675,7 +731,7 @@ std::tuple<Tensor, Tensor> tile_forward_op(
     int64_t threshold,
     double gain) {
   FewRowsForward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
+      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   check_tiles(p, "x", x, w_packed);
   const auto outputs = new_outputs(p, x);
@@ -965,6 +1021,10 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
   define("dropout(Tensor x, Tensor seed, int threshold, float gain, Tensor(a!) out) -> ()");
   define("linear" + forward + ", int capability" + dropout + ") -> (Tensor, Tensor)");
   define("linear" + backward + ", int capability" + dropout + ") -> (Tensor, Tensor, Tensor)");
+  define(
+      "few_rows_packed(Tensor x, " + weight +
+      ", Tensor lora_a, Tensor lora_a_scales, Tensor lora_b, Tensor lora_b_scales, int r, Tensor? bias, float scale, "
+      "bool float_out) -> (Tensor, Tensor)");
   for (const std::string& name : {std::string("few_rows"), std::string("tile"), std::string("library")}) {
     define(name + forward + dropout + ") -> (Tensor, Tensor)");
     define(name + backward + dropout + ") -> (Tensor, Tensor, Tensor)");
@@ -988,6 +1048,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
   m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op));
   m.impl("dropout", TORCH_BOX(&fastlora::dropout_cuda_op));
   m.impl("few_rows_forward", TORCH_BOX(&fastlora::few_rows_forward_op));
+  m.impl("few_rows_packed", TORCH_BOX(&fastlora::few_rows_packed_op));
   m.impl("tile_forward", TORCH_BOX(&fastlora::tile_forward_op));
   m.impl("tile_backward", TORCH_BOX(&fastlora::tile_backward_op));
   m.impl("few_rows_backward", TORCH_BOX(&fastlora::few_rows_backward_op));

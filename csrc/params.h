@@ -103,9 +103,18 @@ struct LinearBackward : PackedWeight {
   DType adapter_dtype;
 };
 
+// How A or B is stored where it is not dense: elements dtype(value * scale), row after row.
+struct PackedFactor {
+  static constexpr int kBlocksize = 64;
+  const float* scales;  // of each row; with nf4 of each kBlocksize elements. Null: the factor is dense
+  bool nf4;             // two elements to a byte, the first in its upper half; otherwise int8
+};
+
 // On a GPU, in bfloat16 or float16: m is at most kMaxFewRows, k a multiple of 32, backward n a multiple of 8; pointers
 // are 16-byte aligned.
-using FewRowsForward = LinearForward<int32_t>;
+struct FewRowsForward : LinearForward<int32_t> {
+  PackedFactor packed_a, packed_b;
+};
 using FewRowsBackward = LinearBackward<int32_t>;
 
 // On a CPU, in bfloat16 or float32: n and k are at least 1.

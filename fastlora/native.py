@@ -17,6 +17,7 @@ import torch
 
 from fastlora import tables
 from fastlora.dropout import Dropout
+from fastlora.int8 import Int8Matrix
 from fastlora.nf4 import NF4Weight
 
 CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16")
@@ -185,7 +186,7 @@ def gpu(index: int | None) -> tuple[tuple[int, int], tables.Device]:
     return capability, tables.Device("cuda", p.name, f"{p.major}.{p.minor}", p.multi_processor_count)
 
 
-def _form(x: torch.Tensor, w: NF4Weight, r: int, direction: str) -> str:
+def form_for(x: torch.Tensor, w: NF4Weight, r: int, direction: str) -> str:
     """The one of `forms` that the tables call the fastest; without a measurement, that of the built-in rule."""
     if tables.forced_forms and "cuda" in tables.forced_forms:
         return tables.forced_forms["cuda"]
@@ -218,6 +219,11 @@ def _adapters(
     if lora_a.dtype != lora_b.dtype or lora_a.dtype not in (x.dtype, torch.float32):
         lora_a, lora_b = lora_a.float(), lora_b.float()
     return lora_a.contiguous(), lora_b.contiguous()
+
+
+def _bias(bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
+    """The bias as the operators read it."""
+    return None if bias is None else (bias if bias.dtype == x.dtype else bias.float()).contiguous()
 
 
 _DROPPED = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32, torch.bfloat16, torch.float16)}
@@ -255,13 +261,41 @@ def forward(
     device, ValueError for tensors that do not fit.
     """
     lora_a, lora_b = _adapters(x, lora_a, lora_b)
-    if bias is not None:
-        bias = (bias if bias.dtype == x.dtype else bias.float()).contiguous()
-    arguments = (x, *weight_arguments(w), lora_a, lora_b, bias, scale, out_dtype == torch.float32)
+    arguments = (x, *weight_arguments(w), lora_a, lora_b, _bias(bias, x), scale, out_dtype == torch.float32)
     if x.device.type == "cpu":
         return _operator("linear_forward", "cpu")(*arguments, _capability(), *_dropout_arguments(dropout))
-    form = form or _form(x, w, 0 if lora_a is None else lora_a.shape[0], "forward")
+    form = form or form_for(x, w, 0 if lora_a is None else lora_a.shape[0], "forward")
     return _operator(f"{form}_forward", "cuda")(*arguments, *_dropout_arguments(dropout))
+
+
+def reads(factor: Int8Matrix | NF4Weight) -> bool:
+    """Whether `packed_forward` reads it."""
+    if isinstance(factor, Int8Matrix):
+        return True
+    return (factor.quant_type, factor.blocksize, factor.nested) == ("nf4", 64, False)
+
+
+def packed_forward(
+    x: torch.Tensor,
+    w: NF4Weight,
+    lora_a: Int8Matrix | NF4Weight,
+    lora_b: Int8Matrix | NF4Weight,
+    bias: torch.Tensor | None,
+    scale: float,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`forward` in the form "few_rows", of adapters that its products decode. They are (R, K) and (N, R); `reads` must
+    accept them.
+
+    Raises RuntimeError where the extension does not serve the device, ValueError for tensors that do not fit.
+    """
+    of_a, of_b = (
+        (factor.values, factor.scales) if isinstance(factor, Int8Matrix) else (factor.w_packed, factor.absmax)
+        for factor in (lora_a, lora_b)
+    )
+    arguments = (x, *weight_arguments(w), *of_a, *of_b, lora_a.shape[0], _bias(bias, x), scale)
+    y, u = _operator("few_rows_packed", "cuda")(*arguments, out_dtype == torch.float32)
+    return y, u
 
 
 def backward(
@@ -283,7 +317,7 @@ def backward(
     if dy.device.type == "cpu":
         dx, da, db = _operator("linear_backward", "cpu")(*arguments, _capability(), *_dropout_arguments(dropout))
     else:
-        form = form or _form(dy, w, 0 if a is None else a.shape[0], "backward")
+        form = form or form_for(dy, w, 0 if a is None else a.shape[0], "backward")
         dx, da, db = _operator(f"{form}_backward", "cuda")(*arguments, *_dropout_arguments(dropout))
     grads: list[torch.Tensor | None] = [dx if need_dx else None]
     for need, grad, adapter in ((need_da, da, lora_a), (need_db, db, lora_b)):

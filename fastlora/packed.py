@@ -1,12 +1,13 @@
 """A layer with quantized adapters, without gradients: what reads them as they are, and what decodes them for the rest.
 
-Triton's product of few rows reads A and B in 8 bits. Every other product takes matrices of the type computed in, which
-one launch makes of both where the GPU's time is what counts, and the calls that cost the host least elsewhere
-(measured: docs/performance.md).
+The products of few rows decode A and B themselves: the extension's in 8 bits and NF4, Triton's in 8 bits. Every other
+product takes matrices of the type computed in, which one launch makes of both where the GPU's time is what counts, and
+the calls that cost the host least elsewhere (measured: docs/performance.md).
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -37,17 +38,32 @@ def read(
     backend: str,
 ) -> torch.Tensor | None:
     """y (M, N) of x (M, K) by a product that reads both factors as they are, where ``backend`` means one; or None."""
-    if not (isinstance(lora_a, Int8Matrix) and isinstance(lora_b, Int8Matrix) and isinstance(w, NF4Weight)):
-        return None
     r = lora_a.shape[0]
-    if r == 0 or ops.select(x, w, r, "forward", False, backend).name != "triton":
+    if r == 0 or not isinstance(w, NF4Weight):
         return None
-    if not importlib.import_module("fastlora.kernels.forward").is_split(x, w, r=r, direction="forward"):
+    name = ops.select(x, w, r, "forward", False, backend).name
+    if name == "cuda":
+        product = _extension(x, w, lora_a, lora_b)
+    else:
+        product = _triton(x, w, lora_a, lora_b) if name == "triton" else None
+    if product is None:
         return None
-    product = importlib.import_module("fastlora.kernels.split").linear
     with torch.no_grad(), ops.without_autocast(x.device.type):
-        y: torch.Tensor = product(x, w, lora_a, lora_b, bias, scale, None, out_dtype)[0]
+        y: torch.Tensor = product(x.contiguous(), w, lora_a, lora_b, bias, scale, out_dtype=out_dtype)[0]
     return y
+
+
+def _extension(x: torch.Tensor, w: NF4Weight, lora_a: Factor, lora_b: Factor) -> Any:
+    able = native.reads(lora_a) and native.reads(lora_b)
+    return native.packed_forward if able and native.form_for(x, w, lora_a.shape[0], "forward") == "few_rows" else None
+
+
+def _triton(x: torch.Tensor, w: NF4Weight, lora_a: Factor, lora_b: Factor) -> Any:
+    if not (isinstance(lora_a, Int8Matrix) and isinstance(lora_b, Int8Matrix)):
+        return None
+    if not importlib.import_module("fastlora.kernels.forward").is_split(x, w, r=lora_a.shape[0], direction="forward"):
+        return None
+    return functools.partial(importlib.import_module("fastlora.kernels.split").linear, dropout=None)
 
 
 def both(lora_a: Factor, lora_b: Factor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

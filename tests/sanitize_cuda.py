@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from packed_factors import KINDS, packed_of
 from tolerance import Problem, make_problem
 
 from fastlora import kernels, native, tables
@@ -68,6 +69,10 @@ def main(filled_once: bool = False) -> None:
             )
             for form in native.forms(m, 136, 320, 8, 64, capability):
                 run(problem, "cuda", form)
+            if m <= native.few_rows(capability):
+                for kind in KINDS:
+                    a, b = packed_of(problem.lora_a, kind), packed_of(problem.lora_b, kind)
+                    native.packed_forward(problem.x, problem.w, a, b, problem.bias, problem.scale)
             if m in (3, 140):
                 for form in ("split", "persistent", "library", "decode") if m == 3 else ("persistent", "decode"):
                     run(problem, "triton", form)

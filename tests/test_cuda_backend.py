@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from packed_factors import KINDS, judge, packed_of
 from tolerance import Problem, assert_close, check, make_problem, truth_and_plain
 
 from fastlora import NF4Weight, backends, lora_linear, native
@@ -57,6 +60,40 @@ def test_dropout(m: int, n: int, k: int, r: int, adapter_dtype: torch.dtype, for
         for needs in ((True, False, False), (False, True, False), (True, True, False)):
             check(problem, *passes(form), needs)
     check(make_problem(m, n, k, r, torch.bfloat16, dropout_p=1.0, device="cuda"), *passes(form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "k", "r"),
+    [(8, 32, 1), (72, 96, 5), (136, 1056, 16), (1000, 608, 33), (264, 4128, 8), (4096, 4096, 64), (8192, 14336, 16)],
+)
+@pytest.mark.parametrize("m", ROWS)
+def test_packed_adapters(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> None:
+    problem = make_problem(m, n, k, r, dtype, nested=m % 2 == 0, bias=r % 2 == 0, scale=-1.75, device="cuda")
+    for of_a, of_b in itertools.product(KINDS, repeat=2):
+        a, b = packed_of(problem.lora_a, of_a), packed_of(problem.lora_b, of_b)
+        for out_dtype in (None, torch.float32):
+            got = native.packed_forward(problem.x, problem.w, a, b, problem.bias, problem.scale, out_dtype)
+            assert got[0].dtype == (out_dtype or dtype)
+            judge(problem, a, b, got)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_adapters_that_do_not_fit(kind: str) -> None:
+    p = make_problem(4, 136, 512, 8, torch.bfloat16, device="cuda")
+    a, b = packed_of(p.lora_a, kind), packed_of(p.lora_b, kind)
+    for other, message in (
+        (packed_of(torch.randn(8, 480, device="cuda"), kind), "lora_a must be a contiguous u?int8 tensor of"),
+        (packed_of(torch.randn(8, 512), kind), "lora_a must be on cuda:0, got cpu$"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            native.packed_forward(p.x, p.w, other, b, None, 1.0)
+    scales = (a.scales if kind == "int8" else a.absmax)[1:]
+    other = dataclasses.replace(a, **{"scales" if kind == "int8" else "absmax": scales})
+    with pytest.raises(ValueError, match="lora_a_scales must be a contiguous float32 tensor of"):
+        native.packed_forward(p.x, p.w, other, b, None, 1.0)
+    with pytest.raises(ValueError, match="x must have at most 64 rows"):
+        native.packed_forward(torch.randn(65, 512, device="cuda").bfloat16(), p.w, a, b, None, 1.0)
 
 
 def test_the_masks_of_all_backends_are_one() -> None:

@@ -163,6 +163,49 @@ __device__ __forceinline__ uint4 eight(const void* base, int64_t index, bool is_
 static __constant__ float kCodeValues[2 * kCodes] = {FASTLORA_CODES(QuantType::kNF4), FASTLORA_CODES(QuantType::kFP4)};
 #undef FASTLORA_CODES
 
+// An element of a factor that is not dense: `index` counts all of them, `row` is where it lies.
+template <typename T>
+__device__ __forceinline__ float packed_element(
+    const void* base, const PackedFactor& factor, int64_t row, int64_t index) {
+  float value;
+  if (factor.nf4) {
+    const uint32_t byte = static_cast<const uint8_t*>(base)[index / 2];
+    const float code = kCodeValues[index % 2 == 0 ? byte >> 4 : byte & 15];
+    value = code * factor.scales[index / PackedFactor::kBlocksize];
+  } else {
+    value = static_cast<float>(static_cast<const int8_t*>(base)[index]) * factor.scales[row];
+  }
+  return Numeric<T>::wide(Numeric<T>::narrow(value));
+}
+
+// Eight neighbours of such a factor as four fragment registers, zero where `inside` is false; `index` is a multiple of
+// 8. All lanes take part. `code`: kCodeValues[lane % kCodes].
+template <typename T>
+__device__ __forceinline__ uint4
+packed_eight(const void* base, const PackedFactor& factor, int64_t row, int64_t index, bool inside, float code) {
+  float value[8];
+  if (factor.nf4) {
+    const uint32_t word = inside ? static_cast<const uint32_t*>(base)[index / 8] : 0;
+    const float scale = inside ? factor.scales[index / PackedFactor::kBlocksize] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int nibble = static_cast<int>(word >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0)) & 15);
+      value[i] = __shfl_sync(0xffffffffu, code, nibble) * scale;
+    }
+  } else {
+    const uint2 words = inside ? static_cast<const uint2*>(base)[index / 8] : make_uint2(0, 0);
+    const float scale = inside ? factor.scales[row] : 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t word = i < 4 ? words.x : words.y;
+      value[i] = static_cast<float>(static_cast<int8_t>(word >> i % 4 * 8)) * scale;
+    }
+  }
+  return make_uint4(
+      Numeric<T>::pack(value[0], value[1]), Numeric<T>::pack(value[2], value[3]), Numeric<T>::pack(value[4], value[5]),
+      Numeric<T>::pack(value[6], value[7]));
+}
+
 // Fills both tables with all threads of the block. The caller synchronises.
 __device__ __forceinline__ void fill_tables(const PackedWeight& w, float2* bytes, float* statistics) {
   const float* codes = kCodeValues + (w.quant_type == QuantType::kFP4 ? kCodes : 0);
@@ -179,6 +222,14 @@ __device__ __forceinline__ void prefetch(const void* base, int64_t bytes) {
   for (int64_t i = static_cast<int64_t>(threadIdx.x) * kLine; i < bytes; i += kThreads * kLine) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(base) + i));
   }
+}
+
+// The same for what a block reads of B: `rows` of its rows.
+template <typename T>
+__device__ __forceinline__ void prefetch_b(const FewRowsForward& p, int64_t row0, int64_t rows, bool wide) {
+  const bool dense = p.packed_b.scales == nullptr;
+  const int64_t bits = p.r * (dense ? (wide ? 32 : 16) : p.packed_b.nf4 ? 4 : 8);
+  prefetch(static_cast<const char*>(p.lora_b) + row0 * bits / 8, rows * bits / 8);
 }
 
 // The statistic of a block, in two steps so that the loads of the first can be long under way at the second.
@@ -293,8 +344,8 @@ struct Sums {
 };
 
 // Sums u = x A^T for the 16 ranks and the 8 kGroups tokens of a block, whose warps split K, and hands each to
-// `store(token, rank, sum)`; ranks from r on are zero.
-template <typename T, int kBlockThreads, int kGroups = 1, typename Store>
+// `store(token, rank, sum)`; ranks from r on are zero. kPacked: A is not dense.
+template <typename T, int kBlockThreads, int kGroups = 1, bool kPacked = false, typename Store>
 __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
   constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups;
   static_assert(kFragment * kTileTokens <= kBlockThreads);
@@ -305,11 +356,16 @@ __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
   const bool wide = p.adapter_dtype == DType::kFloat32;
   const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r;
   const uint4 nothing = make_uint4(0, 0, 0, 0);
+  const float code = kPacked ? kCodeValues[lane % kCodes] : 0.0f;
+  const auto of_a = [&](int64_t row, int64_t k, bool inside) {
+    const int64_t index = row * p.k + k;
+    if constexpr (kPacked) return packed_eight<T>(p.lora_a, p.packed_a, row, index, inside, code);
+    return inside ? eight<T>(p.lora_a, index, wide) : nothing;
+  };
   float acc[kGroups][4] = {};
 #pragma unroll(kGroups == 1 ? 4 : 2)
   for (int64_t k = warp * 32 + t * 8; k < p.k; k += kWarps * 32) {
-    const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
-    const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
+    const uint4 a0 = of_a(r0 + g, k, upper), a1 = of_a(r0 + 8 + g, k, lower);
 #pragma unroll
     for (int i = 0; i < kGroups; ++i) {
       const int64_t token = m0 + i * kTokens + g;

@@ -1,4 +1,5 @@
-// y = x W^T + scale * (u B^T) + bias and u = x A^T for a few rows of x, W decoded in the product.
+// y = x W^T + scale * (u B^T) + bias and u = x A^T for a few rows of x; W, and A and B where they are packed, decoded
+// in the products.
 //
 // Two chained launches: the first makes u, the second starts beside it and waits for u only before its last step.
 // The bytes of W are read once. A block owns `kRows` outputs and a part of K; its warps split that part again, and the
@@ -32,6 +33,18 @@ struct Shape {
   static_assert(kWarpsK * Result::kBytes <= kStages * kStageBytes);
 };
 
+// Two neighbours of a row of B as a fragment register; those from `stop` on are zero.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_of_b(const FewRowsForward& p, int64_t row, int column, int stop, bool wide) {
+  if (p.packed_b.scales == nullptr) return pair<T>(p.lora_b, row, p.r, column, stop, wide);
+  float two[2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (column + i < stop) two[i] = packed_element<T>(p.lora_b, p.packed_b, row, row * p.r + column + i);
+  }
+  return Numeric<T>::pack(two[0], two[1]);
+}
+
 // Adds scale * (u B^T) to the sums of a warp. The steps over R are dealt to `warps` warps, this one being number
 // `warp`, whose sums are added anyway.
 template <typename T, int kTiles, int kTileGroups>
@@ -52,10 +65,10 @@ __device__ __forceinline__ void add_lora(
     for (int group = 0; group < kTileGroups; ++group) {
       const int64_t row = row0 + group * kFragment + g;
       const int upper = row < p.n ? p.r : 0, lower = row + 8 < p.n ? p.r : 0;
-      const uint32_t a0 = pair<T>(p.lora_b, row, p.r, r, upper, wide);
-      const uint32_t a1 = pair<T>(p.lora_b, row + 8, p.r, r, lower, wide);
-      const uint32_t a2 = pair<T>(p.lora_b, row, p.r, r + 2, upper, wide);
-      const uint32_t a3 = pair<T>(p.lora_b, row + 8, p.r, r + 2, lower, wide);
+      const uint32_t a0 = pair_of_b<T>(p, row, r, upper, wide);
+      const uint32_t a1 = pair_of_b<T>(p, row + 8, r, lower, wide);
+      const uint32_t a2 = pair_of_b<T>(p, row, r + 2, upper, wide);
+      const uint32_t a3 = pair_of_b<T>(p, row + 8, r + 2, lower, wide);
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
         float lora[4] = {};
@@ -160,11 +173,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
   const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
   fill_tables(p, reinterpret_cast<float2*>(table), statistics);
   const bool wide = p.adapter_dtype == DType::kFloat32;
-  if (p.r > 0) {
-    const int64_t width = static_cast<int64_t>(p.r) * (wide ? sizeof(float) : sizeof(T));
-    const int64_t rows = min(p.n - row0, static_cast<int64_t>(Layout::kRows));
-    prefetch(static_cast<const char*>(p.lora_b) + row0 * width, rows * width);
-  }
+  if (p.r > 0) prefetch_b<T>(p, row0, min(p.n - row0, static_cast<int64_t>(Layout::kRows)), wide);
 
   float acc[kGroups][kTiles][4] = {};
   const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(float2));
@@ -297,11 +306,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
   fill_tables(p, reinterpret_cast<float2*>(table), statistics);
   const bool wide = p.adapter_dtype == DType::kFloat32;
-  if (p.r > 0) {
-    const int64_t width = static_cast<int64_t>(p.r) * (wide ? sizeof(float) : sizeof(T));
-    const int64_t rows = min(p.n - row0, static_cast<int64_t>(Layout::kRows));
-    prefetch(static_cast<const char*>(p.lora_b) + row0 * width, rows * width);
-  }
+  if (p.r > 0) prefetch_b<T>(p, row0, min(p.n - row0, static_cast<int64_t>(Layout::kRows)), wide);
   __syncthreads();
 
   float acc[kTileGroups][kTiles][4] = {};
@@ -358,10 +363,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kProjectThreads = 512;
 
 // u for 16 ranks and 8 tokens a block; the warps split K.
-template <typename T>
+template <typename T, bool kPacked>
 __global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsForward p) {
   let_next_start();
-  project<T, kProjectThreads>(p, [&](int64_t token, int r, float sum) {
+  project<T, kProjectThreads, 1, kPacked>(p, [&](int64_t token, int r, float sum) {
     if (r < p.r) static_cast<T*>(p.u)[token * p.r + r] = Numeric<T>::narrow(sum);
   });
 }
@@ -402,7 +407,8 @@ cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
   if (p.r > 0) {
     FewRowsForward side = p;
     if (p.dropped != nullptr) side.x = p.dropped;
-    project_kernel<T><<<grid, kProjectThreads, 0, stream>>>(side);
+    const auto kernel = p.packed_a.scales == nullptr ? project_kernel<T, false> : project_kernel<T, true>;
+    kernel<<<grid, kProjectThreads, 0, stream>>>(side);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }
   if (StreamPlan plan{}; plan_stream(p, limits, grid.x, plan)) return launch_stream(p, plan, limits, stream);

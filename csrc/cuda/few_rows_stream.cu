@@ -211,12 +211,14 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
     }
   }
   const int adder = thread / kRowLanes, part = thread % kRowLanes;
+  const bool dense = p.packed_b.scales == nullptr;
+  if (!dense) prefetch_b<T>(p, first, rows, wide);
   uint32_t held[kHeld];
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int row = adder + i * kAdders;
     held[i] = 0;
-    if (row < rows && part < p.r) {
+    if (dense && row < rows && part < p.r) {
       held[i] = load_element<T>(p.lora_b, static_cast<int64_t>(first + row) * p.r + part, wide);
     }
   }
@@ -345,12 +347,16 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
           const float* of_row = sums + (token * plan.capacity + row) * plan.pitch;
           for (int column = part; column < columns; column += kRowLanes) sum[token] += of_row[column];
         }
-        uint32_t b = held[i];
-        if (row0 != adder) b = part < p.r ? load_element<T>(p.lora_b, n * p.r + part, wide) : 0;
+        const auto of_b = [&](int r) {
+          const int64_t index = n * p.r + r;
+          return dense ? element<T>(p.lora_b, index, wide) : packed_element<T>(p.lora_b, p.packed_b, n, index);
+        };
+        const bool loaded = dense && row0 == adder;
+        const float b = loaded ? element_of<T>(held[i], wide) : part < p.r ? of_b(part) : 0.0f;
 #pragma unroll
-        for (int token = 0; token < kTokens; ++token) sum[token] += u[token] * element_of<T>(b, wide);
+        for (int token = 0; token < kTokens; ++token) sum[token] += u[token] * b;
         for (int r = part + kRowLanes; r < p.r; r += kRowLanes) {
-          const float other = p.scale * element<T>(p.lora_b, n * p.r + r, wide);
+          const float other = p.scale * of_b(r);
 #pragma unroll
           for (int token = 0; token < kTokens; ++token) {
             sum[token] += Numeric<T>::wide(static_cast<const T*>(p.u)[token * p.r + r]) * other;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from packed_factors import KINDS, exact, judge, packed_of
 from tolerance import DTYPES, Problem, assert_close, make_problem
 
-from fastlora import FastLoRALinear, backends, ops, packed, reference, tables
+from fastlora import FastLoRALinear, backends, native, ops, packed, reference, tables
 from fastlora.adapters.quantized import QuantizedFactor
 from fastlora.int8 import Int8Matrix
 from fastlora.kernels import config, split
@@ -24,31 +26,7 @@ from fastlora.packed import Factor
 
 pytestmark = pytest.mark.usefixtures("poison_empty")
 
-KIND = pytest.mark.parametrize("kind", ["int8", "nf4"])
-
-
-def packed_of(t: torch.Tensor, kind: str) -> Factor:
-    if kind == "nf4":
-        return NF4Weight.quantize(t, nested=False)
-    # Scales far apart, so that one of another row shows.
-    return Int8Matrix.quantize(t * (1 + torch.arange(t.shape[0], device=t.device) % 5)[:, None].to(t.dtype))
-
-
-def exact(factor: Factor) -> torch.Tensor:
-    """The matrix that the stored bits stand for, in float64."""
-    if isinstance(factor, Int8Matrix):
-        return factor.dequantize(torch.float64)
-    return factor.dequantize(torch.float32).double()
-
-
-def judge(p: Problem, a: Factor, b: Factor, got: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Hold y and u to the tolerance policy; the plain result rounds the factors to the type computed in."""
-    wide = p.to(torch.float64)
-    truth = reference.forward(wide.x, wide.w, exact(a), exact(b), wide.bias, p.scale, p.dropout)
-    dtype = p.x.dtype
-    plain = reference.forward(p.x, p.w, a.dequantize(dtype), b.dequantize(dtype), p.bias, p.scale, p.dropout)
-    for name, *results in zip("yu", got, plain, truth, strict=True):
-        assert_close(*results, name)
+KIND = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.mark.parametrize(
@@ -180,10 +158,12 @@ def test_gradients_reach_x_and_the_bias(kernel_device: str) -> None:
 
 
 def test_who_reads(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's product of few rows, and no other; factors in 8 bits, and no others."""
+    """The products of few rows: the extension's factors of every kind, Triton's those in 8 bits."""
     names, forms = iter(()), iter(())
     monkeypatch.setattr(ops, "select", lambda *args: backends.BACKENDS[next(names)])
     monkeypatch.setattr(config, "form", lambda *args: next(forms))
+    monkeypatch.setattr(native, "form_for", lambda *args: next(forms))
+    monkeypatch.setattr(native, "packed_forward", lambda x, *args, **options: (x, x))
     w, x = NF4Weight.quantize(torch.randn(64, 64)).to(kernel_device), torch.randn(8, 64, device=kernel_device).half()
     of_a, of_b = torch.randn(4, 64, device=kernel_device), torch.randn(64, 4, device=kernel_device)
     a, b = packed_of(of_a, "int8"), packed_of(of_b, "int8")
@@ -194,12 +174,17 @@ def test_who_reads(kernel_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return packed.read(x, w, a, b, None, 1.0, None, "auto") is not None
 
     assert reads("triton")
-    assert not reads("cuda")
     assert not reads("torch")
     assert not any(reads("triton", form) for form in ("decode", "library", "persistent"))
     assert not reads("triton", w=torch.randn(64, 64, device=kernel_device))
     assert not reads("triton", a=packed_of(of_a, "nf4"))
     assert not reads("triton", b=packed_of(of_b, "nf4"))
+    for kinds in itertools.product(KINDS, repeat=2):
+        assert reads("cuda", "few_rows", a=packed_of(of_a, kinds[0]), b=packed_of(of_b, kinds[1]))
+    assert not any(reads("cuda", form) for form in ("tile", "library"))
+    for other in (NF4Weight.quantize(of_a), NF4Weight.quantize(of_a, quant_type="fp4", nested=False)):
+        assert not reads("cuda", "few_rows", a=other)
+    assert not reads("cuda", "few_rows", b=NF4Weight.quantize(of_b, nested=False, blocksize=128))
 
 
 def test_one_launch_only_where_the_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
