@@ -33,5 +33,5 @@ def judge(p: Problem, a: Factor, b: Factor, got: tuple[torch.Tensor, torch.Tenso
     truth = reference.forward(wide.x, wide.w, exact(a), exact(b), wide.bias, p.scale, p.dropout)
     dtype = p.x.dtype
     plain = reference.forward(p.x, p.w, a.dequantize(dtype), b.dequantize(dtype), p.bias, p.scale, p.dropout)
-    for name, *results in zip("yu", got, plain, truth, strict=True):
-        assert_close(*results, name)
+    for name, result, rounded, best in zip("yu", got, plain, truth, strict=True):
+        assert_close(result, rounded.to(result.dtype), best, name)

@@ -163,42 +163,60 @@ __device__ __forceinline__ uint4 eight(const void* base, int64_t index, bool is_
 static __constant__ float kCodeValues[2 * kCodes] = {FASTLORA_CODES(QuantType::kNF4), FASTLORA_CODES(QuantType::kFP4)};
 #undef FASTLORA_CODES
 
-// An element of a factor that is not dense: `index` counts all of them, `row` is where it lies.
-template <typename T>
-__device__ __forceinline__ float packed_element(
-    const void* base, const PackedFactor& factor, int64_t row, int64_t index) {
-  float value;
-  if (factor.nf4) {
-    const uint32_t byte = static_cast<const uint8_t*>(base)[index / 2];
-    const float code = kCodeValues[index % 2 == 0 ? byte >> 4 : byte & 15];
-    value = code * factor.scales[index / PackedFactor::kBlocksize];
-  } else {
-    value = static_cast<float>(static_cast<const int8_t*>(base)[index]) * factor.scales[row];
-  }
-  return Numeric<T>::wide(Numeric<T>::narrow(value));
+// An element of a factor that is not dense, as it lies in memory: `index` counts all of them, `row` is where it is.
+struct PackedElement {
+  uint32_t byte;
+  float scale;
+};
+
+__device__ __forceinline__ PackedElement
+load_packed(const void* base, const PackedFactor& factor, int64_t row, int64_t index) {
+  const int64_t at = factor.nf4 ? index / 2 : index, scale = factor.nf4 ? index / PackedFactor::kBlocksize : row;
+  return {static_cast<const uint8_t*>(base)[at], factor.scales[scale]};
 }
 
-// Eight neighbours of such a factor as four fragment registers, zero where `inside` is false; `index` is a multiple of
-// 8. All lanes take part. `code`: kCodeValues[lane % kCodes].
+// The same rounded to T.
 template <typename T>
-__device__ __forceinline__ uint4
-packed_eight(const void* base, const PackedFactor& factor, int64_t row, int64_t index, bool inside, float code) {
-  float value[8];
-  if (factor.nf4) {
-    const uint32_t word = inside ? static_cast<const uint32_t*>(base)[index / 8] : 0;
-    const float scale = inside ? factor.scales[index / PackedFactor::kBlocksize] : 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int nibble = static_cast<int>(word >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0)) & 15);
-      value[i] = __shfl_sync(0xffffffffu, code, nibble) * scale;
-    }
+__device__ __forceinline__ float unpacked(const PackedElement& e, const PackedFactor& factor, int64_t index) {
+  const float value = factor.nf4 ? kCodeValues[index % 2 == 0 ? e.byte >> 4 : e.byte & 15]
+                                 : static_cast<float>(static_cast<int8_t>(e.byte));
+  return Numeric<T>::wide(Numeric<T>::narrow(value * e.scale));
+}
+
+// Eight neighbours of such a factor; `index` is a multiple of 8.
+struct PackedEight {
+  uint32_t low, high;
+  float scale;
+};
+
+template <bool kNF4>
+__device__ __forceinline__ PackedEight
+load_eight(const void* base, const PackedFactor& factor, int64_t index, bool inside) {
+  PackedEight e{0, 0, 0.0f};
+  if (!inside) return e;
+  if constexpr (kNF4) {
+    e.low = __ldg(static_cast<const uint32_t*>(base) + index / 8);
+    e.scale = __ldg(factor.scales + index / PackedFactor::kBlocksize);
   } else {
-    const uint2 words = inside ? static_cast<const uint2*>(base)[index / 8] : make_uint2(0, 0);
-    const float scale = inside ? factor.scales[row] : 0.0f;
+    const uint2 words = __ldg(static_cast<const uint2*>(base) + index / 8);
+    e.low = words.x, e.high = words.y;
+  }
+  return e;
+}
+
+// Those as four fragment registers; integers without their scale. All lanes take part. `code`: kCodeValues[lane % 16].
+template <typename T, bool kNF4>
+__device__ __forceinline__ uint4 unpack_eight(const PackedEight& e, float code) {
+  float value[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t word = i < 4 ? words.x : words.y;
-      value[i] = static_cast<float>(static_cast<int8_t>(word >> i % 4 * 8)) * scale;
+  for (int i = 0; i < 8; ++i) {
+    if constexpr (kNF4) {
+      const int nibble = static_cast<int>(e.low >> (i / 2 * 8 + (i % 2 == 0 ? 4 : 0)) & 15);
+      value[i] = __shfl_sync(0xffffffffu, code, nibble) * e.scale;
+    } else {
+      // The byte as the last one of 2^23 + (value + 128).
+      const uint32_t word = (i < 4 ? e.low : e.high) ^ 0x80808080u;
+      value[i] = __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440u + i % 4)) - 8388736.0f;
     }
   }
   return make_uint4(
@@ -343,11 +361,15 @@ struct Sums {
   }
 };
 
+// How A is stored.
+enum class Storage { kDense, kInt8, kNF4 };
+
 // Sums u = x A^T for the 16 ranks and the 8 kGroups tokens of a block, whose warps split K, and hands each to
-// `store(token, rank, sum)`; ranks from r on are zero. kPacked: A is not dense.
-template <typename T, int kBlockThreads, int kGroups = 1, bool kPacked = false, typename Store>
+// `store(token, rank, sum)`; ranks from r on are zero.
+template <typename T, int kBlockThreads, int kGroups = 1, Storage kStorage = Storage::kDense, typename Store>
 __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
-  constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups;
+  constexpr bool kPacked = kStorage != Storage::kDense, kNF4 = kStorage == Storage::kNF4;
+  constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups, kStep = kWarps * 32;
   static_assert(kFragment * kTileTokens <= kBlockThreads);
   __shared__ float sums[kWarps][kFragment][kTileTokens];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
@@ -356,22 +378,42 @@ __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
   const bool wide = p.adapter_dtype == DType::kFloat32;
   const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r;
   const uint4 nothing = make_uint4(0, 0, 0, 0);
-  const float code = kPacked ? kCodeValues[lane % kCodes] : 0.0f;
-  const auto of_a = [&](int64_t row, int64_t k, bool inside) {
-    const int64_t index = row * p.k + k;
-    if constexpr (kPacked) return packed_eight<T>(p.lora_a, p.packed_a, row, index, inside, code);
-    return inside ? eight<T>(p.lora_a, index, wide) : nothing;
-  };
   float acc[kGroups][4] = {};
-#pragma unroll(kGroups == 1 ? 4 : 2)
-  for (int64_t k = warp * 32 + t * 8; k < p.k; k += kWarps * 32) {
-    const uint4 a0 = of_a(r0 + g, k, upper), a1 = of_a(r0 + 8 + g, k, lower);
+  const auto of_x = [&](int group, int64_t k) {
+    const int64_t token = m0 + group * kTokens + g;
+    return token < p.m ? eight<T>(p.x, token * p.k + k, false) : nothing;
+  };
+  const auto multiply = [&](const uint4& a0, const uint4& a1, int group, const uint4& b) {
+    Numeric<T>::mma(acc[group], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
+    Numeric<T>::mma(acc[group], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+  };
+  if constexpr (kPacked) {
+    static_assert(kGroups == 1);
+    constexpr int kBatch = 4;  // steps whose loads are all under way before the first is decoded
+    const float code = kCodeValues[lane % kCodes];
+    for (int64_t first = warp * 32 + t * 8; first < p.k; first += kBatch * kStep) {
+      PackedEight a[kBatch][2];
+      uint4 b[kBatch];
 #pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const int64_t token = m0 + i * kTokens + g;
-      const uint4 b = token < p.m ? eight<T>(p.x, token * p.k + k, false) : nothing;
-      Numeric<T>::mma(acc[i], a0.x, a1.x, a0.y, a1.y, b.x, b.y);
-      Numeric<T>::mma(acc[i], a0.z, a1.z, a0.w, a1.w, b.z, b.w);
+      for (int i = 0; i < kBatch; ++i) {
+        const int64_t k = first + i * kStep, index = (r0 + g) * p.k + k;
+        const bool inside = k < p.k;
+        a[i][0] = load_eight<kNF4>(p.lora_a, p.packed_a, index, inside && upper);
+        a[i][1] = load_eight<kNF4>(p.lora_a, p.packed_a, index + 8 * p.k, inside && lower);
+        b[i] = inside ? of_x(0, k) : nothing;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        multiply(unpack_eight<T, kNF4>(a[i][0], code), unpack_eight<T, kNF4>(a[i][1], code), 0, b[i]);
+      }
+    }
+  } else {
+#pragma unroll(kGroups == 1 ? 4 : 2)
+    for (int64_t k = warp * 32 + t * 8; k < p.k; k += kStep) {
+      const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
+      const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
+#pragma unroll
+      for (int i = 0; i < kGroups; ++i) multiply(a0, a1, i, of_x(i, k));
     }
   }
 #pragma unroll
@@ -384,6 +426,7 @@ __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
+  if (kStorage == Storage::kInt8 && r0 + row < p.r) sum *= p.packed_a.scales[r0 + row];
   store(m0 + column, static_cast<int>(r0) + row, sum);
 }
 

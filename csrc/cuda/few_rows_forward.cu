@@ -40,7 +40,10 @@ __device__ __forceinline__ uint32_t pair_of_b(const FewRowsForward& p, int64_t r
   float two[2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (column + i < stop) two[i] = packed_element<T>(p.lora_b, p.packed_b, row, row * p.r + column + i);
+    const int64_t index = row * p.r + column + i;
+    if (column + i < stop) {
+      two[i] = unpacked<T>(load_packed(p.lora_b, p.packed_b, row, index), p.packed_b, index);
+    }
   }
   return Numeric<T>::pack(two[0], two[1]);
 }
@@ -363,10 +366,10 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kProjectThreads = 512;
 
 // u for 16 ranks and 8 tokens a block; the warps split K.
-template <typename T, bool kPacked>
+template <typename T, Storage kStorage>
 __global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsForward p) {
   let_next_start();
-  project<T, kProjectThreads, 1, kPacked>(p, [&](int64_t token, int r, float sum) {
+  project<T, kProjectThreads, 1, kStorage>(p, [&](int64_t token, int r, float sum) {
     if (r < p.r) static_cast<T*>(p.u)[token * p.r + r] = Numeric<T>::narrow(sum);
   });
 }
@@ -407,7 +410,8 @@ cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
   if (p.r > 0) {
     FewRowsForward side = p;
     if (p.dropped != nullptr) side.x = p.dropped;
-    const auto kernel = p.packed_a.scales == nullptr ? project_kernel<T, false> : project_kernel<T, true>;
+    const auto packed = p.packed_a.nf4 ? project_kernel<T, Storage::kNF4> : project_kernel<T, Storage::kInt8>;
+    const auto kernel = p.packed_a.scales == nullptr ? project_kernel<T, Storage::kDense> : packed;
     kernel<<<grid, kProjectThreads, 0, stream>>>(side);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }

@@ -123,8 +123,8 @@ __device__ __forceinline__ void fill_table(unsigned char* table, const float* co
 
 #endif
 
-// kSlices: slices of a warp.
-template <typename T, int kTokens, int kSlices>
+// kSlices: slices of a warp. kPacked: B is not dense.
+template <typename T, int kTokens, int kSlices, bool kPacked>
 __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRowsForward p, const StreamPlan plan) {
 #if defined(FASTLORA_HOPPER)
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -211,15 +211,19 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
     }
   }
   const int adder = thread / kRowLanes, part = thread % kRowLanes;
-  const bool dense = p.packed_b.scales == nullptr;
-  if (!dense) prefetch_b<T>(p, first, rows, wide);
   uint32_t held[kHeld];
+  float held_scale[kHeld] = {};  // of packed ones
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
     const int row = adder + i * kAdders;
     held[i] = 0;
-    if (dense && row < rows && part < p.r) {
-      held[i] = load_element<T>(p.lora_b, static_cast<int64_t>(first + row) * p.r + part, wide);
+    if (row >= rows || part >= p.r) continue;
+    const int64_t n = static_cast<int64_t>(first) + row, index = n * p.r + part;
+    if constexpr (kPacked) {
+      const PackedElement e = load_packed(p.lora_b, p.packed_b, n, index);
+      held[i] = e.byte, held_scale[i] = e.scale;
+    } else {
+      held[i] = load_element<T>(p.lora_b, index, wide);
     }
   }
 
@@ -349,10 +353,20 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
         }
         const auto of_b = [&](int r) {
           const int64_t index = n * p.r + r;
-          return dense ? element<T>(p.lora_b, index, wide) : packed_element<T>(p.lora_b, p.packed_b, n, index);
+          if constexpr (kPacked) {
+            return unpacked<T>(load_packed(p.lora_b, p.packed_b, n, index), p.packed_b, index);
+          } else {
+            return element<T>(p.lora_b, index, wide);
+          }
         };
-        const bool loaded = dense && row0 == adder;
-        const float b = loaded ? element_of<T>(held[i], wide) : part < p.r ? of_b(part) : 0.0f;
+        float b = 0.0f;
+        if (row0 != adder) {
+          if (part < p.r) b = of_b(part);
+        } else if constexpr (kPacked) {
+          b = unpacked<T>({held[i], held_scale[i]}, p.packed_b, n * p.r + part);
+        } else {
+          b = element_of<T>(held[i], wide);
+        }
 #pragma unroll
         for (int token = 0; token < kTokens; ++token) sum[token] += u[token] * b;
         for (int r = part + kRowLanes; r < p.r; r += kRowLanes) {
@@ -381,15 +395,22 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-template <typename T, int kTokens, int kSlices>
-cudaError_t launch(const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
+template <typename T, int kTokens, int kSlices, bool kPacked>
+cudaError_t launch_kernel(
+    const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
   static Slots slots_of_kernel;
   const int* slots = nullptr;
-  const auto kernel = stream_kernel<T, kTokens, kSlices>;
+  const auto kernel = stream_kernel<T, kTokens, kSlices, kPacked>;
   const cudaError_t status = slots_of_kernel.find(kernel, kStreamThreads, limits.shared_memory, limits, slots);
   if (status != cudaSuccess) return status;
   return launch_few_rows(
       kernel, dim3(static_cast<unsigned>(plan.blocks)), kStreamThreads, plan.shared, 1, p.r > 0, stream, p, plan);
+}
+
+template <typename T, int kTokens, int kSlices>
+cudaError_t launch(const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
+  return p.packed_b.scales == nullptr ? launch_kernel<T, kTokens, kSlices, false>(p, plan, limits, stream)
+                                      : launch_kernel<T, kTokens, kSlices, true>(p, plan, limits, stream);
 }
 
 template <typename T>
