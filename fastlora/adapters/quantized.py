@@ -3,9 +3,9 @@
     int8   s = max |row| / 127,   values = round(row / s)        row = s * values
     nf4    as the base: blocks of 64 elements with one float32 scale each
 
-A quantized factor stands where the ``nn.Linear`` of A or B stood. Products without gradients read it as it is, or one
-launch decodes A and B (see `fastlora.packed`); to everything else it gives its ``weight`` in the type that the layer
-computes in. Files are safetensors with PEFT's configuration beside them.
+A quantized factor stands where the ``nn.Linear`` of A or B stood. Without gradients products of few rows decode it, and
+one launch decodes A and B for others (see `fastlora.packed`); to everything else it gives its ``weight`` in the type
+that the layer computes in. Files are safetensors with PEFT's configuration beside them.
 """
 
 from __future__ import annotations
