@@ -644,7 +644,7 @@ std::tuple<Tensor, Tensor> few_rows_forward_op(
     int64_t threshold,
     double gain) {
   FewRowsForward p{
-      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}};
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   check_few_rows(p, "x", x, w_packed);
   const auto outputs = new_outputs(p, x);
@@ -695,8 +695,8 @@ std::tuple<Tensor, Tensor> few_rows_packed_op(
     std::optional<Tensor> bias,
     double scale,
     bool float_out) {
-  FewRowsForward p{
-      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}};
+  FewRowsPacked p{
+      {{make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}}};
   std::optional<Tensor> none;
   prepare_forward(p, x, none, none, bias, scale, float_out);
   check_few_rows(p, "x", x, w_packed);
@@ -706,7 +706,7 @@ std::tuple<Tensor, Tensor> few_rows_packed_op(
   p.lora_b = take_packed("lora_b", lora_b, lora_b_scales, n, r, x, p.packed_b);
   const auto outputs = new_outputs(p, x);
   const Launch launch(x);
-  Launch::check("few_rows_packed", few_rows_forward_cuda(p, launch.stream()));
+  Launch::check("few_rows_packed", few_rows_packed_cuda(p, launch.stream()));
   return outputs;
 }
 
@@ -731,7 +731,7 @@ std::tuple<Tensor, Tensor> tile_forward_op(
     int64_t threshold,
     double gain) {
   FewRowsForward p{
-      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}};
+      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   check_tiles(p, "x", x, w_packed);
   const auto outputs = new_outputs(p, x);
@@ -742,6 +742,36 @@ std::tuple<Tensor, Tensor> tile_forward_op(
   if (dropping) p.dropped = dropped.emplace(dropped_cuda(x, dropping, launch)).const_data_ptr();
   Launch::check("tile_forward", tile_forward_cuda(p, scaled_u.mutable_data_ptr(), launch.stream()));
   return outputs;
+}
+
+// The gradients by one of the launches that decode W in the product.
+std::tuple<Tensor, Tensor, Tensor> fused_gradients(
+    FewRowsBackward& p,
+    const Needs& needs,
+    const Tensor& dy,
+    const std::optional<Tensor>& x,
+    const std::optional<Tensor>& lora_a,
+    const std::optional<Tensor>& lora_b,
+    const Dropping& dropping,
+    const char* name,
+    int (*run)(const FewRowsBackward&, void*)) {
+  const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
+  const Launch launch(dy);
+  std::optional<Tensor> dropped;
+  if (dropping && needs.da) p.x = dropped.emplace(dropped_cuda(*x, dropping, launch)).const_data_ptr();
+  if (dropping && needs.dx) {
+    FewRowsBackward base = p;  // dy W alone
+    base.r = 0;
+    base.du = base.da = base.db = nullptr;
+    p.dx = nullptr;
+    Launch::check(name, run(base, launch.stream()));
+  }
+  Launch::check(name, run(p, launch.stream()));
+  if (dropping && needs.dx) {
+    Tensor dx = g.dx;
+    add_dropped(p, g.du, dx, dropping, launch);
+  }
+  return {g.dx, g.da, g.db};
 }
 
 std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
@@ -773,21 +803,8 @@ std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
   check_few_rows(p, "dy", dy, w_packed);
   if (n % 8 != 0) fail("out_features must be a multiple of 8, got ", n);
-  Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
-  const Launch launch(dy);
   const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
-  std::optional<Tensor> dropped;
-  if (dropping && needs.da) p.x = dropped.emplace(dropped_cuda(*x, dropping, launch)).const_data_ptr();
-  if (dropping && needs.dx) {
-    FewRowsBackward base = p;  // dy W alone
-    base.r = 0;
-    base.da = base.db = nullptr;
-    p.dx = nullptr;
-    Launch::check("few_rows_backward", few_rows_backward_cuda(base, launch.stream()));
-  }
-  Launch::check("few_rows_backward", few_rows_backward_cuda(p, launch.stream()));
-  if (dropping && needs.dx) add_dropped(p, g.du, g.dx, dropping, launch);
-  return {g.dx, g.da, g.db};
+  return fused_gradients(p, needs, dy, x, lora_a, lora_b, dropping, "few_rows_backward", few_rows_backward_cuda);
 }
 
 // Library products, called without Python in between.
@@ -982,8 +999,16 @@ std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
   prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
   check_tiles(p, "dy", dy, w_packed);
   if (p.r % 8 != 0) fail("the rank must be a multiple of 8, got ", int64_t{p.r});
-  const Launch launch(dy);
   const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  // Of more rows library products are faster than launches that read narrow strips of dy and x.
+  constexpr int32_t kMostSideRows = 512;
+  if (p.m <= kMostSideRows) {
+    const auto run = [](const FewRowsBackward& params, void* stream) {
+      return tile_backward_cuda(params, true, stream);
+    };
+    return fused_gradients(p, needs, dy, x, lora_a, lora_b, dropping, "tile_backward", run);
+  }
+  const Launch launch(dy);
   AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
   Tensor dx = torch::stable::new_empty(dy, {0});
   if (needs.dx) {
@@ -992,7 +1017,7 @@ std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
     p.du = g.du.mutable_data_ptr();
     FewRowsBackward product = p;
     if (dropping) product.r = 0;
-    Launch::check("tile_backward", tile_input_gradient_cuda(product, launch.stream()));
+    Launch::check("tile_backward", tile_backward_cuda(product, false, launch.stream()));
     if (dropping) add_dropped(p, g.du, dx, dropping, launch);
   }
   return {dx, g.da, g.db};

@@ -112,10 +112,13 @@ struct PackedFactor {
 
 // On a GPU, in bfloat16 or float16: m is at most kMaxFewRows, k a multiple of 32, backward n a multiple of 8; pointers
 // are 16-byte aligned.
-struct FewRowsForward : LinearForward<int32_t> {
+using FewRowsForward = LinearForward<int32_t>;
+using FewRowsBackward = LinearBackward<int32_t>;
+
+// A type of its own, so that kernels of dense adapters are not told of others: with more parameters they start later.
+struct FewRowsPacked : FewRowsForward {
   PackedFactor packed_a, packed_b;
 };
-using FewRowsBackward = LinearBackward<int32_t>;
 
 // On a CPU, in bfloat16 or float32: n and k are at least 1.
 using CpuForward = LinearForward<int64_t>;
@@ -153,11 +156,12 @@ int dequantize_cuda(const DequantizeParams& params, void* stream);
 
 // Chained launches on `stream`, on the current device. Return a cudaError_t.
 int few_rows_forward_cuda(const FewRowsForward& params, void* stream);
+int few_rows_packed_cuda(const FewRowsPacked& params, void* stream);
 int few_rows_backward_cuda(const FewRowsBackward& params, void* stream);
 // Any m, for compute capability 9.0: k a multiple of 64, n of 8, blocksize of 64. `scaled_u`, filled: (m, r rounded up
-// to a multiple of 8) of dtype. The second makes dx alone, from du in such rows.
+// to a multiple of 8) of dtype. Backward r is a multiple of 8; without `sides` du is there, and dx alone is made.
 int tile_forward_cuda(const FewRowsForward& params, void* scaled_u, void* stream);
-int tile_input_gradient_cuda(const FewRowsBackward& params, void* stream);
+int tile_backward_cuda(const FewRowsBackward& params, bool sides, void* stream);
 int finish_cuda(const FinishParams& params, void* stream);
 // One launch each, of any dtype and of bfloat16 or float16.
 int dropout_cuda(const DropoutParams& params, void* stream);

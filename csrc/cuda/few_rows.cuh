@@ -10,6 +10,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "../params.h"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -96,6 +98,32 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+#if defined(FASTLORA_HOPPER)
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The sum of the float32 that each of the `ranks` blocks of a cluster has at the same place of its shared memory, in
+// the order of the blocks.
+__device__ __forceinline__ float sum_of_cluster(uint32_t local, int ranks) {
+  // All loads are under way before the first sum: each takes as long as one from the L2 cache.
+  float value[kMaxRanks];
+#pragma unroll
+  for (int other = 0; other < kMaxRanks; ++other) {
+    value[other] = 0.0f;
+    if (other < ranks) {
+      uint32_t remote;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(other));
+      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value[other]) : "r"(remote));
+    }
+  }
+  float sum = value[0];
+#pragma unroll
+  for (int other = 1; other < kMaxRanks; ++other) sum += value[other];
+  return sum;
+}
+#endif
+
 // An element of a small operand that may be stored wider than it is multiplied.
 template <typename T>
 __device__ __forceinline__ float element(const void* base, int64_t index, bool is_float) {
@@ -142,6 +170,10 @@ __device__ __forceinline__ void multiply_narrow(
     }
   }
 }
+
+// The lower, or the upper, halves of two registers.
+__device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
+__device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 // Eight neighbours, 16-byte aligned, as four fragment registers.
 template <typename T>
@@ -242,11 +274,29 @@ __device__ __forceinline__ void prefetch(const void* base, int64_t bytes) {
   }
 }
 
-// The same for what a block reads of B: `rows` of its rows.
-template <typename T>
-__device__ __forceinline__ void prefetch_b(const FewRowsForward& p, int64_t row0, int64_t rows, bool wide) {
-  const bool dense = p.packed_b.scales == nullptr;
-  const int64_t bits = p.r * (dense ? (wide ? 32 : 16) : p.packed_b.nf4 ? 4 : 8);
+// How A is stored.
+enum class Storage { kDense, kInt8, kNF4 };
+
+// Whether A and B are not dense.
+template <typename Params>
+constexpr bool kArePacked = std::is_same<Params, FewRowsPacked>::value;
+
+// An element of B, rounded to T.
+template <typename T, typename Params>
+__device__ __forceinline__ float element_of_b(const Params& p, int64_t row, int column, bool wide) {
+  const int64_t index = row * p.r + column;
+  if constexpr (kArePacked<Params>) {
+    return unpacked<T>(load_packed(p.lora_b, p.packed_b, row, index), p.packed_b, index);
+  } else {
+    return element<T>(p.lora_b, index, wide);
+  }
+}
+
+// Asks for what a block will read of B: `rows` of its rows.
+template <typename T, typename Params>
+__device__ __forceinline__ void prefetch_b(const Params& p, int64_t row0, int64_t rows, bool wide) {
+  int64_t bits = p.r * (wide ? 32 : 16);
+  if constexpr (kArePacked<Params>) bits = p.r * (p.packed_b.nf4 ? 4 : 8);
   prefetch(static_cast<const char*>(p.lora_b) + row0 * bits / 8, rows * bits / 8);
 }
 
@@ -330,7 +380,7 @@ struct Sums {
     for (int i = static_cast<int>(threadIdx.x); i < tokens * kRows; i += kThreads) {
       at(0, i / kRows, i % kRows) = total(i / kRows, i % kRows);
     }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    meet_cluster();
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
     const int share = kRows / ranks;  // both are powers of two
@@ -339,35 +389,25 @@ struct Sums {
     for (int i = static_cast<int>(threadIdx.x); i < tokens * share; i += kThreads) {
       const int token = i >> log2_share, row = static_cast<int>(rank) * share + (i & (share - 1));
       const uint32_t local = shared_address(&at(0, token, row));
-      // All loads are under way before the first sum: each takes as long as one from the L2 cache.
-      float value[kMaxRanks];
-#pragma unroll
-      for (int other = 0; other < kMaxRanks; ++other) {
-        value[other] = 0.0f;
-        if (other < ranks) {
-          uint32_t remote;
-          asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(local), "r"(other));
-          asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value[other]) : "r"(remote));
-        }
-      }
-      float sum = value[0];
-#pragma unroll
-      for (int other = 1; other < kMaxRanks; ++other) sum += value[other];
+      const float sum = sum_of_cluster(local, ranks);
       store(token, row, sum);
     }
     // No block may leave while another still reads its memory.
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    meet_cluster();
 #endif
   }
 };
 
-// How A is stored.
-enum class Storage { kDense, kInt8, kNF4 };
-
 // Sums u = x A^T for the 16 ranks and the 8 kGroups tokens of a block, whose warps split K, and hands each to
 // `store(token, rank, sum)`; ranks from r on are zero.
-template <typename T, int kBlockThreads, int kGroups = 1, Storage kStorage = Storage::kDense, typename Store>
-__device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
+template <
+    typename T,
+    int kBlockThreads,
+    int kGroups = 1,
+    Storage kStorage = Storage::kDense,
+    typename Params,
+    typename Store>
+__device__ __forceinline__ void project(const Params& p, Store store) {
   constexpr bool kPacked = kStorage != Storage::kDense, kNF4 = kStorage == Storage::kNF4;
   constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups, kStep = kWarps * 32;
   static_assert(kFragment * kTileTokens <= kBlockThreads);
@@ -426,7 +466,9 @@ __device__ __forceinline__ void project(const FewRowsForward& p, Store store) {
   float sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
-  if (kStorage == Storage::kInt8 && r0 + row < p.r) sum *= p.packed_a.scales[r0 + row];
+  if constexpr (kStorage == Storage::kInt8) {
+    if (r0 + row < p.r) sum *= p.packed_a.scales[r0 + row];
+  }
   store(m0 + column, static_cast<int>(r0) + row, sum);
 }
 

@@ -1,10 +1,11 @@
 // du, dx, dA and dB for a few rows of dy, W decoded in the product dx = dy W + du A.
 //
-// Up to three chained launches: du and dB from one small kernel, dA from another, and dx, which starts beside both and
-// waits for du only before its last step. The bytes of W are read once. A block owns `kColumns` inputs and a part of N;
-// its warps split that part again, and the blocks of a cluster add their sums in a fixed order.
+// dx starts beside the launches of side_gradients.cu and waits for du only before its last step. The bytes of W are
+// read once. A block owns `kColumns` inputs and a part of N; its warps split that part again, and the blocks of a
+// cluster add their sums in a fixed order.
 
 #include "few_rows.cuh"
+#include "side_gradients.cuh"
 
 namespace fastlora {
 namespace {
@@ -34,10 +35,6 @@ struct Shape {
 
 // Where row n of a chunk lies: the four rows of a lane are four apart, so that a step reads neighbouring rows.
 __device__ __forceinline__ int place_of_row(int n) { return n / 16 * 16 + n % 4 * 4 + n / 4 % 4; }
-
-// The lower, or the upper, halves of two registers.
-__device__ __forceinline__ uint32_t lower_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
-__device__ __forceinline__ uint32_t upper_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
 
 template <typename T, int kTiles>
 __global__ void __launch_bounds__(kThreads, kTiles <= 4 ? 2 : 1)
@@ -212,105 +209,6 @@ __global__ void __launch_bounds__(kThreads, kTiles <= 4 ? 2 : 1)
   });
 }
 
-constexpr int kSideThreads = 512;
-constexpr int kSideRows = kSideThreads / kFragment;  // rows of dB in a block
-
-// The first `projections` blocks make du, 16 ranks and 8 tokens each; the others make kSideRows rows of dB each.
-template <typename T>
-__global__ void __launch_bounds__(kSideThreads) output_gradient_kernel(const FewRowsBackward p, int projections) {
-  let_next_start();
-  constexpr int kWarps = kSideThreads / 32;
-  __shared__ float shared[kMaxFewRows * (kSideRows + kFragment)];
-  static_assert(kMaxFewRows * (kSideRows + kFragment) >= kWarps * kFragment * kTokens);
-  const bool wide = p.adapter_dtype == DType::kFloat32;
-  const T* dy = static_cast<const T*>(p.dy);
-  const int block = static_cast<int>(blockIdx.x);
-  if (block < projections) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const int g = lane / 4, t = lane % 4;
-    const int tiles_r = (p.r + kFragment - 1) / kFragment;
-    const int r0 = block % tiles_r * kFragment, m0 = block / tiles_r * kTokens;
-    const bool token = m0 + g < p.m;
-    float acc[4] = {};
-    // The 16 rows of the fragment are the ranks 2 g (row g) and 2 g + 1 (row g + 8), neighbours in memory.
-#pragma unroll 2
-    for (int64_t n0 = warp * 32; n0 < p.n; n0 += kWarps * 32) {  // a whole warp takes each step
-      const int64_t n = n0 + t * 8;
-      const int stop = n < p.n ? p.r : 0;
-      uint32_t a[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) a[i] = pair<T>(p.lora_b, n + i, p.r, r0 + 2 * g, stop, wide);
-      const uint4 b = token && n < p.n ? eight<T>(dy, (m0 + g) * p.n + n, false) : make_uint4(0, 0, 0, 0);
-      Numeric<T>::mma(
-          acc, lower_halves(a[0], a[1]), upper_halves(a[0], a[1]), lower_halves(a[2], a[3]), upper_halves(a[2], a[3]),
-          b.x, b.y);
-      Numeric<T>::mma(
-          acc, lower_halves(a[4], a[5]), upper_halves(a[4], a[5]), lower_halves(a[6], a[7]), upper_halves(a[6], a[7]),
-          b.z, b.w);
-    }
-    float (*sums)[kFragment][kTokens] = reinterpret_cast<float (*)[kFragment][kTokens]>(shared);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[warp][2 * g + i / 2][2 * t + i % 2] = acc[i];
-    __syncthreads();
-    const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
-    if (column >= kTokens || r0 + row >= p.r || m0 + column >= p.m) return;
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
-    static_cast<T*>(p.du)[(m0 + column) * p.r + r0 + row] = Numeric<T>::narrow(p.scale * sum);
-    return;
-  }
-  float (*rows)[kSideRows] = reinterpret_cast<float (*)[kSideRows]>(shared);
-  float (*u)[kFragment] = reinterpret_cast<float (*)[kFragment]>(shared + kMaxFewRows * kSideRows);
-  const int64_t n0 = static_cast<int64_t>(block - projections) * kSideRows;
-  for (int i = static_cast<int>(threadIdx.x); i < p.m * kSideRows; i += kSideThreads) {
-    const int m = i / kSideRows, n = i % kSideRows;
-    rows[m][n] = n0 + n < p.n ? Numeric<T>::wide(dy[m * p.n + n0 + n]) : 0.0f;
-  }
-  const int r = static_cast<int>(threadIdx.x) % kFragment, n = static_cast<int>(threadIdx.x) / kFragment;
-  for (int r0 = 0; r0 < p.r; r0 += kFragment) {
-    __syncthreads();
-    for (int i = static_cast<int>(threadIdx.x); i < p.m * kFragment; i += kSideThreads) {
-      const int m = i / kFragment, column = r0 + i % kFragment;
-      u[m][i % kFragment] = column < p.r ? Numeric<T>::wide(static_cast<const T*>(p.u)[m * p.r + column]) : 0.0f;
-    }
-    __syncthreads();
-    float sum = 0.0f;
-    for (int m = 0; m < p.m; ++m) sum += rows[m][n] * u[m][r];
-    if (n0 + n < p.n && r0 + r < p.r) store_as<T>(p.db, (n0 + n) * p.r + r0 + r, p.scale * sum, wide);
-  }
-}
-
-constexpr int kAdapterThreads = 128;
-
-// dA = du^T x: 16 ranks a block, a column of x a thread.
-template <typename T>
-__global__ void __launch_bounds__(kAdapterThreads) adapter_gradient_kernel(const FewRowsBackward p) {
-  let_next_start();
-  __shared__ float du[kMaxFewRows][kFragment];
-  const int64_t k = static_cast<int64_t>(blockIdx.x) * kAdapterThreads + threadIdx.x;
-  const int r0 = static_cast<int>(blockIdx.y) * kFragment;
-  wait_for_previous();
-  for (int i = static_cast<int>(threadIdx.x); i < p.m * kFragment; i += kAdapterThreads) {
-    const int m = i / kFragment, r = r0 + i % kFragment;
-    du[m][i % kFragment] = r < p.r ? Numeric<T>::wide(static_cast<const T*>(p.du)[m * p.r + r]) : 0.0f;
-  }
-  __syncthreads();
-  if (k >= p.k) return;
-  float acc[kFragment] = {};
-#pragma unroll 4
-  for (int m = 0; m < p.m; ++m) {
-    const float x = Numeric<T>::wide(static_cast<const T*>(p.x)[m * p.k + k]);
-#pragma unroll
-    for (int r = 0; r < kFragment; ++r) acc[r] += du[m][r] * x;
-  }
-  const bool wide = p.adapter_dtype == DType::kFloat32;
-#pragma unroll
-  for (int r = 0; r < kFragment; ++r) {
-    if (r0 + r < p.r) store_as<T>(p.da, (r0 + r) * p.k + k, acc[r], wide);
-  }
-}
-
 template <typename T, int kTiles>
 cudaError_t launch_input_gradient(const FewRowsBackward& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = Shape<kTiles>;
@@ -324,19 +222,9 @@ template <typename T>
 cudaError_t launch(const FewRowsBackward& p, cudaStream_t stream) {
   DeviceLimits limits{};
   if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
-  const unsigned tiles_r = static_cast<unsigned>(p.r + kFragment - 1) / kFragment;
+  // Before dx, which is long and starts beside them.
   if (p.r > 0) {
-    const int projections = p.du == nullptr ? 0 : static_cast<int>(tiles_r) * ((p.m + kTokens - 1) / kTokens);
-    const int64_t slabs = p.db == nullptr ? 0 : (p.n + kSideRows - 1) / kSideRows;
-    output_gradient_kernel<T><<<static_cast<unsigned>(projections + slabs), kSideThreads, 0, stream>>>(p, projections);
-    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
-  }
-  // dA before dx: dx is long, starts beside both, and waits for the one, which has waited for the other.
-  if (p.da != nullptr) {
-    const dim3 grid(static_cast<unsigned>((p.k + kAdapterThreads - 1) / kAdapterThreads), tiles_r);
-    const cudaError_t status =
-        launch_few_rows(adapter_gradient_kernel<T>, grid, kAdapterThreads, 0, 1, limits.clusters, stream, p);
-    if (status != cudaSuccess) return status;
+    if (const cudaError_t status = launch_side_gradients(p, limits, stream); status != cudaSuccess) return status;
   }
   if (p.dx == nullptr) return cudaSuccess;
   if (p.m <= 8) return launch_input_gradient<T, 1>(p, limits, stream);

@@ -34,25 +34,22 @@ struct Shape {
 };
 
 // Two neighbours of a row of B as a fragment register; those from `stop` on are zero.
-template <typename T>
-__device__ __forceinline__ uint32_t pair_of_b(const FewRowsForward& p, int64_t row, int column, int stop, bool wide) {
-  if (p.packed_b.scales == nullptr) return pair<T>(p.lora_b, row, p.r, column, stop, wide);
-  float two[2] = {};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t index = row * p.r + column + i;
-    if (column + i < stop) {
-      two[i] = unpacked<T>(load_packed(p.lora_b, p.packed_b, row, index), p.packed_b, index);
-    }
+template <typename T, typename Params>
+__device__ __forceinline__ uint32_t pair_of_b(const Params& p, int64_t row, int column, int stop, bool wide) {
+  if constexpr (kArePacked<Params>) {
+    return Numeric<T>::pack(
+        column < stop ? element_of_b<T>(p, row, column, wide) : 0.0f,
+        column + 1 < stop ? element_of_b<T>(p, row, column + 1, wide) : 0.0f);
+  } else {
+    return pair<T>(p.lora_b, row, p.r, column, stop, wide);
   }
-  return Numeric<T>::pack(two[0], two[1]);
 }
 
 // Adds scale * (u B^T) to the sums of a warp. The steps over R are dealt to `warps` warps, this one being number
 // `warp`, whose sums are added anyway.
-template <typename T, int kTiles, int kTileGroups>
+template <typename T, int kTiles, int kTileGroups, typename Params>
 __device__ __forceinline__ void add_lora(
-    const FewRowsForward& p, float (&acc)[kTileGroups][kTiles][4], int64_t row0, int warp, int warps, bool wide) {
+    const Params& p, float (&acc)[kTileGroups][kTiles][4], int64_t row0, int warp, int warps, bool wide) {
   const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
   for (int r0 = warp * kFragment; r0 < p.r; r0 += warps * kFragment) {
     const int r = r0 + 4 * t;
@@ -110,9 +107,9 @@ __device__ __forceinline__ void finish_rows(const FewRowsForward& p, const Resul
   });
 }
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, typename Params>
 __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
-    linear_kernel(const FewRowsForward p, int ranks, int chunks, int log2_blocksize) {
+    linear_kernel(const Params p, int ranks, int chunks, int log2_blocksize) {
   using Layout = Shape<kTiles>;
   constexpr int kWarpsRow = Layout::kWarpsRow, kWarpsK = Layout::kWarpsK, kChunk = Layout::kChunk;
   constexpr int kRowUnits = Layout::kRowUnits, kTokenUnits = Layout::kTokenUnits;
@@ -256,9 +253,9 @@ struct DecodeShape {
   static_assert(kWarps * Result::kBytes <= kShared);
 };
 
-template <typename T, int kTiles, int kTileGroups>
+template <typename T, int kTiles, int kTileGroups, typename Params>
 __global__ void __launch_bounds__(kThreads, 2)
-    decode_kernel(const FewRowsForward p, int ranks, int chunks, int log2_blocksize) {
+    decode_kernel(const Params p, int ranks, int chunks, int log2_blocksize) {
   using Layout = DecodeShape<kTiles, kTileGroups>;
   constexpr int kAhead = Layout::kAhead, kChunk = Layout::kChunk;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -366,35 +363,36 @@ __global__ void __launch_bounds__(kThreads, 2)
 constexpr int kProjectThreads = 512;
 
 // u for 16 ranks and 8 tokens a block; the warps split K.
-template <typename T, Storage kStorage>
-__global__ void __launch_bounds__(kProjectThreads) project_kernel(const FewRowsForward p) {
+template <typename T, Storage kStorage, typename Params>
+__global__ void __launch_bounds__(kProjectThreads) project_kernel(const Params p) {
   let_next_start();
   project<T, kProjectThreads, 1, kStorage>(p, [&](int64_t token, int r, float sum) {
     if (r < p.r) static_cast<T*>(p.u)[token * p.r + r] = Numeric<T>::narrow(sum);
   });
 }
 
-template <typename T, int kTiles>
-cudaError_t launch_linear(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
+template <typename T, int kTiles, typename Params>
+cudaError_t launch_linear(const Params& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = Shape<kTiles>;
   static Slots slots;
   const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
   const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
-  return launch_split(slots, linear_kernel<T, kTiles>, Layout::kShared, tiles, chunks, p, limits, stream);
+  return launch_split(slots, linear_kernel<T, kTiles, Params>, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 
-template <typename T, int kTiles, int kTileGroups>
-cudaError_t launch_decode_groups(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
+template <typename T, int kTiles, int kTileGroups, typename Params>
+cudaError_t launch_decode_groups(const Params& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = DecodeShape<kTiles, kTileGroups>;
   static Slots slots;
   const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
   const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
-  return launch_split(slots, decode_kernel<T, kTiles, kTileGroups>, Layout::kShared, tiles, chunks, p, limits, stream);
+  const auto kernel = decode_kernel<T, kTiles, kTileGroups, Params>;
+  return launch_split(slots, kernel, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 
 // Larger tiles read x less often and fill the table less often; smaller ones keep more multiprocessors busy.
-template <typename T, int kTiles>
-cudaError_t launch_decode(const FewRowsForward& p, const DeviceLimits& limits, cudaStream_t stream) {
+template <typename T, int kTiles, typename Params>
+cudaError_t launch_decode(const Params& p, const DeviceLimits& limits, cudaStream_t stream) {
   if constexpr (kTiles == 1) {
     const bool large = p.n > static_cast<int64_t>(limits.multiprocessors) * 2 * kFragment;
     if (!large) return launch_decode_groups<T, kTiles, 1>(p, limits, stream);
@@ -402,18 +400,28 @@ cudaError_t launch_decode(const FewRowsForward& p, const DeviceLimits& limits, c
   return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
 }
 
-template <typename T>
-cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
+template <typename T, Storage kStorage, typename Params>
+cudaError_t launch_project(const Params& p, const dim3& grid, cudaStream_t stream) {
+  Params side = p;
+  if (p.dropped != nullptr) side.x = p.dropped;
+  project_kernel<T, kStorage><<<grid, kProjectThreads, 0, stream>>>(side);
+  return cudaGetLastError();
+}
+
+template <typename T, typename Params>
+cudaError_t launch(const Params& p, cudaStream_t stream) {
   DeviceLimits limits{};
   if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
   const dim3 grid((p.r + kFragment - 1) / kFragment, (p.m + kTokens - 1) / kTokens);
   if (p.r > 0) {
-    FewRowsForward side = p;
-    if (p.dropped != nullptr) side.x = p.dropped;
-    const auto packed = p.packed_a.nf4 ? project_kernel<T, Storage::kNF4> : project_kernel<T, Storage::kInt8>;
-    const auto kernel = p.packed_a.scales == nullptr ? project_kernel<T, Storage::kDense> : packed;
-    kernel<<<grid, kProjectThreads, 0, stream>>>(side);
-    if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
+    cudaError_t status;
+    if constexpr (kArePacked<Params>) {
+      status = p.packed_a.nf4 ? launch_project<T, Storage::kNF4>(p, grid, stream)
+                              : launch_project<T, Storage::kInt8>(p, grid, stream);
+    } else {
+      status = launch_project<T, Storage::kDense>(p, grid, stream);
+    }
+    if (status != cudaSuccess) return status;
   }
   if (StreamPlan plan{}; plan_stream(p, limits, grid.x, plan)) return launch_stream(p, plan, limits, stream);
   if (p.m <= 8) return launch_decode<T, 1>(p, limits, stream);
@@ -422,13 +430,18 @@ cudaError_t launch(const FewRowsForward& p, cudaStream_t stream) {
   return launch_linear<T, 8>(p, limits, stream);
 }
 
-}  // namespace
-
-int few_rows_forward_cuda(const FewRowsForward& params, void* stream) {
+template <typename Params>
+int launch_type(const Params& params, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   if (params.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(params, cuda_stream);
   if (params.dtype == DType::kFloat16) return launch<__half>(params, cuda_stream);
   return cudaErrorInvalidValue;
 }
+
+}  // namespace
+
+int few_rows_forward_cuda(const FewRowsForward& params, void* stream) { return launch_type(params, stream); }
+
+int few_rows_packed_cuda(const FewRowsPacked& params, void* stream) { return launch_type(params, stream); }
 
 }  // namespace fastlora

@@ -123,9 +123,9 @@ __device__ __forceinline__ void fill_table(unsigned char* table, const float* co
 
 #endif
 
-// kSlices: slices of a warp. kPacked: B is not dense.
-template <typename T, int kTokens, int kSlices, bool kPacked>
-__global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRowsForward p, const StreamPlan plan) {
+// kSlices: slices of a warp.
+template <typename T, int kTokens, int kSlices, typename Params>
+__global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const Params p, const StreamPlan plan) {
 #if defined(FASTLORA_HOPPER)
   extern __shared__ __align__(1024) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
@@ -217,13 +217,14 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
   for (int i = 0; i < kHeld; ++i) {
     const int row = adder + i * kAdders;
     held[i] = 0;
-    if (row >= rows || part >= p.r) continue;
-    const int64_t n = static_cast<int64_t>(first) + row, index = n * p.r + part;
-    if constexpr (kPacked) {
-      const PackedElement e = load_packed(p.lora_b, p.packed_b, n, index);
-      held[i] = e.byte, held_scale[i] = e.scale;
-    } else {
-      held[i] = load_element<T>(p.lora_b, index, wide);
+    if (row < rows && part < p.r) {
+      const int64_t index = static_cast<int64_t>(first + row) * p.r + part;
+      if constexpr (kArePacked<Params>) {
+        const PackedElement e = load_packed(p.lora_b, p.packed_b, first + row, index);
+        held[i] = e.byte, held_scale[i] = e.scale;
+      } else {
+        held[i] = load_element<T>(p.lora_b, index, wide);
+      }
     }
   }
 
@@ -351,26 +352,21 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
           const float* of_row = sums + (token * plan.capacity + row) * plan.pitch;
           for (int column = part; column < columns; column += kRowLanes) sum[token] += of_row[column];
         }
-        const auto of_b = [&](int r) {
-          const int64_t index = n * p.r + r;
-          if constexpr (kPacked) {
-            return unpacked<T>(load_packed(p.lora_b, p.packed_b, n, index), p.packed_b, index);
-          } else {
-            return element<T>(p.lora_b, index, wide);
-          }
-        };
-        float b = 0.0f;
-        if (row0 != adder) {
-          if (part < p.r) b = of_b(part);
-        } else if constexpr (kPacked) {
-          b = unpacked<T>({held[i], held_scale[i]}, p.packed_b, n * p.r + part);
+        const bool later = row0 != adder;  // than what was loaded at the start
+        float b;
+        if constexpr (kArePacked<Params>) {
+          PackedElement e{held[i], held_scale[i]};
+          if (later && part < p.r) e = load_packed(p.lora_b, p.packed_b, n, n * p.r + part);
+          b = unpacked<T>(e, p.packed_b, n * p.r + part);
         } else {
-          b = element_of<T>(held[i], wide);
+          uint32_t bits = held[i];
+          if (later) bits = part < p.r ? load_element<T>(p.lora_b, n * p.r + part, wide) : 0;
+          b = element_of<T>(bits, wide);
         }
 #pragma unroll
         for (int token = 0; token < kTokens; ++token) sum[token] += u[token] * b;
         for (int r = part + kRowLanes; r < p.r; r += kRowLanes) {
-          const float other = p.scale * of_b(r);
+          const float other = p.scale * element_of_b<T>(p, n, r, wide);
 #pragma unroll
           for (int token = 0; token < kTokens; ++token) {
             sum[token] += Numeric<T>::wide(static_cast<const T*>(p.u)[token * p.r + r]) * other;
@@ -395,27 +391,19 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const FewRows
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-template <typename T, int kTokens, int kSlices, bool kPacked>
-cudaError_t launch_kernel(
-    const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
+template <typename T, int kTokens, int kSlices, typename Params>
+cudaError_t launch(const Params& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
   static Slots slots_of_kernel;
   const int* slots = nullptr;
-  const auto kernel = stream_kernel<T, kTokens, kSlices, kPacked>;
+  const auto kernel = stream_kernel<T, kTokens, kSlices, Params>;
   const cudaError_t status = slots_of_kernel.find(kernel, kStreamThreads, limits.shared_memory, limits, slots);
   if (status != cudaSuccess) return status;
   return launch_few_rows(
       kernel, dim3(static_cast<unsigned>(plan.blocks)), kStreamThreads, plan.shared, 1, p.r > 0, stream, p, plan);
 }
 
-template <typename T, int kTokens, int kSlices>
-cudaError_t launch(const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
-  return p.packed_b.scales == nullptr ? launch_kernel<T, kTokens, kSlices, false>(p, plan, limits, stream)
-                                      : launch_kernel<T, kTokens, kSlices, true>(p, plan, limits, stream);
-}
-
-template <typename T>
-cudaError_t launch_form(
-    const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
+template <typename T, typename Params>
+cudaError_t launch_form(const Params& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
   static_assert(Plan::kMaxRows == 2 && Plan::kMaxSlices == 4);
   const int slices = plan.warp_slices;
   if (p.m == 2)
@@ -424,12 +412,22 @@ cudaError_t launch_form(
   return slices == 2 ? launch<T, 1, 2>(p, plan, limits, stream) : launch<T, 1, 4>(p, plan, limits, stream);
 }
 
+template <typename Params>
+cudaError_t launch_type(const Params& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
+  return p.dtype == DType::kFloat16 ? launch_form<__half>(p, plan, limits, stream)
+                                    : launch_form<__nv_bfloat16>(p, plan, limits, stream);
+}
+
 }  // namespace
 
 cudaError_t launch_stream(
     const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
-  return p.dtype == DType::kFloat16 ? launch_form<__half>(p, plan, limits, stream)
-                                    : launch_form<__nv_bfloat16>(p, plan, limits, stream);
+  return launch_type(p, plan, limits, stream);
+}
+
+cudaError_t launch_stream(
+    const FewRowsPacked& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream) {
+  return launch_type(p, plan, limits, stream);
 }
 
 }  // namespace fastlora

@@ -17,5 +17,7 @@ inline bool plan_stream(const FewRowsForward& p, const DeviceLimits& limits, int
 // Where p.r > 0 the launch before makes u; this one starts beside it.
 cudaError_t launch_stream(
     const FewRowsForward& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream);
+cudaError_t launch_stream(
+    const FewRowsPacked& p, const StreamPlan& plan, const DeviceLimits& limits, cudaStream_t stream);
 
 }  // namespace fastlora

@@ -404,8 +404,8 @@ cudaError_t launch_product(
   const int64_t tiles = cut(side, kRows) * cut(p.m, kTokensTile);
   const int64_t blocks = std::min<int64_t>(tiles, limits.multiprocessors);
   return launch_few_rows(
-      kernel, dim3(static_cast<unsigned>(blocks)), kProductThreads, kShared, 1, !kBackward && p.r > 0, stream, rows_map,
-      w_map, narrow_map, out_map, p, codes, log2_of(p.blocksize));
+      kernel, dim3(static_cast<unsigned>(blocks)), kProductThreads, kShared, 1, p.r > 0, stream, rows_map, w_map,
+      narrow_map, out_map, p, codes, log2_of(p.blocksize));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // Products with W decoded inside of them, for compute capability 9.0 and any number of tokens:
-// y = x W^T + scale * (u B^T) + bias, u = x A^T, and dx = dy W + du A.
+// y = x W^T + scale * (u B^T) + bias, u = x A^T, and dx = dy W + du A beside the launches of side_gradients.cu.
 //
 // A product is computed transposed, its result (outputs or inputs, tokens): a warpgroup decodes 64 rows of W, or
 // columns backward, straight into the fragments of its tensor core instruction, whose other operand, the tokens, lies
@@ -10,6 +10,7 @@
 #include <algorithm>
 
 #include "hopper.cuh"
+#include "side_gradients.cuh"
 
 namespace fastlora {
 namespace {
@@ -509,8 +510,8 @@ struct Launcher {
     const int64_t blocks = ranks > 1 ? all * ranks : std::min<int64_t>(all, limits.multiprocessors);
     using Layout = TileShape<kTokensTile>;
     return launch_few_rows(
-        kernel<kTokensTile>(p), dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kShared, ranks,
-        !kBackward && p.r > 0, stream, rows_map, w_map, narrow_map, p, ranks, log2_of(p.blocksize));
+        kernel<kTokensTile>(p), dim3(static_cast<unsigned>(blocks)), Layout::kThreads, Layout::kShared, ranks, p.r > 0,
+        stream, rows_map, w_map, narrow_map, p, ranks, log2_of(p.blocksize));
   }
 
   static cudaError_t run(
@@ -553,9 +554,13 @@ cudaError_t forward(const FewRowsForward& p, void* scaled_u, cudaStream_t stream
 }
 
 template <typename T>
-cudaError_t input_gradient(const FewRowsBackward& p, cudaStream_t stream) {
+cudaError_t backward(const FewRowsBackward& p, bool sides, cudaStream_t stream) {
   DeviceLimits limits{};
   if (const cudaError_t status = hopper_limits(limits); status != cudaSuccess) return status;
+  if (sides && p.r > 0) {
+    if (const cudaError_t status = launch_side_gradients(p, limits, stream); status != cudaSuccess) return status;
+  }
+  if (p.dx == nullptr) return cudaSuccess;
   const TileParams tile{p, p.lora_a, nullptr, p.dx, p.m, p.r, p.adapter_dtype, p.dtype, p.dtype};
   return Launcher<T, true>::run(tile, TileOperands{p.dy, p.du}, limits, stream);
 }
@@ -569,10 +574,10 @@ int tile_forward_cuda(const FewRowsForward& params, void* scaled_u, void* stream
   return cudaErrorInvalidValue;
 }
 
-int tile_input_gradient_cuda(const FewRowsBackward& params, void* stream) {
+int tile_backward_cuda(const FewRowsBackward& params, bool sides, void* stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (params.dtype == DType::kBFloat16) return input_gradient<__nv_bfloat16>(params, cuda_stream);
-  if (params.dtype == DType::kFloat16) return input_gradient<__half>(params, cuda_stream);
+  if (params.dtype == DType::kBFloat16) return backward<__nv_bfloat16>(params, sides, cuda_stream);
+  if (params.dtype == DType::kFloat16) return backward<__half>(params, sides, cuda_stream);
   return cudaErrorInvalidValue;
 }
 
