@@ -103,7 +103,7 @@ struct LinearBackward : PackedWeight {
   DType adapter_dtype;
 };
 
-// How A or B is stored where it is not dense: elements dtype(value * scale), row after row.
+// How A or B is stored where it is not dense: elements value * scale, row after row.
 struct PackedFactor {
   static constexpr int kBlocksize = 64;
   const float* scales;  // of each row; with nf4 of each kBlocksize elements. Null: the factor is dense

@@ -412,9 +412,8 @@ FEATURES = [
     Feature("`monteclora_config`", evaluation, fields={"monteclora_config": peft.tuners.lora.config.MontecloraConfig()},
             cells={"": PEFT + "adapter 'default' uses MontecloraLinearVariant",
                    "4bit": "fused, as the plain LoRA that PEFT makes"}),
-    Feature("`velora_config`", evaluation, fields={"velora_config": peft.tuners.lora.config.VeloraConfig()},
-            cells={"": PEFT + "adapter 'default' uses VeloraLinearVariant",
-                   "4bit": REFUSED + "Linear4bit does not support VeLoRA"}),
+    Feature("`velora_config`", fields={"velora_config": peft.tuners.lora.config.VeloraConfig()},
+            cells={"4bit": REFUSED + "Linear4bit does not support VeLoRA"}),
     Feature("Arrow routing", arrow, cells={
         "": PEFT + "adapter 'arrow_router' uses ArrowLinearVariant",
         "conv1d": PEFT + "adapter 'arrow_router' uses ArrowLinearVariant"}),

@@ -5,7 +5,7 @@
 The files come with the source distribution of the installed PEFT on the package index. Every test runs once as it is
 and once with every LoRA layer that PEFT makes fused, and its outcome must be the same. Nothing else is reached by
 network: a server on this machine stands in for the Hub (`stand_ins`), and what it does not have fails alike in both.
-Exit status 1 when an outcome differs that is not in `EXPECTED`, or one that is there no longer does.
+Exit status 1 when an outcome differs.
 """
 
 from __future__ import annotations
@@ -44,12 +44,6 @@ WHOLE = (
     *("velora", "xlora"),
 )
 """Files with tests of LoRA layers, run whole."""
-EXPECTED = {
-    "tests/test_velora.py::test_velora_reduces_saved_activation_memory_vs_vanilla_lora": (
-        "VeLoRA is to keep less for the backward pass than LoRA does, and a fused LoRA layer keeps less than VeLoRA"
-    )
-}
-"""The tests that pass without fused layers and fail with them, and why that is meant."""
 SETTINGS = """[pytest]
 markers =
     single_gpu_tests
@@ -105,14 +99,12 @@ def run(tests: Path, file: str, match: str | None, fused: bool, record: Path, en
 
 
 def differences(stock: Record, fused: Record) -> list[str]:
-    """What became of the tests that ended differently, but for `EXPECTED`, and of those there that did not."""
+    """What became of the tests that ended differently."""
     absent = {"outcome": "absent", "why": ""}
     found = []
     for name in dict.fromkeys([*stock, *fused]):
         before, after = stock.get(name, absent), fused.get(name, absent)
-        if name in EXPECTED and (before["outcome"], after["outcome"]) == ("passed", "failed"):
-            continue
-        if name in EXPECTED or before["outcome"] != after["outcome"]:
+        if before["outcome"] != after["outcome"]:
             found.append(f"{name}: {before['outcome']} -> {after['outcome']} {after['why'] or before['why']}")
     return found
 

@@ -30,14 +30,6 @@ def test_differences() -> None:
     ]
 
 
-def test_expected_differences() -> None:
-    passed, failed = {"outcome": "passed", "why": ""}, {"outcome": "failed", "why": ""}
-    for name in run.EXPECTED:
-        assert run.differences({name: passed}, {name: failed}) == []
-        assert run.differences({name: passed}, {name: passed}) == [f"{name}: passed -> passed "]
-        assert run.differences({name: failed}, {name: passed}) == [f"{name}: failed -> passed "]
-
-
 def test_stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = "peft-internal-testing/tiny-random-OPTForCausalLM"
     with stand_ins.hub(tmp_path) as address:

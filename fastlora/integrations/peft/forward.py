@@ -11,7 +11,7 @@ from peft.tuners.lora import dora as peft_dora
 from torch import nn
 
 from fastlora import dora
-from fastlora.linear import _run, compute_type, lora_linear
+from fastlora.linear import _run, compute_type, factors_forward, lora_linear
 from fastlora.nf4 import NF4Weight, Weight
 
 
@@ -116,6 +116,15 @@ def _stays_wide(layer: Any, weight: Weight) -> bool:
     and over a 4-bit base it does not go back to that of x. Not where `fastlora.adapters.dora.keep_type` was called."""
     autocast = isinstance(weight, NF4Weight) and torch.is_autocast_enabled()
     return autocast and "fastlora_keeps_type" not in layer.__dict__
+
+
+def beside_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:
+    """One adapter of a variant that PEFT adds to what the base layer gives: that alone is fused."""
+    _check(x, weight)
+    y = factors_forward(layer._modules["base_layer"], x, None, None, 1.0, 0.0, weight, backend)
+    x = layer._cast_input_dtype(x, layer.lora_A[adapter].weight.dtype)
+    added: torch.Tensor = layer.lora_variant[adapter].forward(layer, active_adapter=adapter, x=x, result=y)
+    return added.to(y.dtype)
 
 
 def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora.adapters.quantized import QuantizedFactor
 from fastlora.adapters.variant import Variant
-from fastlora.integrations.peft.forward import adapters_forward, dora_forward
+from fastlora.integrations.peft.forward import adapters_forward, beside_forward, dora_forward
 from fastlora.linear import adapter_forward, kept_weight
 from fastlora.nf4 import Weight
 
@@ -24,10 +24,16 @@ Situation = tuple[Callable[..., torch.Tensor], Any, Weight]
 
 _PLAIN = (torch.Tensor, nn.Parameter)
 
-# Variants that differ from LoRA in their start and in what learns, not in what they compute; absent in older versions.
-_COMPUTED_AS_LORA = tuple(
-    kind for name in ("MiCALinearVariant",) if (kind := getattr(variants, name, None)) is not None
-)
+
+def _variants(*names: str) -> tuple[type, ...]:
+    """Those that the installed PEFT has."""
+    return tuple(kind for name in names if (kind := getattr(variants, name, None)) is not None)
+
+
+# Variants that differ from LoRA in their start and in what learns, not in what they compute.
+_COMPUTED_AS_LORA = _variants("MiCALinearVariant")
+# Variants that add to what the base layer gives, and keep less of x for the backward pass than the fused product.
+_BESIDE_THE_BASE = _variants("VeloraLinearVariant")
 
 
 def _intact(module: nn.Module) -> str | None:
@@ -94,7 +100,7 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
 
 def _variant_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     variant = layer.lora_variant[adapter]
-    if type(variant) in _COMPUTED_AS_LORA or isinstance(variant, Variant):
+    if type(variant) in (*_COMPUTED_AS_LORA, *_BESIDE_THE_BASE) or isinstance(variant, Variant):
         return None
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} uses {type(variant).__name__}"
@@ -148,9 +154,11 @@ def situation(layer: Any) -> str | Situation:
         if any(_is_dora(layer, name) for name in active):
             return "DoRA is active together with other adapters"
         for name in active:
-            if isinstance(variant := layer.lora_variant.get(name), Variant):
+            if isinstance(variant := layer.lora_variant.get(name), (Variant, *_BESIDE_THE_BASE)):
                 return f"a {type(variant).__name__} adapter is active together with other adapters"
         return adapters_forward, active, weight
+    if isinstance(layer.lora_variant.get(first), _BESIDE_THE_BASE):
+        return beside_forward, first, weight
     if layer.lora_bias[first]:
         if isinstance(variant := layer.lora_variant.get(first), Variant):
             return f"a {type(variant).__name__} adapter has a bias on lora_B"
@@ -182,7 +190,7 @@ def mixed_situation(layer: Any, names: list[str]) -> str | tuple[list[str], Weig
     if isinstance(weight, str):
         return weight
     for name in groups:
-        if _is_dora(layer, name) or isinstance(layer.lora_variant.get(name), Variant):
+        if _is_dora(layer, name) or isinstance(layer.lora_variant.get(name), (Variant, *_BESIDE_THE_BASE)):
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if reason := _adapter_reason(layer, modules, name):
             return reason
