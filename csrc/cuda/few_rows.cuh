@@ -295,9 +295,9 @@ __device__ __forceinline__ float element_of_b(const Params& p, int64_t row, int 
 // Asks for what a block will read of B: `rows` of its rows.
 template <typename T, typename Params>
 __device__ __forceinline__ void prefetch_b(const Params& p, int64_t row0, int64_t rows, bool wide) {
-  int bits = wide ? 32 : 16;
-  if constexpr (kArePacked<Params>) bits = p.packed_b.nf4 ? 4 : 8;
-  prefetch(static_cast<const char*>(p.lora_b) + row0 * p.r * bits / 8, rows * p.r * bits / 8);
+  int64_t bits = p.r * (wide ? 32 : 16);
+  if constexpr (kArePacked<Params>) bits = p.r * (p.packed_b.nf4 ? 4 : 8);
+  prefetch(static_cast<const char*>(p.lora_b) + row0 * bits / 8, rows * bits / 8);
 }
 
 // The statistic of a block, in two steps so that the loads of the first can be long under way at the second.
