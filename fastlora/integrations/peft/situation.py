@@ -34,6 +34,9 @@ def _variants(*names: str) -> tuple[type, ...]:
 _COMPUTED_AS_LORA = _variants("MiCALinearVariant")
 # Variants that add to what the base layer gives, and keep less of x for the backward pass than the fused product.
 _BESIDE_THE_BASE = _variants("VeloraLinearVariant")
+_AS_PEFT_HAS_THEM = (*_COMPUTED_AS_LORA, *_BESIDE_THE_BASE)
+# No other adapter and no mixed batch joins these.
+_ALONE = (*_BESIDE_THE_BASE, Variant)
 
 
 def _intact(module: nn.Module) -> str | None:
@@ -100,7 +103,7 @@ def _adapter_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | 
 
 def _variant_reason(layer: Any, modules: dict[str, Any], adapter: str) -> str | None:
     variant = layer.lora_variant[adapter]
-    if type(variant) in (*_COMPUTED_AS_LORA, *_BESIDE_THE_BASE) or isinstance(variant, Variant):
+    if type(variant) in _AS_PEFT_HAS_THEM or isinstance(variant, Variant):
         return None
     if type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} uses {type(variant).__name__}"
@@ -154,7 +157,7 @@ def situation(layer: Any) -> str | Situation:
         if any(_is_dora(layer, name) for name in active):
             return "DoRA is active together with other adapters"
         for name in active:
-            if isinstance(variant := layer.lora_variant.get(name), (Variant, *_BESIDE_THE_BASE)):
+            if isinstance(variant := layer.lora_variant.get(name), _ALONE):
                 return f"a {type(variant).__name__} adapter is active together with other adapters"
         return adapters_forward, active, weight
     if isinstance(layer.lora_variant.get(first), _BESIDE_THE_BASE):
@@ -190,7 +193,7 @@ def mixed_situation(layer: Any, names: list[str]) -> str | tuple[list[str], Weig
     if isinstance(weight, str):
         return weight
     for name in groups:
-        if _is_dora(layer, name) or isinstance(layer.lora_variant.get(name), (Variant, *_BESIDE_THE_BASE)):
+        if _is_dora(layer, name) or isinstance(layer.lora_variant.get(name), _ALONE):
             return f"adapter {name!r} uses {type(layer.lora_variant[name]).__name__}"
         if reason := _adapter_reason(layer, modules, name):
             return reason
