@@ -12,6 +12,7 @@
 #include <array>
 #include <atomic>
 #include <functional>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -83,6 +84,27 @@ std::string device_of(const Tensor& t) {
 }
 
 std::string layout_of(const Tensor& t) { return shape_of(t) + (t.is_contiguous() ? "" : ", not contiguous"); }
+
+// An uninitialized contiguous tensor beside `like`. torch::stable::new_empty goes through the dispatcher, which takes
+// the host longer than a launch.
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
+  constexpr size_t kMostSides = 2;
+  int64_t strides[kMostSides], stride = 1;
+  if (sizes.size() > kMostSides) fail("a new tensor has at most ", int64_t{kMostSides}, " sides");
+  for (size_t i = sizes.size(); i-- > 0; stride *= sizes.begin()[i]) strides[i] = stride;
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, code, device_type, device_index, &made));
+  return Tensor(made);
+}
+
+Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
+  return new_empty(like, sizes, like.scalar_type());
+}
 
 void check_device(const char* name, const Tensor& t, const Tensor& beside) {
   if (t.device() != beside.device()) fail(name, " must be on ", device_of(beside), ", got ", device_of(t));
@@ -398,8 +420,8 @@ void prepare_forward(
 template <typename Params>
 std::tuple<Tensor, Tensor> new_outputs(Params& p, const Tensor& x) {
   Tensor y =
-      torch::stable::new_empty(x, {p.m, p.n}, p.out_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type());
-  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
+      new_empty(x, {p.m, p.n}, p.out_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type());
+  Tensor u = new_empty(x, {p.m, p.r});
   p.y = y.mutable_data_ptr();
   p.u = u.mutable_data_ptr();
   return {y, u};
@@ -451,8 +473,8 @@ Gradients new_gradients(
     const std::optional<Tensor>& lora_a,
     const std::optional<Tensor>& lora_b) {
   const auto make = [](bool needed, int64_t rows, int64_t columns, const Tensor& like, void*& data) {
-    if (!needed) return torch::stable::new_empty(like, {0});
-    Tensor t = torch::stable::new_empty(like, {rows, columns});
+    if (!needed) return new_empty(like, {0});
+    Tensor t = new_empty(like, {rows, columns});
     data = t.mutable_data_ptr();
     return t;
   };
@@ -474,7 +496,7 @@ class Dropping {
   // dropout(x), to be filled by `fill(DropoutParams)`.
   template <typename Fill>
   Tensor apply(const Tensor& x, Fill fill) const {
-    Tensor out = torch::stable::new_empty(x, {x.sizes()[0], x.sizes()[1]});
+    Tensor out = new_empty(x, {x.sizes()[0], x.sizes()[1]});
     fill(make_dropout(x, mask_, out));
     return out;
   }
@@ -735,7 +757,7 @@ std::tuple<Tensor, Tensor> tile_forward_op(
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   check_tiles(p, "x", x, w_packed);
   const auto outputs = new_outputs(p, x);
-  Tensor scaled_u = torch::stable::new_empty(x, {p.m, (p.r + 7) / 8 * 8});
+  Tensor scaled_u = new_empty(x, {p.m, (p.r + 7) / 8 * 8});
   const Launch launch(x);
   const Dropping dropping(seed, threshold, gain, p.r > 0, x);
   std::optional<Tensor> dropped;
@@ -829,7 +851,7 @@ Tensor wide_product(const Tensor& a, const Tensor& b) {
 // scale * (a b) as a gradient of the type of `like`, rounded once.
 Tensor gradient(const Tensor& a, const Tensor& b, double scale, const Tensor& like) {
   if (like.scalar_type() == a.scalar_type()) {
-    Tensor out = torch::stable::new_empty(like, {a.sizes()[0], b.sizes()[1]});
+    Tensor out = new_empty(like, {a.sizes()[0], b.sizes()[1]});
     add_product(out, a, b, scale, 0.0);
     return out;
   }
@@ -844,7 +866,7 @@ Tensor gradient(const Tensor& a, const Tensor& b, double scale, const Tensor& li
 
 // The packed weight as a matrix of the type of `like`, in a transient buffer.
 Tensor dense_weight(const PackedWeight& w, const Tensor& like, const Launch& launch) {
-  Tensor out = torch::stable::new_empty(like, {w.n, w.k});
+  Tensor out = new_empty(like, {w.n, w.k});
   Launch::check("dequantize", dequantize_cuda(make_params(w, out), launch.stream()));
   return out;
 }
@@ -874,9 +896,9 @@ std::tuple<Tensor, Tensor> library_forward_op(
   prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
   const Launch launch(x);
   const Tensor dense = dense_weight(p, x, launch);
-  Tensor u = torch::stable::new_empty(x, {p.m, p.r});
+  Tensor u = new_empty(x, {p.m, p.r});
   if (p.r == 0 && !bias.has_value() && !float_out) {
-    Tensor y = torch::stable::new_empty(x, {p.m, n});
+    Tensor y = new_empty(x, {p.m, n});
     add_product(y, x, transposed(dense), 1.0, 0.0);
     return {y, u};
   }
@@ -886,7 +908,7 @@ std::tuple<Tensor, Tensor> library_forward_op(
     add_product(u, side, transposed(of_type(*lora_a, x.scalar_type())), 1.0, 0.0);
   }
   Tensor sums = wide_product(x, transposed(dense));
-  Tensor y = float_out ? sums : torch::stable::new_empty(x, {p.m, n});
+  Tensor y = float_out ? sums : new_empty(x, {p.m, n});
   FinishParams finish{};
   finish.sums = static_cast<const float*>(sums.const_data_ptr());
   finish.u = u.const_data_ptr();
@@ -921,7 +943,7 @@ AdapterGradients adapter_gradients(
     double scale,
     const Dropping& dropping,
     const Launch& launch) {
-  const Tensor nothing = torch::stable::new_empty(dy, {0});
+  const Tensor nothing = new_empty(dy, {0});
   AdapterGradients g{nothing, nothing, nothing};
   if (adapted && (needs.dx || needs.da)) g.du = gradient(dy, of_type(*lora_b, dy.scalar_type()), scale, dy);
   if (needs.db) g.db = gradient(transposed(dy), *u, scale, *lora_b);
@@ -959,9 +981,9 @@ std::tuple<Tensor, Tensor, Tensor> library_backward_op(
   const Launch launch(dy);
   const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
   AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
-  Tensor dx = torch::stable::new_empty(dy, {0});
+  Tensor dx = new_empty(dy, {0});
   if (needs.dx) {
-    dx = torch::stable::new_empty(dy, {p.m, k});
+    dx = new_empty(dy, {p.m, k});
     const bool joined = p.r > 0 && !dropping;
     if (joined) add_product(dx, g.du, of_type(*lora_a, dy.scalar_type()), 1.0, 0.0);
     add_product(dx, dy, dense_weight(p, dy, launch), 1.0, joined ? 1.0 : 0.0);
@@ -1010,9 +1032,9 @@ std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
   }
   const Launch launch(dy);
   AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
-  Tensor dx = torch::stable::new_empty(dy, {0});
+  Tensor dx = new_empty(dy, {0});
   if (needs.dx) {
-    dx = torch::stable::new_empty(dy, {p.m, k});
+    dx = new_empty(dy, {p.m, k});
     p.dx = dx.mutable_data_ptr();
     p.du = g.du.mutable_data_ptr();
     FewRowsBackward product = p;

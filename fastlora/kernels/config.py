@@ -318,10 +318,18 @@ def buffer_gemm(
     fields(128, block_k=64, stages=3),
 )
 def project(m: int, r: int, dtype: torch.dtype, device: Device, tiles: TileConfig | None = None) -> TileConfig:
-    """Tiles of the narrow products u = x A^T and du = dy B; the reduced side is ``block_k``."""
+    """Tiles of the narrow products u = x A^T and du = dy B; the reduced side is ``block_k``. m: rows of all of them."""
     block_r = power_of_two(r, _MIN_DOT, 64 if dtype == torch.float32 else 128)
-    block_k = 64 if dtype == torch.float32 or block_r > 32 else 128
-    config = tiles or TileConfig(16 if m <= 16 else 64, 16, block_k, block_r, num_warps=4, num_stages=4)
+    if dtype == torch.float32:
+        own = TileConfig(16 if m <= 16 else 64, 16, 64, block_r, num_warps=4, num_stages=4)
+    else:
+        # A program walks all of the reduced side: as few rows as leave every multiprocessor one program.
+        block_m = next((rows for rows in (16, 32) if -(-m // rows) <= device.multiprocessors), 64)
+        block_k = 128 if block_m == 64 else max(64, 8192 // block_r)
+        own = TileConfig(
+            block_m, 16, block_k, block_r, num_warps=2 if block_k < 512 and block_m < 64 else 4, num_stages=5
+        )
+    config = tiles or own
     # The adapter may be float32 whatever the type of x.
     stage = config.block_m * config.block_k * dtype.itemsize + config.block_k * block_r * 4
     return _fit(config, config.block_m * block_r, stage, device)
@@ -440,11 +448,16 @@ _GATED = TileConfig(block_m=16, block_n=256, num_warps=4, num_stages=1)
 def gated_gradients(width: int, dtype: torch.dtype, device: Device) -> TileConfig:
     """Tiles of the gradients of a gated activation and of the adapters beside it, whose factors have ``width`` columns
     together: ``block_m`` rows of ``block_n`` columns in each step down the columns."""
-    config = TileConfig(32, 64, num_warps=4, num_stages=3)
+    config = TileConfig(16, 64, num_warps=4, num_stages=3)
     # Three tiles of a stage, and as many that are multiplied.
     stage = (3 * config.block_n + width) * config.block_m * dtype.itemsize
     beside = 3 * config.block_n * config.block_m * dtype.itemsize
     return _fit(config, config.block_n * 2 * width, stage, dataclasses.replace(device, reserved=beside))
+
+
+def rotary(width: int) -> TileConfig:
+    """Of the rotary embedding: a program has all heads of a token, ``width`` elements of q."""
+    return TileConfig(num_warps=power_of_two(max(width // 1024, 1), 1, 8), num_stages=1)
 
 
 def cross_entropy(v: int) -> TileConfig:

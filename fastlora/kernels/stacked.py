@@ -330,8 +330,8 @@ def project_gradients(
     alike = len({part.dtype for part in dys}) == 1
     dys = [with_rows(part if alike else part.to(dtype)) for part in dys]
     du = torch.empty(m, adapters.width, dtype=dtype, device=dys[0].device)
-    tiles = config.project(m, adapters.span, dtype, config.Device.of(du.device))
     p = len(dys)
+    tiles = config.project(m * p, adapters.span, dtype, config.Device.of(du.device))
     full, padding = [*dys, *(dys[0] for _ in range(MOST - p))], (0,) * (MOST - p)
     with on_device(du):
         project_stacked_kernel[(triton.cdiv(m, tiles.block_m), p, triton.cdiv(adapters.span, tiles.block_r))](

@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -55,6 +55,19 @@ def compile_model(model: Any, attention: str = "pytorch", **options: Any) -> Non
     inner.compile(fullgraph=True, dynamic=False, **options)
 
 
+class _Captured(NamedTuple):
+    """A recorded batch."""
+
+    replay: Callable[[], torch.Tensor]
+    """Runs the batch as it stands in the tensors of the capture: the loss, and in place the gradients."""
+    grads: dict[nn.Parameter, torch.Tensor]
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
+    """Of those that have one."""
+    return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+
+
 class CapturedStep:
     """Forward and backward passes as CUDA graphs, one for each shape of batch.
 
@@ -70,8 +83,7 @@ class CapturedStep:
     def __init__(self, run: Callable[[Inputs], torch.Tensor], parameters: Iterable[nn.Parameter]) -> None:
         self._run = run
         self._parameters = list(parameters)
-        self._graphs: dict[Any, tuple[Inputs, Callable[[], torch.Tensor]]] = {}
-        self._grads: dict[nn.Parameter, torch.Tensor] = {}
+        self._graphs: dict[Any, tuple[Inputs, _Captured]] = {}
         self._pool: Any = None
         self.failure: str | None = None
         """Why no batch is captured any more."""
@@ -88,44 +100,38 @@ class CapturedStep:
                 self.failure = str(error).strip().split("\n")[0]
                 warnings.warn(f"the step is launched kernel by kernel: {self.failure}", stacklevel=2)
                 return self._run(inputs)
-        batch, replay = self._graphs[key]
+        batch, captured = self._graphs[key]
         for name, value in inputs.items():
             batch[name].copy_(value)
-        self._attach()
-        return replay()
-
-    def _attach(self) -> None:
-        """Let the gradients be the tensors that the graphs add to, with the values that they have now."""
-        fresh = []
-        for parameter, grad in self._grads.items():
-            if parameter.grad is None:
-                fresh.append(grad)
-            elif parameter.grad is not grad:
-                grad.copy_(parameter.grad)
+        # A replay writes its gradients, to where those of an earlier one may still be.
+        before = _gradients(captured.grads)
+        kept = [torch.empty_like(grad) for grad in before.values()]
+        if before:
+            torch._foreach_copy_(kept, list(before.values()))
+        loss = captured.replay()
+        if before:
+            torch._foreach_add_([captured.grads[parameter] for parameter in before], kept)
+        for parameter, grad in captured.grads.items():
             parameter.grad = grad
-        if fresh:
-            torch._foreach_zero_(fresh)
+        return loss
 
-    def _capture(self, batch: Inputs) -> Callable[[], torch.Tensor]:
+    def _capture(self, batch: Inputs) -> _Captured:
         before = [parameter.grad for parameter in self._parameters]
-        kept = [None if grad is None else grad.clone() for grad in before]
         try:
             with self._unchanged_random_numbers():
-                for parameter in self._parameters:
-                    parameter.grad = None
+                self._forget()
                 self._warm_up(batch)
-                for parameter in self._parameters:
-                    # One that gets no gradient keeps none: the optimizer then leaves it alone.
-                    if parameter.grad is not None and parameter not in self._grads:
-                        self._grads[parameter] = torch.zeros_like(parameter.grad)
-                for parameter in self._parameters:
-                    parameter.grad = self._grads.get(parameter)
-                return self._record(batch)
+                # Without gradients to add to, the backward pass leaves those that it makes, which every replay makes
+                # again in the same place. A parameter that gets none keeps none: the optimizer then leaves it alone.
+                self._forget()
+                return _Captured(self._record(batch), _gradients(self._parameters))
         finally:
-            for parameter, grad, values in zip(self._parameters, before, kept, strict=True):
+            for parameter, grad in zip(self._parameters, before, strict=True):
                 parameter.grad = grad
-                if grad is not None and values is not None:
-                    grad.copy_(values)
+
+    def _forget(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
 
     @contextmanager
     def _unchanged_random_numbers(self) -> Iterator[None]:

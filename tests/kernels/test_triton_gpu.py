@@ -50,7 +50,7 @@ def test_m_and_scale_recompile_nothing(form: str, monkeypatch: pytest.MonkeyPatc
     def step(m: int, scale: float) -> None:
         run(make_problem(m, 512, 1024, 16, torch.bfloat16, scale=scale, dropout_p=0.1, device="cuda"))
 
-    for m in (1, 2, 16, 17, 64, 65, 128, 1000, 4096):
+    for m in (1, 2, 16, 17, 64, 65, 128, 1000, 4096, 8192):
         step(m, 1.0)
     before = compiled_variants()
     assert before > 0

@@ -157,7 +157,17 @@ class Rerun(steps.CapturedStep):
 
     def _record(self, batch: steps.Inputs) -> Callable[[], torch.Tensor]:
         self.captures += 1
-        return lambda: self._run(batch).clone()
+        self._run(batch)
+        made = [(p, p.grad) for p in self._parameters if p.grad is not None]
+
+        def replay() -> torch.Tensor:
+            self._forget()
+            loss = self._run(batch)
+            for parameter, grad in made:
+                grad.copy_(parameter.grad)
+            return loss.clone()
+
+        return replay
 
 
 class Toy(torch.nn.Module):

@@ -16,6 +16,7 @@ from fastlora import backends
 from fastlora.integrations.peft import blocks as joint
 from fastlora.integrations.peft import liger as liger_kernels
 from fastlora.integrations.peft import loss as losses
+from fastlora.integrations.peft import rotary
 from fastlora.integrations.peft.layers import FUSED, Fused, FusedMethod, convert, convertible, revert
 from fastlora.integrations.peft.report import BlockReport, Report, report_layer
 from fastlora.integrations.peft.situation import Situation, situation
@@ -75,6 +76,7 @@ def accelerate(
     for layer in fusible:
         convert(layer, backend)
     joint.separate(model)
+    rotary.undo(model)
     joined = tuple(joint.join(model)) if blocks else ()
     losses.undo(model)
     if loss:
@@ -84,6 +86,11 @@ def accelerate(
             losses.fuse(model)
     own = loss and joined[-1].reason is None
     replaced = liger_kernels.apply(model, liger_kernels.LOSSES if liger == "captured" or own else ()) if liger else ()
+    if any("qkv_proj" in block.layers or (block.reason is None and "q_proj" in block.layers) for block in joined):
+        reason = rotary.reason(model)
+        joined += (BlockReport("", "rotary embedding", (rotary.FUNCTION,), reason),)
+        if reason is None:
+            rotary.apply(model)
     report = Report(tuple(reports), joined, replaced, liger == "captured" and not own)
     if not report.replaced:
         warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
@@ -94,8 +101,10 @@ def restore(model: nn.Module) -> int:
     """Give every fused layer of ``model`` its PEFT class back, and undo what came with it. Returns how many layers
     changed."""
     joint.separate(model)
+    rotary.undo(model)
     losses.undo(model)
     liger_kernels.undo(model)
+    rotary.undo(model)  # Liger put back what it had found
     fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]
     for layer in fused_layers:
         revert(layer)

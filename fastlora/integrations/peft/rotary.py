@@ -1,0 +1,101 @@
+"""The rotary embedding of attention whose q and k are views of one buffer: read where they lie, see `fastlora.rotary`.
+
+transformers' models call a function of their module for it. That function is replaced while a model of the module
+computes q, k and v together, and is called as before for all that lies contiguous: so for every other model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import rotary
+
+FUNCTION = "apply_rotary_pos_emb"
+_RECORD = "fastlora_rotary"
+_ORIGINAL = "fastlora_original"
+
+_users: dict[str, int] = {}
+"""How many models want the function of a module of transformers replaced."""
+
+
+def _library(model: Any) -> Any:
+    """The module that the transformers model inside of a PEFT model comes from."""
+    return sys.modules[type(model.get_base_model() if hasattr(model, "get_base_model") else model).__module__]
+
+
+@functools.cache
+def _recognize(function: Callable[..., Any]) -> str | None:
+    """None where a function rotates the halves of q and k, by its values; else why it does not."""
+    if getattr(function, "__module__", "").startswith("liger_kernel."):
+        return None  # which takes the place of one that does, and runs on GPUs only
+    try:
+        first = list(inspect.signature(function).parameters.values())[:5]
+        if [p.name for p in first] != ["q", "k", "cos", "sin", "unsqueeze_dim"] or first[4].default != 1:
+            return f"{FUNCTION} takes other arguments"
+        q, k, cos, sin = (
+            torch.linspace(-2, 2, 48, dtype=torch.float64).view(1, 2, 4, 6).sin() * i for i in (1, 2, 3, 4)
+        )
+        found = function(q, k, cos[:, 0], sin[:, 0])
+    except Exception as error:  # whatever it raises, it needs more than the formula has
+        return f"{FUNCTION} is another: {error}"
+    for t, y in zip((q, k), found, strict=True):
+        low, high = t.chunk(2, -1)
+        turned = torch.cat((-high, low), -1)
+        if y.shape != t.shape or not torch.allclose(y, t * cos[:, :1] + turned * sin[:, :1], rtol=1e-12):
+            return f"{FUNCTION} computes something else"
+    return None
+
+
+def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or args or kwargs or q.dim() != 4 or q.transpose(1, 2).is_contiguous():
+            return original(q, k, cos, sin, *args, **kwargs)
+        if rotary.unsupported(q, k, cos, sin) is not None:
+            return original(q, k, cos, sin)
+        return rotary.rotate(q, k, cos, sin)
+
+    setattr(apply, _ORIGINAL, original)
+    return apply
+
+
+def reason(model: nn.Module) -> str | None:
+    """Why the rotary embedding of a model stays as it is, or None."""
+    function = vars(_library(model)).get(FUNCTION)
+    if function is None:
+        return f"{_library(model).__name__} has no {FUNCTION}"
+    return _recognize(getattr(function, _ORIGINAL, function))
+
+
+def apply(model: nn.Module) -> None:
+    """Replace the function for a model whose `reason` is None. Calling it again is harmless."""
+    library = _library(model)
+    if _RECORD not in model.__dict__:
+        model.__dict__[_RECORD] = library.__name__
+        _users[library.__name__] = _users.get(library.__name__, 0) + 1
+    _settle(library)
+
+
+def undo(model: nn.Module) -> None:
+    """Take back what `apply` did, if it did anything, unless another model wants it."""
+    name = model.__dict__.pop(_RECORD, None)
+    if name is not None:
+        _users[name] -= 1
+    _settle(_library(model))
+
+
+def _settle(library: Any) -> None:
+    function = vars(library).get(FUNCTION)
+    original = getattr(function, _ORIGINAL, None)
+    wanted = _users.get(library.__name__, 0) > 0
+    if wanted and original is None:
+        setattr(library, FUNCTION, _replacement(function))
+    elif not wanted and original is not None:
+        setattr(library, FUNCTION, original)
