@@ -325,7 +325,7 @@ def project(m: int, r: int, dtype: torch.dtype, device: Device, tiles: TileConfi
     else:
         # A program walks all of the reduced side: as few rows as leave every multiprocessor one program.
         block_m = next((rows for rows in (16, 32) if -(-m // rows) <= device.multiprocessors), 64)
-        block_k = 128 if block_m == 64 else max(64, 8192 // block_r)
+        block_k = min(128 if block_m == 64 else 512, 8192 // block_r)
         own = TileConfig(
             block_m, 16, block_k, block_r, num_warps=2 if block_k < 512 and block_m < 64 else 4, num_stages=5
         )

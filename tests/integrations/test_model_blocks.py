@@ -318,7 +318,7 @@ def test_what_cannot_join(fields: dict[str, Any]) -> None:
         assert not report.joined
         assert "more than one plain adapter" in str(report)
     else:
-        assert [block.layers for block in report.joined] == [("q_proj", "v_proj")] * 2
+        assert [block.layers for block in report.joined] == [("q_proj", "v_proj")] * 2 + [("apply_rotary_pos_emb",)]
         assert "gate_proj has no adapter" in str(report)
 
 
@@ -457,10 +457,11 @@ def test_report(name: str) -> None:
     if name in JOINT:
         assert "gate_up_proj, down_proj" in table
         assert "by layer: it is one layer already" in table
-        assert "2 of 4 blocks fused" in table
+        assert "3 of 5 blocks fused" in table
     else:
         assert "q_proj, k_proj, v_proj" in table
-        assert "4 of 4 blocks fused" in table
+        assert "5 of 5 blocks fused" in table
+    assert "rotary embedding  apply_rotary_pos_emb" in table
 
 
 class Odd(nn.Module):

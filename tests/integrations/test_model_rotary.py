@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import gc
 import sys
+import types
 from typing import Any
 
 import pytest
@@ -86,11 +87,15 @@ def test_the_function_stays_while_a_model_wants_it() -> None:
     assert function() is stock
     restore(second)
     assert function() is stock
+    accelerate(first, "torch", blocks=True)
+    assert function() is not stock
+    del first
+    gc.collect()
+    restore(second)
+    assert function() is stock
 
 
 def test_what_liger_puts_back_is_no_leftover(monkeypatch: pytest.MonkeyPatch) -> None:
-    import types
-
     library = sys.modules[transformers.LlamaForCausalLM.__module__]
 
     def liger_rotary_pos_emb(q: Any, k: Any, cos: Any, sin: Any, *rest: Any) -> Any:
@@ -134,7 +139,7 @@ def test_only_the_formula_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(library, integration.FUNCTION, other)
         model = make()
-        report = accelerate(copy.copy(model), "torch", blocks=True)
+        report = accelerate(model, "torch", blocks=True)
         (block,) = (block for block in report.blocks if block.kind == "rotary embedding")
         assert words in (block.reason or "")
         assert function() is other

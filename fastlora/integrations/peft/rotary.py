@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,10 @@ from torch import nn
 from fastlora import rotary
 
 FUNCTION = "apply_rotary_pos_emb"
-_RECORD = "fastlora_rotary"
 _ORIGINAL = "fastlora_original"
 
-_users: dict[str, int] = {}
-"""How many models want the function of a module of transformers replaced."""
+_users: dict[str, weakref.WeakSet[nn.Module]] = {}
+"""The models that want the function of a module of transformers replaced."""
 
 
 def _library(model: Any) -> Any:
@@ -77,24 +77,21 @@ def reason(model: nn.Module) -> str | None:
 def apply(model: nn.Module) -> None:
     """Replace the function for a model whose `reason` is None. Calling it again is harmless."""
     library = _library(model)
-    if _RECORD not in model.__dict__:
-        model.__dict__[_RECORD] = library.__name__
-        _users[library.__name__] = _users.get(library.__name__, 0) + 1
+    _users.setdefault(library.__name__, weakref.WeakSet()).add(model)
     _settle(library)
 
 
 def undo(model: nn.Module) -> None:
     """Take back what `apply` did, if it did anything, unless another model wants it."""
-    name = model.__dict__.pop(_RECORD, None)
-    if name is not None:
-        _users[name] -= 1
-    _settle(_library(model))
+    library = _library(model)
+    _users.get(library.__name__, weakref.WeakSet()).discard(model)
+    _settle(library)
 
 
 def _settle(library: Any) -> None:
     function = vars(library).get(FUNCTION)
     original = getattr(function, _ORIGINAL, None)
-    wanted = _users.get(library.__name__, 0) > 0
+    wanted = bool(_users.get(library.__name__))
     if wanted and original is None:
         setattr(library, FUNCTION, _replacement(function))
     elif not wanted and original is not None:
