@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
       }
     };
     const auto sum = [&](int i) -> float& { return acc[i / (kPart / 2)][i % (kPart / 2)]; };
-    int done = 0;
+    int done = 0, stored = 0;  // tiles; parts of them, which take the two buffers in turn
     for (int tile = first_tile; tile < tiles; tile += tile_step, ++done) {
 #pragma unroll
       for (int i = 0; i < kTokensTile / 2; ++i) sum(i) = 0.0f;
@@ -354,7 +354,10 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
       }
 #pragma unroll
       for (int part = 0; part < kTokensTile / kStoreTokens; ++part) {
-        const uint32_t buffer = stores_at + part % 2 * kStoreBytes;
+        const int m = token0 + part * kStoreTokens;
+        // What is not stored must not be written either: its buffer may still be read for the store before.
+        if (m >= p.m || column0 >= side) break;
+        const uint32_t buffer = stores_at + stored++ % 2 * kStoreBytes;
         if (thread == 0) wait_stores<1>();  // the one before the last used this buffer
         meet();
 #pragma unroll
@@ -370,8 +373,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
         }
         publish_writes();
         meet();
-        const int m = token0 + part * kStoreTokens;
-        if (thread == 0 && m < p.m && column0 < side) store_box(out_map, static_cast<int>(column0), m, buffer);
+        if (thread == 0) store_box(out_map, static_cast<int>(column0), m, buffer);
       }
     }
     if (thread == 0) wait_stores<0>();

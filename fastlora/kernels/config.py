@@ -455,6 +455,7 @@ def gated_gradients(width: int, dtype: torch.dtype, device: Device) -> TileConfi
     return _fit(config, config.block_n * 2 * width, stage, dataclasses.replace(device, reserved=beside))
 
 
+@functools.cache
 def rotary(width: int) -> TileConfig:
     """Of the rotary embedding: a program has all heads of a token, ``width`` elements of q."""
     return TileConfig(num_warps=power_of_two(max(width // 1024, 1), 1, 8), num_stages=1)
