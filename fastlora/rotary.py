@@ -54,13 +54,22 @@ class _Rotary(torch.autograd.Function):
         return (*kernels("rotary").rotate(dq, dk, cos, sin, inverse=True), None, None)
 
 
+def rotated(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What `rotate` returns, or None where `unsupported` says why not."""
+    if unsupported(q, k, cos, sin) is not None:
+        return None
+    out: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q, k, cos, sin)
+    return out
+
+
 def rotate(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """q (B, HQ, S, D) and k (B, HK, S, D), of any strides but the last, rotated by cos and sin (B or 1, S, D).
 
     Computed in float32 and rounded once. Raises ValueError where `unsupported` says why.
     """
-    reason = unsupported(q, k, cos, sin)
-    if reason is not None:
-        raise ValueError(reason)
-    out: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q, k, cos, sin)
+    out = rotated(q, k, cos, sin)
+    if out is None:
+        raise ValueError(unsupported(q, k, cos, sin))
     return out

@@ -382,6 +382,21 @@ def test_every_size_of_tiles(m: int, n: int, k: int, dtype: torch.dtype) -> None
 
 
 @HOPPER
+@pytest.mark.parametrize("m", [70, 300, 680, 700, 1000])
+def test_tiles_repeat_beside_other_work(m: int) -> None:
+    # Copies of the other stream hold up the stores of the tiles, whose buffers must wait for them.
+    problem = make_problem(m, 4096, 2048, 16, torch.bfloat16, bias=True, device="cuda")
+    source = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    target, other = torch.empty_like(source), torch.cuda.Stream()
+    first = problem.run(*passes("tile"))
+    for _ in range(100):
+        with torch.cuda.stream(other):
+            target.copy_(source)
+        for name, again in problem.run(*passes("tile")).items():
+            assert again is None or torch.equal(again, first[name]), name
+
+
+@HOPPER
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("r", [0, 1, 7, 8, 17, 64, 65, 300])
 @pytest.mark.parametrize("m", [13, 100, 400])

@@ -56,11 +56,10 @@ def _recognize(function: Callable[..., Any]) -> str | None:
 def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or args or kwargs or q.dim() != 4 or q.transpose(1, 2).is_contiguous():
-            return original(q, k, cos, sin, *args, **kwargs)
-        if rotary.unsupported(q, k, cos, sin) is not None:
-            return original(q, k, cos, sin)
-        return rotary.rotate(q, k, cos, sin)
+        found = None
+        if not (torch.compiler.is_compiling() or args or kwargs or q.dim() != 4 or q.transpose(1, 2).is_contiguous()):
+            found = rotary.rotated(q, k, cos, sin)
+        return original(q, k, cos, sin, *args, **kwargs) if found is None else found
 
     setattr(apply, _ORIGINAL, original)
     return apply
