@@ -146,3 +146,14 @@ def test_only_the_formula_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(library, integration.FUNCTION)
     (block,) = (b for b in accelerate(make(), "torch", blocks=True).blocks if b.kind == "rotary embedding")
     assert "has no" in (block.reason or "")
+
+
+def test_a_class_from_nowhere_is_left_alone() -> None:
+    model = make()
+    base: Any = model.get_base_model()
+    base.__class__ = type("Made", (type(base),), {"__module__": "nowhere"})
+    report = accelerate(model, "torch", blocks=True)
+    assert [b.reason for b in report.blocks if b.kind == "rotary embedding"] == [
+        "its module has no apply_rotary_pos_emb"
+    ]
+    restore(model)

@@ -26,8 +26,8 @@ _users: dict[str, weakref.WeakSet[nn.Module]] = {}
 
 
 def _library(model: Any) -> Any:
-    """The module that the transformers model inside of a PEFT model comes from."""
-    return sys.modules[type(model.get_base_model() if hasattr(model, "get_base_model") else model).__module__]
+    """The module that the transformers model inside of a PEFT model comes from; None for a class made elsewhere."""
+    return sys.modules.get(type(model.get_base_model() if hasattr(model, "get_base_model") else model).__module__)
 
 
 @functools.cache
@@ -67,9 +67,10 @@ def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def reason(model: nn.Module) -> str | None:
     """Why the rotary embedding of a model stays as it is, or None."""
-    function = vars(_library(model)).get(FUNCTION)
+    library = _library(model)
+    function = getattr(library, FUNCTION, None)
     if function is None:
-        return f"{_library(model).__name__} has no {FUNCTION}"
+        return f"{getattr(library, '__name__', 'its module')} has no {FUNCTION}"
     return _recognize(getattr(function, _ORIGINAL, function))
 
 
@@ -83,12 +84,13 @@ def apply(model: nn.Module) -> None:
 def undo(model: nn.Module) -> None:
     """Take back what `apply` did, if it did anything, unless another model wants it."""
     library = _library(model)
-    _users.get(library.__name__, weakref.WeakSet()).discard(model)
-    _settle(library)
+    if library is not None:
+        _users.get(library.__name__, weakref.WeakSet()).discard(model)
+        _settle(library)
 
 
 def _settle(library: Any) -> None:
-    function = vars(library).get(FUNCTION)
+    function: Any = getattr(library, FUNCTION, None)
     original = getattr(function, _ORIGINAL, None)
     wanted = bool(_users.get(library.__name__))
     if wanted and original is None:
