@@ -419,8 +419,7 @@ void prepare_forward(
 // y and u, to be filled.
 template <typename Params>
 std::tuple<Tensor, Tensor> new_outputs(Params& p, const Tensor& x) {
-  Tensor y =
-      new_empty(x, {p.m, p.n}, p.out_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type());
+  Tensor y = new_empty(x, {p.m, p.n}, p.out_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type());
   Tensor u = new_empty(x, {p.m, p.r});
   p.y = y.mutable_data_ptr();
   p.u = u.mutable_data_ptr();
