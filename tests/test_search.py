@@ -362,6 +362,22 @@ def test_command_in_processes(file: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["train", str(folder / "best.yaml"), "--max-steps", "1", "--no-tensorboard"]) == 0
 
 
+def test_ctrl_c_while_a_process_starts_is_not_lost() -> None:
+    from fastlora.search.study import _no_interrupt
+
+    def start() -> None:
+        with _no_interrupt():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    with _no_interrupt():
+        command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "alive\n"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
+
+
 def test_ctrl_c_keeps_what_was_done(file: Path) -> None:
     changed(file, trials=40)
     command = [sys.executable, "-m", "fastlora.cli", "search", str(file)]

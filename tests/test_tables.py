@@ -359,15 +359,17 @@ class TestTiles:
         from fastlora.kernels import config
 
         own = config.project(64, 16, torch.bfloat16, self.device())
-        with tables.use(self.known("project", (self.AT, {"block_m": 32, "num_warps": 8}))):
+        entry = {"block_m": 32, "block_k": 128, "num_warps": 8}
+        with tables.use(self.known("project", (self.AT, entry))):
             got = config.project(64, 16, torch.bfloat16, self.device())
-            assert got == dataclasses.replace(own, block_m=32, num_warps=8)
+            assert got == dataclasses.replace(own, **entry)
             assert config.project(64, 16, torch.float16, self.device()) == got
             for changes in ({"name": ""}, {"capability": (8, 0)}):
                 built_in = config.project(64, 16, torch.bfloat16, self.device(**changes))
                 assert built_in.block_m == own.block_m
-            assert config.project(64, 16, torch.float32, self.device()).block_m == own.block_m
-            assert config.project(64, 256, torch.bfloat16, self.device()).block_m == own.block_m  # beyond reach
+            for beyond_reach in ((64, 16, torch.float32), (64, 256, torch.bfloat16)):
+                at = (*beyond_reach, self.device())
+                assert config.project(*at) == config.project.own(*at)
         assert config.project(64, 16, torch.bfloat16, self.device()) == own
 
     def test_few_variants_whatever_m_is(self) -> None:
@@ -378,7 +380,7 @@ class TestTiles:
             seen = {config.project(m, 16, torch.bfloat16, self.device()) for m in range(17, 20000, 7)}
             assert {tiles.block_m for tiles in seen} <= {16, 32, 64, 128}
             training = {config.project(m, 16, torch.bfloat16, self.device()) for m in range(1500, 16384)}
-            assert len(training) == 1
+            assert len(training) <= 3  # what the entry leaves open depends on whether rows fill the device
 
     @pytest.mark.parametrize(
         ("at", "tiles", "reason"),

@@ -210,15 +210,25 @@ class _Worker:
 
 @contextlib.contextmanager
 def _no_interrupt() -> Iterator[None]:
-    """Ctrl-C is for the search, which ends its processes: one that starts now takes no notice."""
+    """Ctrl-C is for the search, which ends its processes: one that starts now takes no notice.
+
+    It starts with the signal blocked, as this thread has it. What comes meanwhile reaches the search afterwards.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
+    blocked = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else set()
     try:
         yield
     finally:
+        if mask:
+            mask(signal.SIG_SETMASK, blocked)
         signal.signal(signal.SIGINT, before)
+        if came and callable(before):
+            before(signal.SIGINT, None)
 
 
 class _Runner:

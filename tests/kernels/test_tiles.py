@@ -88,9 +88,11 @@ def test_m_enters_by_its_range_only() -> None:
             assert len(divisions) == 1
     for low, high in ((1, 16), (17, 64), (65, 9999)):
         assert len({gemm(m, 4096, 16, torch.bfloat16, device, blocksize=64) for m in range(low, high + 1)}) == 1
-    for choose in (project, epilogue):
-        assert len({choose(m, 16, torch.bfloat16, device) for m in range(1, 17)}) == 1
-        assert len({choose(m, 16, torch.bfloat16, device) for m in range(17, 9999)}) == 1
+    for low, high in ((1, 16), (17, 9999)):
+        assert len({epilogue(m, 16, torch.bfloat16, device) for m in range(low, high + 1)}) == 1
+    # As many rows as 132 programs have of 16, of 32, and more.
+    for low, high in ((1, 2112), (2113, 4224), (4225, 9999)):
+        assert len({project(m, 16, torch.bfloat16, device) for m in range(low, high + 1)}) == 1
 
 
 @pytest.mark.parametrize(
