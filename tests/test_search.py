@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,15 @@ def test_command_in_processes(file: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["train", str(folder / "best.yaml"), "--max-steps", "1", "--no-tensorboard"]) == 0
 
 
+@pytest.fixture
+def listens() -> Iterator[None]:
+    """This process hears Ctrl-C, and those that it starts do: a shell's background jobs would not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listens")
 def test_ctrl_c_while_a_process_starts_is_not_lost() -> None:
     from fastlora.search.study import _no_interrupt
 
@@ -378,6 +388,7 @@ def test_ctrl_c_while_a_process_starts_is_not_lost() -> None:
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set())
 
 
+@pytest.mark.usefixtures("listens")
 def test_ctrl_c_keeps_what_was_done(file: Path) -> None:
     changed(file, trials=40)
     command = [sys.executable, "-m", "fastlora.cli", "search", str(file)]
