@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fastlora.integrations.inner import inner_model
 from fastlora.linear import NF4Linear
 from fastlora.nf4 import NF4Weight
 
@@ -125,7 +126,7 @@ def shard(
 
 def _own_embeddings(model: Any) -> nn.Module | None:
     """The input embeddings, where no other module has the same weight."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     table = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     if type(table) is not nn.Embedding:
         return None

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 
+from fastlora.integrations.inner import inner_model
+
 try:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -94,7 +96,7 @@ def _attention(
 def enable(model: Any) -> bool:
     """Have PyTorch's attention in ``model``, a transformers model or PEFT's around one, compute so. Returns whether it
     does now: not where the model has another attention, or code of its own for it."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = inner_model(model)
     able = model.config._attn_implementation in (_STOCK, NAME) and model._can_set_attn_implementation()
     if able:
         AttentionInterface.register(NAME, _attention)
@@ -105,7 +107,7 @@ def enable(model: Any) -> bool:
 
 def disable(model: Any) -> bool:
     """Undo `enable`. Returns whether there was anything to undo."""
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = inner_model(model)
     able = model.config._attn_implementation == NAME
     if able:
         model.set_attn_implementation(_STOCK)

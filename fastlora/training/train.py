@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastlora.integrations.inner import inner_model
 from fastlora.training import checkpoints, data, distributed, durable, methods, optimizer, saving, tasks
 from fastlora.training import model as models
 from fastlora.training import step as steps
@@ -153,7 +154,7 @@ def _train(config: TrainConfig, world: distributed.World, callbacks: list[Any]) 
         report = method.accelerate(model)
         if report is not None and world.main:
             print(report, flush=True)
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # not all methods wrap it
+        inner = inner_model(model)  # not all methods wrap it
         if config.gradient_checkpointing:
             steps.checkpoint_blocks(inner, random=config.step != "cuda_graphs", keep=config.kept_blocks)
         kernel = "pytorch" if config.attention == "stock" else config.attention

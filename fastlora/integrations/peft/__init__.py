@@ -10,6 +10,7 @@ where the fused operator computes what PEFT would; in any other situation PEFT's
     layers.py      the fused classes
     blocks.py      layers that compute together
     liger.py       Liger kernels for what is not a linear layer
+    rotary.py      the rotary embedding of q and k that are computed together
     loss.py        the head and the cross-entropy in one node
     methods.py     those of VeRA and AdaLoRA
     report.py      what became of each layer

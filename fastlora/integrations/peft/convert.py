@@ -101,10 +101,9 @@ def restore(model: nn.Module) -> int:
     """Give every fused layer of ``model`` its PEFT class back, and undo what came with it. Returns how many layers
     changed."""
     joint.separate(model)
-    rotary.undo(model)
     losses.undo(model)
     liger_kernels.undo(model)
-    rotary.undo(model)  # Liger put back what it had found
+    rotary.undo(model)  # after Liger, which puts back what it had found
     fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]
     for layer in fused_layers:
         revert(layer)

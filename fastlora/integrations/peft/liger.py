@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.integrations.inner import inner_model
+
 _ABSENT = object()
 _RECORD = "fastlora_liger"
 _OWN_MLP = ("swiglu", "geglu")
@@ -25,13 +27,8 @@ _applied: dict[str, tuple[int, dict[str, Any]]] = {}
 """For each changed module of transformers: how many models are as Liger left them, and what its names meant before."""
 
 
-def _base(model: Any) -> Any:
-    """The transformers model inside of a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _function(model: Any) -> Callable[..., None]:
-    kind = getattr(getattr(_base(model), "config", None), "model_type", None)
+    kind = getattr(getattr(inner_model(model), "config", None), "model_type", None)
     if kind is None:
         raise ValueError("liger=True needs a transformers model: this one has no config.model_type")
     try:
@@ -54,7 +51,7 @@ def check(model: nn.Module) -> None:
 
 def apply(model: nn.Module, without: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Have Liger change ``model``, unless it has, ``without`` what is named; returns the names of what it replaced."""
-    base, function = _base(model), _function(model)
+    base, function = inner_model(model), _function(model)
     parameters = inspect.signature(function).parameters
     options = {name: False for name in (*_OWN_MLP, *without) if name in parameters}
     replaced = tuple(
@@ -82,7 +79,7 @@ def apply(model: nn.Module, without: tuple[str, ...] = ()) -> tuple[str, ...]:
 
 def undo(model: nn.Module) -> None:
     """Take back what `apply` did, if it did anything."""
-    base = _base(model)
+    base = inner_model(model)
     if _RECORD not in base.__dict__:
         return
     name, changes = base.__dict__.pop(_RECORD)

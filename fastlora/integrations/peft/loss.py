@@ -18,17 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.integrations.inner import inner_model
 from fastlora.loss import linear_cross_entropy
 
 _IGNORED = -100
 HEAD = "lm_head"
 _KNOWN = ("num_items_in_batch", "ignore_index", "shift_labels")
 """Arguments of a loss function that are understood; of others a model's own forward makes what it makes."""
-
-
-def _base(model: Any) -> Any:
-    """The transformers model inside of a PEFT model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class FusedLoss:
@@ -162,7 +158,7 @@ def _recognize(model: Any) -> str | tuple[type, bool]:
 
 def reason(model: nn.Module) -> str | None:
     """Why the loss of a model cannot be fused, or None."""
-    base = _base(model)
+    base = inner_model(model)
     if isinstance(base, FusedLoss):
         return None
     if not hasattr(base, "loss_function") or not hasattr(base, "config"):
@@ -178,7 +174,7 @@ def reason(model: nn.Module) -> str | None:
 
 def fuse(model: nn.Module) -> None:
     """Have a model whose `reason` is None compute its loss in chunks. Calling it again is harmless."""
-    base: Any = _base(model)
+    base: Any = inner_model(model)
     if isinstance(base, FusedLoss):
         return
     recognized = _recognize(base)
@@ -189,6 +185,6 @@ def fuse(model: nn.Module) -> None:
 
 def undo(model: nn.Module) -> None:
     """Take back what `fuse` did, if it did anything."""
-    base: Any = _base(model)
+    base: Any = inner_model(model)
     if isinstance(base, FusedLoss):
         base.__class__ = base.stock

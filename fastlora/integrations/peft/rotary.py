@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastlora import rotary
+from fastlora.integrations.inner import inner_model
 
 FUNCTION = "apply_rotary_pos_emb"
 _ORIGINAL = "fastlora_original"
@@ -27,7 +28,7 @@ _users: dict[str, weakref.WeakSet[nn.Module]] = {}
 
 def _library(model: Any) -> Any:
     """The module that the transformers model inside of a PEFT model comes from; None for a class made elsewhere."""
-    return sys.modules.get(type(model.get_base_model() if hasattr(model, "get_base_model") else model).__module__)
+    return sys.modules.get(type(inner_model(model)).__module__)
 
 
 @functools.cache
