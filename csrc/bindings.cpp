@@ -86,7 +86,7 @@ std::string device_of(const Tensor& t) {
 std::string layout_of(const Tensor& t) { return shape_of(t) + (t.is_contiguous() ? "" : ", not contiguous"); }
 
 // An uninitialized contiguous tensor beside `like`. torch::stable::new_empty goes through the dispatcher, which takes
-// the host longer than a launch.
+// the host nearly as long as a launch.
 Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType type) {
   constexpr size_t kMostSides = 2;
   int64_t strides[kMostSides], stride = 1;

@@ -58,8 +58,10 @@ def compile_model(model: Any, attention: str = "pytorch", **options: Any) -> Non
 class _Captured(NamedTuple):
     """A recorded batch."""
 
+    batch: Inputs
+    """What a replay reads."""
     replay: Callable[[], torch.Tensor]
-    """Runs the batch as it stands in the tensors of the capture: the loss, and in place the gradients."""
+    """Makes the loss, and in place the gradients."""
     grads: dict[nn.Parameter, torch.Tensor]
 
 
@@ -83,7 +85,7 @@ class CapturedStep:
     def __init__(self, run: Callable[[Inputs], torch.Tensor], parameters: Iterable[nn.Parameter]) -> None:
         self._run = run
         self._parameters = list(parameters)
-        self._graphs: dict[Any, tuple[Inputs, _Captured]] = {}
+        self._graphs: dict[Any, _Captured] = {}
         self._pool: Any = None
         self.failure: str | None = None
         """Why no batch is captured any more."""
@@ -95,14 +97,14 @@ class CapturedStep:
                 return self._run(inputs)
             batch = {name: value.clone() for name, value in inputs.items()}
             try:
-                self._graphs[key] = batch, self._capture(batch)
+                self._graphs[key] = self._capture(batch)
             except RuntimeError as error:
                 self.failure = str(error).strip().split("\n")[0]
                 warnings.warn(f"the step is launched kernel by kernel: {self.failure}", stacklevel=2)
                 return self._run(inputs)
-        batch, captured = self._graphs[key]
+        captured = self._graphs[key]
         for name, value in inputs.items():
-            batch[name].copy_(value)
+            captured.batch[name].copy_(value)
         # A replay writes its gradients, to where those of an earlier one may still be.
         before = _gradients(captured.grads)
         kept = [torch.empty_like(grad) for grad in before.values()]
@@ -124,7 +126,7 @@ class CapturedStep:
                 # Without gradients to add to, the backward pass leaves those that it makes, which every replay makes
                 # again in the same place. A parameter that gets none keeps none: the optimizer then leaves it alone.
                 self._forget()
-                return _Captured(self._record(batch), _gradients(self._parameters))
+                return _Captured(batch, self._record(batch), _gradients(self._parameters))
         finally:
             for parameter, grad in zip(self._parameters, before, strict=True):
                 parameter.grad = grad
