@@ -72,6 +72,25 @@ def _built_in_rules() -> Iterator[None]:
         yield
 
 
+_NAN_BYTE = 0xFF
+"""Bytes that are NaN in every floating-point type."""
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_gpu_memory(request: pytest.FixtureRequest) -> None:
+    """The memory that a gpu test gets first holds NaN, so that a kernel that uses what nobody wrote fails.
+
+    `poison_empty` does not see allocations of the extension.
+    """
+    if not HAS_CUDA or request.node.get_closest_marker("gpu") is None:
+        return
+    # PyTorch serves sizes up to a MiB and larger ones apart; a large block is split.
+    sizes = [1 << 20] * 32 + [1 << 28]
+    taken = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
+    for t in taken:
+        t.fill_(_NAN_BYTE)
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     """The test runs once on the CPU and, where there is one, once on the GPU."""
