@@ -683,7 +683,7 @@ class Part:
 def _matrix(model: str, blocks: int = 8) -> Part:
     sizes = ((1, 2048), (4, 2048), (1, 8192))
     cases = tuple(Case(model, blocks, *size, kept) for size in sizes for kept in (False, True))
-    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, PEFT_LIGER, UNSLOTH), cases)
+    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, GRAPH, PEFT_LIGER, UNSLOTH), cases)
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
