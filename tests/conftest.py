@@ -73,7 +73,7 @@ def _built_in_rules() -> Iterator[None]:
 
 
 _NAN_BYTE = 0xFF
-"""Bytes that are NaN in every floating-point type."""
+"""Repeated, NaN in every floating-point type."""
 
 
 @pytest.fixture(autouse=True)
@@ -86,9 +86,8 @@ def _poisoned_gpu_memory(request: pytest.FixtureRequest) -> None:
         return
     # PyTorch serves sizes up to a MiB and larger ones apart; a large block is split.
     sizes = [1 << 20] * 32 + [1 << 28]
-    taken = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-    for t in taken:
-        t.fill_(_NAN_BYTE)
+    taken = [torch.full((size,), _NAN_BYTE, dtype=torch.uint8, device="cuda") for size in sizes]
+    del taken  # all at once: each had a place of its own
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

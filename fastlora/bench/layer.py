@@ -31,8 +31,6 @@ MODELS = {
 }
 """(out_features, in_features) of each projection."""
 SHAPES = {f"{model} {name}": nk for model, parts in MODELS.items() for name, nk in parts.items()}
-TOKENS = (1, 4, 16, 64, 256, 1024, 2048, 8192, 16384)
-RANKS = (8, 16, 64, 256)
 
 DEFAULT_SHAPES = tuple(f"llama-3-8b {name}" for name in MODELS["llama-3-8b"])
 DEFAULT_TOKENS = (1, 16, 256, 2048, 8192)

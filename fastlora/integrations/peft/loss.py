@@ -23,8 +23,6 @@ from fastlora.loss import linear_cross_entropy
 
 _IGNORED = -100
 HEAD = "lm_head"
-_KNOWN = ("num_items_in_batch", "ignore_index", "shift_labels")
-"""Arguments of a loss function that are understood; of others a model's own forward makes what it makes."""
 
 
 class FusedLoss:
