@@ -71,7 +71,7 @@ def _said(*command: str) -> str:
 def environment() -> dict[str, Any]:
     """What the numbers depend on."""
     cuda = torch.cuda.is_available()
-    packages = ("triton", "bitsandbytes", "peft", "transformers")
+    packages = ("triton", "bitsandbytes", "peft", "transformers", "liger_kernel", "unsloth")
     return {
         # A copy of the tree can be told what it is, whatever history lies beside it.
         "commit": os.environ.get("FASTLORA_COMMIT") or _said("git", "rev-parse", "--short", "HEAD"),

@@ -46,6 +46,9 @@ class Stack:
     fuse: str = ""
     """layers or blocks of `fastlora.accelerate`; nothing for a peer."""
     liger: bool = False
+    prepared: bool = False
+    """The model went through PEFT's ``prepare_model_for_kbit_training``: norms, embeddings and head are float32, and so
+    is what one layer gives to the next."""
     compiled: bool = False
     captured: bool = False
     """The step is replayed as a CUDA graph, as ``fastlora train --step cuda_graphs`` does."""
@@ -57,9 +60,13 @@ class Stack:
 
 
 PEFT, PEFT_LIGER, PEFT_COMPILED, UNSLOTH = "HF + PEFT", "HF + PEFT + Liger", "HF + PEFT + torch.compile", "Unsloth"
+PEFT_PREPARED = f"{PEFT}, prepared"
 LAYERS, BLOCKS, BLOCKS_LIGER = "fastlora layers", "fastlora blocks", "fastlora blocks + Liger"
 OFFLOADED, GRAPH = f"{BLOCKS_LIGER}, offloaded", f"{BLOCKS_LIGER}, CUDA graph"
 STACKS: dict[str, Stack] = {
+    PEFT_PREPARED: Stack("plain", prepared=True),
+    f"{LAYERS}, prepared": Stack("plain", "layers", prepared=True),
+    f"{BLOCKS}, prepared": Stack("plain", "blocks", prepared=True),
     PEFT: Stack("plain"),
     LAYERS: Stack("plain", "layers"),
     f"{LAYERS}, CUDA graph": Stack("plain", "layers", captured=True),
@@ -69,6 +76,7 @@ STACKS: dict[str, Stack] = {
     BLOCKS_LIGER: Stack("plain", "blocks", liger=True, whole=True),
     OFFLOADED: Stack("plain", "blocks", liger=True, whole=True, offloaded=True),
     GRAPH: Stack("plain", "blocks", liger=True, whole=True, captured=True),
+    f"{BLOCKS_LIGER}, prepared": Stack("plain", "blocks", liger=True, whole=True, prepared=True),
     PEFT_LIGER: Stack("Liger", liger=True),
     UNSLOTH: Stack("Unsloth"),
     PEFT_COMPILED: Stack("torch.compile", compiled=True),
@@ -253,6 +261,10 @@ def _model(
     if stack.liger and not stack.fuse:
         _apply_liger(config.model_type)
     model = (base or models.base)(config, device)
+    if stack.prepared:
+        from peft import prepare_model_for_kbit_training
+
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     model = models.adapt(model, r=R, alpha=ALPHA)
     if stack.fuse:
         import fastlora
@@ -456,7 +468,8 @@ def here(
             try:
                 # What Unsloth and compilers make of a model is for one length and one way of checkpointing.
                 special = stack.process == "Unsloth" or stack.compiled or stack.captured
-                wanted = (case.model, case.blocks, stack.fuse, stack.liger, *((name, case.title) if special else ()))
+                kind = (case.model, case.blocks, stack.fuse, stack.liger, stack.prepared)
+                wanted = (*kind, *((name, case.title) if special else ()))
                 if key != wanted:
                     model, key = None, None
                     _free(device)
@@ -603,7 +616,7 @@ def goal_rows(case: Case, found: Iterable[Measured], goal: Goal) -> list[Row]:
         ours = [one for one in ours if one.peak_bytes is not None and one.peak_bytes <= most] or ours
     best = max(ours, key=lambda one: one.tokens_per_second, default=None)
     rows = []
-    for peer, bound in ((UNSLOTH, goal.over_unsloth), (PEFT, goal.over_peft)):
+    for peer, bound in ((UNSLOTH, goal.over_unsloth), (PEFT_PREPARED, goal.over_peft), (PEFT, goal.over_peft)):
         value, note = None, "none of ours was measured"
         if best is not None:
             theirs = by_name.get(peer)
@@ -687,9 +700,11 @@ def _matrix(model: str, blocks: int = 8) -> Part:
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
-OURS = tuple(name for name, stack in STACKS.items() if stack.fuse and not stack.compiled)
+PREPARED = tuple(name for name, stack in STACKS.items() if stack.prepared)
+OURS = tuple(name for name, stack in STACKS.items() if stack.fuse and not stack.compiled and name not in PREPARED)
 PARTS: dict[str, Part] = {
-    "goals": Part((PEFT, *OURS, UNSLOTH), tuple(GOALS), _SMALL[:1]),
+    "goals": Part((PEFT_PREPARED, PEFT, *OURS, UNSLOTH), tuple(GOALS), _SMALL[:1]),
+    "prepared": Part(PREPARED, _SMALL, _SMALL[:1]),
     "breakdown": Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, UNSLOTH), _SMALL, _SMALL),
     "liger": Part((PEFT_LIGER,), _SMALL, _SMALL[:1]),
     "compile": Part((PEFT_COMPILED, f"{LAYERS} + torch.compile", f"{BLOCKS} + torch.compile"), (_SMALL[0], _SMALL[2])),

@@ -20,7 +20,7 @@ pytest.importorskip("rich", reason="rich is missing (extra: bench)")
 
 from fastlora.bench import models, record, report, train_loss
 from fastlora.bench import train_step as suite
-from fastlora.bench.train_step import BLOCKS, GEMM, LAYERS, PEFT, SIDE, UNSLOTH, Case, Measured
+from fastlora.bench.train_step import BLOCKS, GEMM, LAYERS, PEFT, PEFT_PREPARED, SIDE, UNSLOTH, Case, Measured
 from fastlora.training import offload
 
 CPU = torch.device("cpu")
@@ -39,9 +39,9 @@ def goals(*found: Measured) -> dict[str, record.Row]:
 @pytest.mark.parametrize(
     ("memory", "stack", "ms", "ok"),
     [
-        ((1.0, 2.0), BLOCKS, 100, [True, True, True]),
-        ((1.0, 3.0), LAYERS, 125, [False, False, True]),
-        ((2.5, 3.0), BLOCKS, 100, [True, True, False]),
+        ((1.0, 2.0), BLOCKS, 100, [True, True, True, True]),
+        ((1.0, 3.0), LAYERS, 125, [False, True, False, True]),
+        ((2.5, 3.0), BLOCKS, 100, [True, True, True, False]),
     ],
 )
 def test_goals_are_those_of_our_fastest_stack(
@@ -49,20 +49,22 @@ def test_goals_are_those_of_our_fastest_stack(
 ) -> None:
     """Of those that need no more memory than the peer, if there are any."""
     ours = [measured(LAYERS, 125, memory[0]), measured(BLOCKS, 100, memory[1])]
-    rows = goals(measured(PEFT, 200), measured(UNSLOTH, 130, 2.0), *ours)
+    rows = goals(measured(PEFT, 200), measured(PEFT_PREPARED, 250), measured(UNSLOTH, 130, 2.0), *ours)
     assert rows["tokens/s over Unsloth"].value == pytest.approx(130 / ms)
     assert rows["tokens/s over HF + PEFT"].value == pytest.approx(200 / ms)
+    assert rows["tokens/s over HF + PEFT, prepared"].value == pytest.approx(250 / ms)
     assert rows["peak memory over Unsloth"].value == pytest.approx(memory[stack == BLOCKS] / 2)
-    assert [row.note for row in rows.values()] == [stack] * 3
+    assert [row.note for row in rows.values()] == [stack] * 4
     assert [row.ok for row in rows.values()] == ok
 
 
 def test_a_missing_peer_is_a_miss_with_its_reason() -> None:
     gone = Measured(UNSLOTH, GOAL_CASE, "unsloth is not installed")
     rows = goals(measured(PEFT, 200), gone, measured(LAYERS, 100))
+    assert rows["tokens/s over HF + PEFT, prepared"].note == "HF + PEFT, prepared: not measured"
     assert rows["tokens/s over Unsloth"].note == "Unsloth: unsloth is not installed"
     assert rows["peak memory over Unsloth"].value is None
-    assert [row.ok for row in rows.values()] == [False, True, False]
+    assert [row.ok for row in rows.values()] == [False, False, True, False]
     assert all(row.value is None for row in goals(measured(PEFT, 200)).values())
 
 
@@ -163,6 +165,21 @@ def test_stacks_start_together_and_learn() -> None:
     assert max(first) - min(first) < 5e-3
     assert all(one.losses[-1] < one.losses[0] for one in found)
     assert found[0].losses == pytest.approx(found[1].losses, abs=5e-3)
+
+
+def test_a_prepared_model_is_float32_between_its_layers() -> None:
+    seen = {}
+    for name in (PEFT, *suite.PREPARED):
+        stack = dataclasses.replace(suite.STACKS[name], liger=False)
+        model = suite._model(stack, CASE, CPU)
+        norms = {p.dtype for key, p in model.named_parameters() if "norm" in key}
+        assert norms == {torch.float32 if stack.prepared else torch.bfloat16}
+        kinds = seen[name] = set()
+        block = model.get_base_model().model.layers[-1]
+        block.register_forward_hook(lambda module, args, out, kinds=kinds: kinds.add(out.dtype))
+        step = suite.train_step(model, stack, CASE, CPU)
+        assert math.isfinite(float(step()))
+    assert seen == {PEFT: {torch.bfloat16}} | {name: {torch.float32} for name in suite.PREPARED}
 
 
 def test_offloaded_checkpoints_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +373,7 @@ def test_report_of_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write(tmp_path, "train", rows)
     write(tmp_path, "train_quick", rows, quick=True)
     text = report.training(tmp_path)
-    assert "2 of 4 goals reached" in text
+    assert "2 of 5 goals reached" in text
     assert "tokens/s over HF + PEFT | 2 | >= 1.95 | pass | fastlora layers |" in text
     assert "**MISS** | Unsloth: unsloth is not installed" in text
     device = next(tmp_path.iterdir()).name
