@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fastlora import native
 from fastlora.backends import package_version
 
 RESULTS = Path("bench/results")
@@ -82,6 +83,8 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         **{name: package_version(name) for name in packages},
+        # Without it every kernel here is Triton's or PyTorch's, and a step costs the host more.
+        "extension": native.available("cuda" if cuda else "cpu") or "loaded",
     }
 
 

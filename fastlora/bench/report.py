@@ -49,6 +49,8 @@ def _source(path: Path, data: dict[str, Any]) -> str:
     """Where numbers come from."""
     parts = [data.get("gpu") or f"CPU ({data.get('cpu')}, {data.get('threads')} threads)", f"torch {data.get('torch')}"]
     parts += [f"{name} {data[name]}" for name in ("triton", "bitsandbytes", "peft") if data.get(name)]
+    if data.get("extension", "loaded") != "loaded":
+        parts.append("without the extension")
     return f"{', '.join(parts)}, commit {data.get('commit')} ({'/'.join(path.parts[-4:])})"
 
 

@@ -62,7 +62,7 @@ def test_committed_verdicts_are_those_of_their_rows(path: Path) -> None:
 
 def test_schema_of_a_record(tmp_path: Path) -> None:
     data = json.loads(record.write("goals", ROWS, folder=tmp_path).read_text())
-    assert {"commit", "gpu", "driver", "torch", "triton", "rows"} <= data.keys()
+    assert {"commit", "gpu", "driver", "torch", "triton", "extension", "rows"} <= data.keys()
     for row in data["rows"]:
         assert {"case", "metric", "goal", "value", "ok"} <= row.keys()
         assert isinstance(row["ok"], bool)
@@ -75,6 +75,14 @@ def test_commit_of_a_copy_without_history(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("PATH", "")
     record.environment.cache_clear()
     assert record.environment()["commit"] == "abc1234"
+    record.environment.cache_clear()
+
+
+def test_a_record_says_whether_the_extension_was_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for reason, said in ((None, "loaded"), ("no compiler", "no compiler")):
+        monkeypatch.setattr(record.native, "available", lambda device_type, reason=reason: reason)
+        record.environment.cache_clear()
+        assert record.environment()["extension"] == said
     record.environment.cache_clear()
 
 
