@@ -45,13 +45,18 @@ def rows_table(rows: Iterable[Row]) -> str:
     )
 
 
-def _source(path: Path, data: dict[str, Any]) -> str:
-    """Where numbers come from."""
+def _conditions(data: dict[str, Any]) -> str:
+    """What numbers depend on."""
     parts = [data.get("gpu") or f"CPU ({data.get('cpu')}, {data.get('threads')} threads)", f"torch {data.get('torch')}"]
     parts += [f"{name} {data[name]}" for name in ("triton", "bitsandbytes", "peft") if data.get(name)]
     if data.get("extension", "loaded") != "loaded":
         parts.append("without the extension")
-    return f"{', '.join(parts)}, commit {data.get('commit')} ({'/'.join(path.parts[-4:])})"
+    return f"{', '.join(parts)}, commit {data.get('commit')}"
+
+
+def _source(path: Path, data: dict[str, Any]) -> str:
+    """Where numbers come from."""
+    return f"{_conditions(data)} ({'/'.join(path.parts[-4:])})"
 
 
 def _found(results: Path, name: str) -> list[Path]:
@@ -126,17 +131,54 @@ def _by_stack(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
     return found
 
 
+_PREDICTED = "error of the predicted peak memory"
+
+
 def training(results: Path) -> str:
-    """The goals of whole training steps, and bars of speed and memory."""
-    blocks = []
+    """The goals of whole training steps with bars of speed and memory, and how much faster all other steps are."""
+    blocks, others, errors = [], [], []
     for path, data, rows in _training_records(results):
-        if not (bound := [row for row in rows if row.goal is not None]):
+        errors += [row for row in rows if row.metric.startswith(_PREDICTED)]
+        if not (bound := [row for row in rows if row.goal is not None and not row.metric.startswith(_PREDICTED)]):
+            others.append((path, data, rows))
             continue
         head = f"{_source(path, data)}: {sum(row.ok for row in bound)} of {len(bound)} goals reached."
         blocks.append(f"{head}\n\n{rows_table(bound)}")
         if (name := _bars_name(path, data, rows)) is not None:
             blocks.append(f"![tokens a second and memory of a training step](docs/{PLOTS}/{name}.png)")
+    if others:
+        blocks.append(_speed_ups(others))
+    if errors:
+        worst = max(row.value or 0.0 for row in errors)
+        text = (
+            f"`fastlora explain --model` predicts the peak memory: of {len(errors)} of these steps within {worst:.1%}"
+        )
+        blocks.append(f"{text} ({sum(row.ok for row in errors)} within the goal of {errors[0].goal:.0%}).")
     return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite train` on a GPU writes the record."
+
+
+def _speed_ups(records: list[tuple[Path, dict[str, Any], list[Row]]]) -> str:
+    """The fastest of fastlora's stacks in a record over each of the others: a row for each, a column for each size."""
+    sources: dict[str, list[str]] = {}
+    table: dict[tuple[str, str], dict[str, str]] = {}
+    for path, data, rows in records:
+        sources.setdefault(_conditions(data), []).append(path.name)
+        for case, stacks in _by_stack(rows).items():
+            model, blocks, size = case.split(", ", 2)
+            speeds = {stack: _value(stacks, stack, "tokens/s") for stack in stacks}
+            best = max((speed or 0.0 for stack, speed in speeds.items() if stack.startswith("fastlora")), default=0.0)
+            for stack, speed in speeds.items():
+                if not stack.startswith("fastlora"):
+                    cell = f"{best / speed:.2f}x" if speed else stacks[stack]["tokens/s"].note.replace("|", "/")
+                    slower = speed is not None and best < speed
+                    table.setdefault((f"{model}, {blocks}", stack), {})[size] = f"**{cell}**" if slower else cell
+    sizes = list(dict.fromkeys(size for cells in table.values() for size in cells))
+    body = [(*key, *(cells.get(size, "") for size in sizes)) for key, cells in sorted(table.items())]
+    where = "\n".join(f"- {conditions} ({', '.join(names)})" for conditions, names in sources.items())
+    text = (
+        "Tokens/s of the fastest of fastlora's ways to train over those of others on the same model; bold where less:"
+    )
+    return f"{text}\n\n{_markdown(('model', 'over', *sizes), body)}\n\n{where}"
 
 
 def _training_tables(results: Path) -> str:

@@ -607,6 +607,10 @@ GOALS: dict[Case, Goal] = {
 }
 
 
+GOAL_PEERS = (UNSLOTH, PEFT_PREPARED, PEFT)
+"""The goals over PEFT were set by a model that PEFT prepared; without that PEFT is faster, which is shown as well."""
+
+
 def goal_rows(case: Case, found: Iterable[Measured], goal: Goal) -> list[Row]:
     """The goals of a case, for one of our stacks: see `Goal`."""
     by_name = {one.stack: one for one in found}
@@ -616,7 +620,8 @@ def goal_rows(case: Case, found: Iterable[Measured], goal: Goal) -> list[Row]:
         ours = [one for one in ours if one.peak_bytes is not None and one.peak_bytes <= most] or ours
     best = max(ours, key=lambda one: one.tokens_per_second, default=None)
     rows = []
-    for peer, bound in ((UNSLOTH, goal.over_unsloth), (PEFT_PREPARED, goal.over_peft), (PEFT, goal.over_peft)):
+    for peer in GOAL_PEERS:
+        bound = goal.over_unsloth if peer == UNSLOTH else goal.over_peft
         value, note = None, "none of ours was measured"
         if best is not None:
             theirs = by_name.get(peer)
@@ -660,11 +665,12 @@ def memory_row(one: Measured) -> Row | None:
     return Row(one.case.title, f"error of the predicted peak memory, {one.stack}", error, MEMORY_ERROR)
 
 
-def rows_of(found: Iterable[Measured]) -> Iterator[Row]:
-    """What the measurements of one case say: a row for each stack and metric, and the goals of the case first."""
+def rows_of(found: Iterable[Measured], *, goals: bool = True) -> Iterator[Row]:
+    """What the measurements of one case say: a row for each stack and metric, and first, if there are any and they are
+    wanted, the goals of the case."""
     found = list(found)
     case = found[0].case
-    if case in GOALS:
+    if goals and case in GOALS:
         yield from goal_rows(case, found, GOALS[case])
     for one in found:
         if one.absent is not None:
@@ -750,11 +756,11 @@ def line(one: Measured) -> str:
 
 
 def by_case(part: Part, found: Iterable[Measured]) -> Iterator[Row]:
-    """The rows of all cases, in the order of the part."""
-    found = list(found)
+    """The rows of all cases, in the order of the part; the goals of a part that measures all whom they are about."""
+    found, goals = list(found), set(GOAL_PEERS) <= set(part.names)
     for case in part.cases:
         if mine := [one for one in found if one.case == case]:
-            yield from rows_of(mine)
+            yield from rows_of(mine, goals=goals)
 
 
 def main() -> None:

@@ -146,3 +146,21 @@ def test_loss_curves_of_a_training_record_are_drawn_and_their_rows_shown(tmp_pat
     (link,) = re.findall(r"\]\((plots/[^)]*)\)", page)
     drawn = (docs / link).with_suffix(".svg").read_text()
     assert all(f"<!-- {stack}" in drawn for stack in found)
+
+
+def test_speed_ups_of_training_steps_without_goals(tmp_path: Path) -> None:
+    speeds = {"Unsloth": 100.0, "HF + PEFT": 400.0, "fastlora layers": 150.0, "fastlora blocks": 200.0}
+    case = "a model, 2 blocks, 1 x 8"
+    rows = [Row(case, f"tokens/s, {stack}", speed) for stack, speed in speeds.items()]
+    rows += [Row(case, "tokens/s, HF + PEFT + Liger", None, note="liger_kernel is not installed")]
+    rows += [Row(f"{case}, checkpointing", f"tokens/s, {stack}", 2 * speeds[stack]) for stack in list(speeds)[::2]]
+    predicted = "error of the predicted peak memory, fastlora layers"
+    rows += [Row(case, predicted, 0.12, 0.1), Row(f"{case}, checkpointing", predicted, 0.025, 0.1)]
+    record.write("train_some", rows, {"quick": False}, tmp_path)
+    text = report.training(tmp_path)
+    assert "| model | over | 1 x 8 | 1 x 8, checkpointing |" in text
+    assert "| a model, 2 blocks | Unsloth | 2.00x | 1.50x |" in text
+    assert "| a model, 2 blocks | HF + PEFT | **0.50x** |  |" in text
+    assert "| a model, 2 blocks | HF + PEFT + Liger | liger_kernel is not installed |  |" in text
+    assert "(train_some.json)" in text
+    assert "of 2 of these steps within 12.0% (1 within the goal of 10%)" in text

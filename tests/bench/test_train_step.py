@@ -373,7 +373,8 @@ def test_report_of_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write(tmp_path, "train", rows)
     write(tmp_path, "train_quick", rows, quick=True)
     text = report.training(tmp_path)
-    assert "2 of 5 goals reached" in text
+    assert "1 of 4 goals reached" in text
+    assert "of 1 of these steps within 0.0% (1 within the goal of 10%)" in text
     assert "tokens/s over HF + PEFT | 2 | >= 1.95 | pass | fastlora layers |" in text
     assert "**MISS** | Unsloth: unsloth is not installed" in text
     device = next(tmp_path.iterdir()).name
