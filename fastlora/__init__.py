@@ -12,12 +12,14 @@ from fastlora.tables import for_graphs
 
 if TYPE_CHECKING:
     from fastlora.integrations.peft import accelerate, fused, merge, register, restore
+    from fastlora.training.step import capture_steps
 
 __all__ = [
     "FastLoRALinear",
     "NF4Linear",
     "NF4Weight",
     "accelerate",
+    "capture_steps",
     "for_graphs",
     "fused",
     "lora_linear",
@@ -32,8 +34,14 @@ except importlib.metadata.PackageNotFoundError:  # running from a source tree th
     __version__ = "0+unknown"
 
 
+# These need PEFT or transformers, which importing fastlora must not.
+_LAZY = {
+    "capture_steps": "fastlora.training.step",
+    **dict.fromkeys(("accelerate", "fused", "merge", "register", "restore"), "fastlora.integrations.peft"),
+}
+
+
 def __getattr__(name: str) -> Any:
-    # These need PEFT, which importing fastlora must not.
-    if name in ("accelerate", "fused", "merge", "register", "restore"):
-        return getattr(importlib.import_module("fastlora.integrations.peft"), name)
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

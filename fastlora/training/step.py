@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from fastlora.tables import for_graphs
-from fastlora.training.attention import use_causal_attention
+from fastlora.training.attention import CAUSAL, use_causal_attention
 
 Inputs = dict[str, torch.Tensor]
 _WARM_UP = 3
@@ -79,7 +79,7 @@ class CapturedStep:
 
     A call returns the loss and adds to the parameters' gradients, as ``run`` would. The first batch of a shape is used
     to warm up and capture, with the gradients and the random numbers put back afterwards. A batch of one shape more
-    than are kept, and every batch after a capture failed, runs without a graph.
+    than are kept, and every batch after a capture failed, runs without a graph, which a warning says once.
     """
 
     def __init__(self, run: Callable[[Inputs], torch.Tensor], parameters: Iterable[nn.Parameter]) -> None:
@@ -87,20 +87,24 @@ class CapturedStep:
         self._parameters = list(parameters)
         self._graphs: dict[Any, _Captured] = {}
         self._pool: Any = None
+        self._said = False
         self.failure: str | None = None
         """Why no batch is captured any more."""
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         key = tuple((name, value.shape, value.dtype) for name, value in sorted(inputs.items()))
         if key not in self._graphs:
-            if self.failure is not None or len(self._graphs) == _SHAPES:
+            if self.failure is not None:
+                return self._run(inputs)
+            if len(self._graphs) == _SHAPES:
+                self._say_once(f"batches of more than {_SHAPES} shapes: all others are launched kernel by kernel")
                 return self._run(inputs)
             batch = {name: value.clone() for name, value in inputs.items()}
             try:
                 self._graphs[key] = self._capture(batch)
             except RuntimeError as error:
                 self.failure = str(error).strip().split("\n")[0]
-                warnings.warn(f"the step is launched kernel by kernel: {self.failure}", stacklevel=2)
+                self._say_once(f"the step is launched kernel by kernel: {self.failure}")
                 return self._run(inputs)
         captured = self._graphs[key]
         for name, value in inputs.items():
@@ -116,6 +120,11 @@ class CapturedStep:
         for parameter, grad in captured.grads.items():
             parameter.grad = grad
         return loss
+
+    def _say_once(self, text: str) -> None:
+        if not self._said:
+            warnings.warn(text, stacklevel=3)
+        self._said = True
 
     def _capture(self, batch: Inputs) -> _Captured:
         before = [parameter.grad for parameter in self._parameters]
@@ -211,3 +220,96 @@ class StepLauncher:
             count = torch.as_tensor(num_items_in_batch, device=next(iter(batch.values())).device)
             batch["num_items_in_batch"] = count
         return self._captured_steps[accumulated](batch)
+
+
+_PADDING = {"labels": -100}
+"""What stands for no token, where it is not 0."""
+_PACKED = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
+"""What a collator adds that lays several sequences into one row."""
+
+
+class OneLength:
+    """A data collator whose batches another one makes, padded on the right to a length if there is one."""
+
+    def __init__(self, collate: Callable[[Any], Any], length: int | None) -> None:
+        self.collate, self.length = collate, length
+
+    def __call__(self, examples: Any) -> dict[str, torch.Tensor]:
+        batch = dict(self.collate(examples))
+        shape, mask = batch["input_ids"].shape, batch.get("attention_mask")
+        if packed := [name for name in _PACKED if name in batch]:
+            raise ValueError(f"a captured step cannot tell packed sequences apart: the data collator made {packed[0]}")
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise ValueError("a captured step pads on the right: set tokenizer.padding_side = 'right'")
+        if self.length is None:
+            return batch
+        if shape[1] > self.length:
+            raise ValueError(f"a batch of {shape[1]} tokens a row is longer than length={self.length}")
+        missing = (0, self.length - shape[1])
+        return {
+            name: nn.functional.pad(value, missing, value=_PADDING.get(name, 0)) if value.shape == shape else value
+            for name, value in batch.items()
+        }
+
+
+def _why_not_captured(trainer: Any, inner: Any) -> str | None:
+    """What to change of a trainer whose steps cannot be captured, or None. inner: the transformers model."""
+    args, peft = trainer.args, getattr(trainer.model, "active_peft_config", None)
+    if any(kind.__module__.startswith("trl.") for kind in type(trainer).__mro__):
+        return "TRL's trainers look at masks and losses in every step: take transformers.Trainer"
+    if getattr(peft, "is_prompt_learning", False):
+        return "prompts and prefixes change what tokens see: take another method"
+    if not any(kind.__name__.endswith("ForCausalLM") for kind in type(inner).__mro__):
+        return f"{type(inner).__name__} may need its masks: only causal language models are captured"
+    if not inner.config._attn_implementation.startswith(("sdpa", CAUSAL)):
+        return f"load the model with attn_implementation='sdpa' instead of {inner.config._attn_implementation!r}"
+    if args.n_gpu > 1 or args.world_size > 1:
+        return "a graph cannot wait for other processes or GPUs: train on one"
+    if args.fp16:
+        return "the scale of an fp16 loss follows its gradients: set bf16=True instead of fp16"
+    return None
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise RuntimeError(f"capturing steps needs a CUDA GPU: the model is on {device}")
+
+
+def capture_steps(trainer: Any, length: int | None = None, *, attention: str = "auto") -> None:
+    """Let a ``transformers.Trainer`` run forward and backward as CUDA graphs, one for each shape of batch.
+
+    It is for steps of a few thousand tokens, which the host takes longer to launch than the GPU to compute. Call it
+    after ``fastlora.accelerate`` and before ``trainer.train()``. Clipping, the optimizer, the schedule, callbacks,
+    evaluation and checkpoints stay the trainer's. The model attends without masks from then on, so padding has to be
+    on the right, and gradient checkpointing is set up here if the trainer's arguments ask for it. A step that
+    cannot be captured after all runs as before, which a warning says once.
+
+    length: tokens a row to which batches are padded; None for batches that have one length already, such as packed
+    ones. attention: the kernel of `use_causal_attention`.
+
+    Raises TypeError for what is no Trainer, RuntimeError for a model that is not on a CUDA GPU, and ValueError for a
+    set-up whose steps cannot be captured, naming what to change. The collator raises ValueError for padding on the
+    left, for packed sequences with positions of their own, and for a batch that is longer than ``length``.
+    """
+    import transformers
+
+    if not isinstance(trainer, transformers.Trainer):
+        raise TypeError(f"trainer must be a transformers.Trainer, got {type(trainer).__name__}")
+    model: Any = trainer.model
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if (reason := _why_not_captured(trainer, inner)) is not None:
+        raise ValueError(f"steps cannot be captured: {reason}")
+    names = ("activation_checkpointing", "gradient_checkpointing")  # transformers renamed it
+    asked = [name for name in names if getattr(trainer.args, name, False)]
+    checkpointing = bool(asked) or any(getattr(module, "gradient_checkpointing", False) for module in inner.modules())
+    if checkpointing and any(isinstance(module, nn.Dropout) and module.p > 0 for module in inner.modules()):
+        raise ValueError("steps cannot be captured: checkpointed blocks cannot repeat dropout: set lora_dropout=0")
+    _check_device(next(model.parameters()).device)
+    if checkpointing:
+        checkpoint_blocks(inner, random=False)
+        for name in asked:  # the trainer would turn it on in its own way
+            setattr(trainer.args, name, False)
+    use_causal_attention(inner, attention)
+    trainer.data_collator = OneLength(trainer.data_collator, length)
+    kind = type(trainer)
+    trainer.__class__ = type(f"Captured{kind.__name__}", (StepLauncher, kind), {"captured": True, "causal": True})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,8 +217,13 @@ def test_gradients_that_wait_survive_a_capture() -> None:
 def test_few_shapes_are_captured_and_a_failure_is_said_once() -> None:
     toy = Toy().eval()
     captured = Rerun(toy.run, toy.parameters())
-    for n in range(1, 8):
+    for n in range(1, 5):
         captured({"x": torch.randn(n, 4)})
+    with pytest.warns(UserWarning, match="of more than 4 shapes"):
+        captured({"x": torch.randn(5, 4)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured({"x": torch.randn(6, 4)})
     assert captured.captures == 4
 
     class Fails(Rerun):
@@ -270,6 +276,143 @@ def test_training_through_captured_steps_has_the_same_losses(
     captured = run_of(options, tmp_path / "captured", step="cuda_graphs")
     assert [loss for _, loss in captured.losses] == pytest.approx([loss for _, loss in eager.losses], rel=1e-4)
     assert captures[0].captures == 1
+
+
+class Trainers:
+    """transformers.Trainer on a tiny model and rows of several lengths, as somebody's own script has it."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.folder, self.options = folder, options
+
+    def make(self, *, kind: Any = None, device: str = "cpu", dropout: float = 0.0, **arguments: Any) -> Any:
+        import transformers
+        from tiny import make_tokenizer
+
+        tokenizer = make_tokenizer()
+        config = models.config("llama-3-8b", 2, 300, **(SIZES | {"head_dim": 64 if device == "cuda" else 16}))
+        model = models.base(config, torch.device(device), dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+        model = models.adapt(model, r=4)
+        for module in model.modules():
+            if dropout and hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = torch.nn.Dropout(dropout)
+        fastlora.accelerate(model, **self.options)
+        values = {
+            "max_steps": 4,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "logging_steps": 1,
+        }
+        values |= {"learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "use_cpu": device == "cpu", "seed": 0}
+        values |= {"label_names": ["labels"], "bf16": device == "cuda", "remove_unused_columns": False, **arguments}
+        args = transformers.TrainingArguments(output_dir=str(self.folder), **values)
+        args._n_gpu = min(args.n_gpu, 1)
+        generator = torch.Generator().manual_seed(3)
+        lengths = [9, 12, 12, 5, 7, 11, 12, 6] * 2
+        rows = [torch.randint(5, 300, (n,), generator=generator).tolist() for n in lengths]
+        collate = transformers.DataCollatorForSeq2Seq(tokenizer, padding=True, label_pad_token_id=-100)
+        examples = [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows]
+        return (kind or transformers.Trainer)(model=model, args=args, train_dataset=examples, data_collator=collate)
+
+    @staticmethod
+    def losses(trainer: Any) -> list[float]:
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.fixture
+def trainers(tmp_path: Path) -> Trainers:
+    return Trainers(tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_of_ones_own_captures_its_steps(
+    trainers: Trainers, monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    import transformers
+
+    expected = trainers.losses(trainers.make())
+    captures: list[Rerun] = []
+    monkeypatch.setattr(steps, "_check_device", lambda device: None)
+    monkeypatch.setattr(steps, "CapturedStep", lambda *args: captures.append(Rerun(*args)) or captures[-1])
+    trainer = trainers.make(gradient_checkpointing=checkpointing)
+    fastlora.capture_steps(trainer, 16)
+    assert isinstance(trainer, transformers.Trainer)
+    assert type(trainer).__name__ == "CapturedTrainer"
+    shapes = {tuple(value.shape) for batch in trainer.get_train_dataloader() for value in batch.values()}
+    assert shapes == {(2, 16)}
+    assert trainers.losses(trainer) == pytest.approx(expected, rel=1e-4)
+    assert [one.captures for one in captures] == [1]
+    inner = trainer.model.get_base_model()
+    assert inner.config._attn_implementation.startswith(CAUSAL)
+    assert [layer.gradient_checkpointing for layer in inner.model.layers] == [checkpointing] * 2
+
+
+def test_what_a_trainer_captures_has_one_length_and_padding_on_the_right() -> None:
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.clone(), "weight": torch.ones(2)}
+    found = steps.OneLength(lambda examples: batch, 5)(None)
+    assert found["input_ids"].tolist() == [[1, 2, 3, 0, 0], [4, 5, 6, 0, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    assert found["labels"].tolist() == [[1, 2, 3, -100, -100], [4, 5, 6, -100, -100]]
+    assert found["weight"].shape == (2,)
+    assert steps.OneLength(lambda examples: batch, None)(None)["input_ids"] is ids
+    for changes, words in (
+        ({"attention_mask": mask.flip(1)}, "padding_side = 'right'"),
+        ({"position_ids": ids}, "packed sequences apart: the data collator made position_ids"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            steps.OneLength(lambda examples, changes=changes: batch | changes, 5)(None)
+    with pytest.raises(ValueError, match="3 tokens a row is longer than length=2"):
+        steps.OneLength(lambda examples: batch, 2)(None)
+
+
+def test_what_a_trainer_cannot_capture_says_what_to_change(trainers: Trainers, monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers
+
+    with pytest.raises(TypeError, match=r"transformers\.Trainer, got list"):
+        fastlora.capture_steps([])
+    trainer = trainers.make()
+    with pytest.raises(RuntimeError, match="needs a CUDA GPU: the model is on cpu"):
+        fastlora.capture_steps(trainer)
+    assert type(trainer) is transformers.Trainer
+
+    def refused(words: str, trainer: Any) -> None:
+        with pytest.raises(ValueError, match=f"steps cannot be captured: .*{words}"):
+            fastlora.capture_steps(trainer)
+
+    refused("set lora_dropout=0", trainers.make(dropout=0.1, gradient_checkpointing=True))
+    refused(
+        "take transformers.Trainer", trainers.make(kind=type("Sub", (transformers.Trainer,), {"__module__": "trl.x"}))
+    )
+    for name, value, words in (("fp16", True, "bf16=True"), ("_n_gpu", 2, "train on one")):
+        trainer = trainers.make()
+        monkeypatch.setattr(trainer.args, name, value)
+        refused(words, trainer)
+    trainer = trainers.make()
+    trainer.model.get_base_model().config._attn_implementation = "eager"
+    refused("attn_implementation='sdpa' instead of 'eager'", trainer)
+    trainer = trainers.make()
+    monkeypatch.setattr(type(trainer.model.active_peft_config), "is_prompt_learning", True)
+    refused("take another method", trainer)
+    monkeypatch.undo()
+    trainer = trainers.make()
+    trainer.model = trainer.model.get_base_model().model
+    refused("LlamaModel may need its masks", trainer)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_trainer_of_ones_own_replays_graphs(tmp_path: Path, checkpointing: bool) -> None:
+    trainers = Trainers(tmp_path, blocks=True, loss=True)
+    expected = trainers.losses(trainers.make(device="cuda"))
+    trainer = trainers.make(device="cuda", gradient_checkpointing=checkpointing)
+    fastlora.capture_steps(trainer, 16)
+    assert trainers.losses(trainer) == pytest.approx(expected, rel=5e-3)
+    (captured,) = trainer._captured_steps.values()
+    assert captured.failure is None
+    assert len(captured._graphs) == 1
+    fastlora.restore(trainer.model)
 
 
 @pytest.mark.parametrize("packing", [True, False])
