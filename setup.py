@@ -4,8 +4,8 @@ fastlora._C has the kernels, for every torch from 2.10 on and every Python; fast
 node, for the torch and the Python that build it, and is left out where it does not compile.
 
 FASTLORA_BUILD = auto (default) | cpu | cuda | none. ``auto`` builds what the machine can build and installs the
-pure-Python package when that fails; ``cpu`` and ``cuda`` fail instead. Whether CUDA code is built depends on nvcc and
-on torch's own CUDA version, never on a GPU being present. torch must be importable, so build without isolation:
+pure-Python package when that fails; ``cpu`` and ``cuda`` fail instead. Whether CUDA code is built depends on nvcc being
+of torch's own CUDA version, never on a GPU being present. torch must be importable, so build without isolation:
 ``pip install --no-build-isolation .``
 """
 
@@ -15,6 +15,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def missing_compiler() -> str:
     return "" if os.name != "posix" or shutil.which(command[0]) else command[0]
 
 
+def cuda_major(nvcc: str) -> str:
+    """The major version of the CUDA toolkit of a compiler; empty where it does not say."""
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.", said)
+    return found[1] if found else ""
+
+
 def plan() -> tuple[list, dict, str]:
     """Extensions, commands, and the reason when there are none."""
     if MODE == "none":
@@ -63,7 +71,10 @@ def plan() -> tuple[list, dict, str]:
             ) from error
         return [], {}, "torch was not importable at build time; install with: pip install --no-build-isolation ."
     nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
-    with_cuda = MODE == "cuda" or (MODE == "auto" and bool(nvcc) and torch.version.cuda is not None)
+    with_cuda = MODE == "cuda"
+    if MODE == "auto" and nvcc and torch.version.cuda is not None:
+        # torch refuses the compiler of another major version; the CPU code needs none.
+        with_cuda = cuda_major(nvcc) == torch.version.cuda.partition(".")[0]
     if with_cuda and (not nvcc or torch.version.cuda is None):
         raise SystemExit(f"FASTLORA_BUILD=cuda needs nvcc (found {nvcc}) and a CUDA torch (found {torch.__version__})")
     if with_cuda:

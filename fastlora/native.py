@@ -76,7 +76,7 @@ def available(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"fastlora._C has no code for device type {device_type!r}"
     if not module.WITH_CUDA:
-        return "fastlora._C was built without CUDA (no nvcc, or a CPU build of torch, at build time)"
+        return "fastlora._C was built without CUDA (at build time no nvcc of torch's version, or a CPU build of torch)"
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 

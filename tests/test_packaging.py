@@ -139,6 +139,27 @@ def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
     assert reason.startswith("the extension did not compile (Error compiling objects")
 
 
+@pytest.mark.parametrize(("release", "cuda"), [("12.4", True), ("13.0", False), ("none", False)])
+def test_auto_leaves_cuda_code_out_where_nvcc_is_not_of_torchs_version(
+    source: Path, tmp_path: Path, release: str, cuda: bool
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.88"\n')
+    nvcc.chmod(0o755)
+    # A CPU build of torch looks for no toolkit.
+    code = "import runpy, sys, torch; from torch.utils import cpp_extension; torch.version.cuda = '12.8'; "
+    code += f"cpp_extension.CUDA_HOME = {str(tmp_path)!r}; sys.argv = ['setup.py', '--version']; "
+    code += "print(*(source for one in runpy.run_path('setup.py')['extensions'] for source in one.sources))"
+    path = os.pathsep.join((str(nvcc.parent), os.environ["PATH"]))
+    env = {**os.environ, "PATH": path, "FASTLORA_BUILD": "auto"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert "csrc/cpu/linear.cpp" in done.stdout, done.stderr
+    assert ("csrc/cuda/tiles.cu" in done.stdout) == cuda
+
+
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
 def test_a_mode_that_cannot_be_met(source: Path, tmp_path: Path, mode: str) -> None:
     (tmp_path / "bin").mkdir()

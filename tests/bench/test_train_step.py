@@ -189,7 +189,8 @@ def test_offloaded_checkpoints_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     kept = dataclasses.replace(CASE, checkpointing=True)
     made, gone = [], []
     real, pack = suite._model, offload.Pipe.pack
-    monkeypatch.setattr(offload.Pipe, "pack", lambda self, t: gone.append(t) or pack(self, t))
+    # Some versions of torch checkpoint an empty tensor beside what a block takes.
+    monkeypatch.setattr(offload.Pipe, "pack", lambda self, t: (gone.append(t) if t.numel() else None) or pack(self, t))
     monkeypatch.setattr(suite, "_model", lambda *args: made.append(args) or real(*args))
     one, other = suite.here((LAYERS, name), (kept,), CPU)
     assert other.absent is None
