@@ -12,6 +12,7 @@ from typing import Any
 
 from fastlora.bench import layer, record, runs, timing
 from fastlora.bench.record import Row
+from fastlora.bench.train_step import PREDICTED
 from fastlora.nf4 import NF4Weight
 
 Lines = list[dict[str, Any]]
@@ -131,15 +132,12 @@ def _by_stack(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
     return found
 
 
-_PREDICTED = "error of the predicted peak memory"
-
-
 def training(results: Path) -> str:
     """The goals of whole training steps with bars of speed and memory, and how much faster all other steps are."""
     blocks, others, errors = [], [], []
     for path, data, rows in _training_records(results):
-        errors += [row for row in rows if row.metric.startswith(_PREDICTED)]
-        if not (bound := [row for row in rows if row.goal is not None and not row.metric.startswith(_PREDICTED)]):
+        errors += [row for row in rows if row.metric.startswith(PREDICTED)]
+        if not (bound := [row for row in rows if row.goal is not None and not row.metric.startswith(PREDICTED)]):
             others.append((path, data, rows))
             continue
         head = f"{_source(path, data)}: {sum(row.ok for row in bound)} of {len(bound)} goals reached."

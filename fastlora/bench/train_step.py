@@ -644,6 +644,7 @@ def goal_rows(case: Case, found: Iterable[Measured], goal: Goal) -> list[Row]:
     return rows
 
 
+PREDICTED = "error of the predicted peak memory"
 MEMORY_ERROR = 0.1
 """How far the memory that `fastlora explain --model` predicts may be from what is measured, as a share of it."""
 
@@ -662,7 +663,7 @@ def memory_row(one: Measured) -> Row | None:
     if one.stack not in (LAYERS, BLOCKS) or one.peak_bytes is None:
         return None
     error = abs(predicted_peak(one.case, one.stack == BLOCKS) / one.peak_bytes - 1)
-    return Row(one.case.title, f"error of the predicted peak memory, {one.stack}", error, MEMORY_ERROR)
+    return Row(one.case.title, f"{PREDICTED}, {one.stack}", error, MEMORY_ERROR)
 
 
 def rows_of(found: Iterable[Measured], *, goals: bool = True) -> Iterator[Row]:
