@@ -56,7 +56,7 @@ clean:
 # torch comes first and alone: a range would let the resolver take a newer one.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	grep -v -E '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) setuptools wheel ninja
 	$(PIP) "$(TORCH)"
 	touch $@
