@@ -160,6 +160,13 @@ def test_auto_leaves_cuda_code_out_where_nvcc_is_not_of_torchs_version(
     assert ("csrc/cuda/tiles.cu" in done.stdout) == cuda
 
 
+def test_no_pin_keeps_a_cuda_build_of_torch_out() -> None:
+    """Each of them needs one version of Triton and of NVIDIA's libraries."""
+    pins = [line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()]
+    assert "torch" in pins
+    assert not [name for name in pins if name == "triton" or name.startswith(("nvidia", "cuda"))]
+
+
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
 def test_a_mode_that_cannot_be_met(source: Path, tmp_path: Path, mode: str) -> None:
     (tmp_path / "bin").mkdir()
