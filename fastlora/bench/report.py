@@ -49,7 +49,8 @@ def rows_table(rows: Iterable[Row]) -> str:
 def _conditions(data: dict[str, Any]) -> str:
     """What numbers depend on."""
     parts = [data.get("gpu") or f"CPU ({data.get('cpu')}, {data.get('threads')} threads)", f"torch {data.get('torch')}"]
-    parts += [f"{name} {data[name]}" for name in ("triton", "bitsandbytes", "peft") if data.get(name)]
+    packages = ("triton", "bitsandbytes", "peft", "liger_kernel", "unsloth")
+    parts += [f"{name} {data[name]}" for name in packages if data.get(name, "not installed") != "not installed"]
     if data.get("extension", "loaded") != "loaded":
         parts.append("without the extension")
     return f"{', '.join(parts)}, commit {data.get('commit')}"
@@ -167,7 +168,11 @@ def _speed_ups(records: list[tuple[Path, dict[str, Any], list[Row]]]) -> str:
             best = max((speed or 0.0 for stack, speed in speeds.items() if stack.startswith("fastlora")), default=0.0)
             for stack, speed in speeds.items():
                 if not stack.startswith("fastlora"):
-                    cell = f"{best / speed:.2f}x" if speed else stacks[stack]["tokens/s"].note.replace("|", "/")
+                    cell = (
+                        f"{best / speed:.2f}x"
+                        if speed
+                        else stacks[stack]["tokens/s"].note.replace("|", "/").rstrip(": ")
+                    )
                     slower = speed is not None and best < speed
                     table.setdefault((f"{model}, {blocks}", stack), {})[size] = f"**{cell}**" if slower else cell
     sizes = list(dict.fromkeys(size for cells in table.values() for size in cells))
