@@ -3,10 +3,10 @@
 fastlora._C has the kernels, for every torch from 2.10 on and every Python; fastlora._autograd_<torch> has the autograd
 node, for the torch and the Python that build it, and is left out where it does not compile.
 
-FASTLORA_BUILD = auto (default) | cpu | cuda | none. ``auto`` builds what the machine can build and installs the
-pure-Python package when that fails; ``cpu`` and ``cuda`` fail instead. Whether CUDA code is built depends on nvcc being
-of torch's own CUDA version, never on a GPU being present. torch must be importable, so build without isolation:
-``pip install --no-build-isolation .``
+FASTLORA_BUILD = auto (default) | cpu | cuda | none. ``auto`` builds what the machine can build, leaves out the CUDA
+code or the whole extension when that fails, and records why; ``cpu`` and ``cuda`` fail instead. Whether CUDA code is
+built depends on nvcc being of torch's own CUDA version, never on a GPU being present. torch must be importable, so
+build without isolation: ``pip install --no-build-isolation .``
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ REASON_FILE = "_build_info.txt"
 
 
 def record(command: Command, in_place: bool, reason: str) -> None:
-    """Leave the reason that there is no extension where fastlora.native reads it; no reason removes it."""
+    """Leave the reason that there is no extension, or none of its CUDA code, where fastlora.native reads it; no reason
+    removes it."""
     root = Path(__file__).parent if in_place else Path(command.build_lib)
     path = root / "fastlora" / REASON_FILE
     path.unlink(missing_ok=True)
     if reason:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(reason + "\n", encoding="utf-8")
-        command.announce(f"fastlora: pure-Python package: {reason}", level=4)
+        command.announce(f"fastlora: left out: {reason}", level=4)
 
 
 def missing_compiler() -> str:
@@ -50,6 +51,11 @@ def cuda_major(nvcc: str) -> str:
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
     found = re.search(r"release (\d+)\.", said)
     return found[1] if found else ""
+
+
+def did_not_compile(what: str, error: Exception) -> str:
+    message = " ".join(str(error).split())[:400]
+    return f"the {what} did not compile ({message}): pip install -v shows the compiler's own words"
 
 
 def plan() -> tuple[list, dict, str]:
@@ -71,10 +77,11 @@ def plan() -> tuple[list, dict, str]:
             ) from error
         return [], {}, "torch was not importable at build time; install with: pip install --no-build-isolation ."
     nvcc = shutil.which("nvcc") or (CUDA_HOME and shutil.which("nvcc", path=os.path.join(CUDA_HOME, "bin")))
-    with_cuda = MODE == "cuda"
+    with_cuda, without = MODE == "cuda", ""
     if MODE == "auto" and nvcc and torch.version.cuda is not None:
         # torch refuses the compiler of another major version; the CPU code needs none.
-        with_cuda = cuda_major(nvcc) == torch.version.cuda.partition(".")[0]
+        with_cuda = (major := cuda_major(nvcc)) == torch.version.cuda.partition(".")[0]
+        without = "" if with_cuda else f"{nvcc} is of CUDA {major or '?'}, and torch of {torch.version.cuda}"
     if with_cuda and (not nvcc or torch.version.cuda is None):
         raise SystemExit(f"FASTLORA_BUILD=cuda needs nvcc (found {nvcc}) and a CUDA torch (found {torch.__version__})")
     if with_cuda:
@@ -95,40 +102,51 @@ def plan() -> tuple[list, dict, str]:
             super().run()
 
         def build_extensions(self) -> None:
-            reason = ""
+            reason = without
             try:
                 super().build_extensions()
             except Exception as error:
                 if MODE != "auto":
                     raise
-                message = " ".join(str(error).split())[:400]
-                reason = f"the extension did not compile ({message}): pip install -v shows the compiler's own words"
-                for extension in self.extensions:
-                    extension.optional = True
+                reason = did_not_compile("CUDA code" if with_cuda else "extension", error)
+                if with_cuda:
+                    # In place: setuptools has said more of it by now.
+                    vars(extension).update(vars(kernels(False)))
+                    try:
+                        super().build_extensions()
+                    except Exception as error:
+                        reason = did_not_compile("extension", error)
+                for one in self.extensions:
+                    one.optional = True
             record(self, self.in_place, reason)
 
-        def build_extension(self, extension: Extension) -> None:
+        def build_extension(self, one: Extension) -> None:
             try:
-                super().build_extension(extension)
+                super().build_extension(one)
             except Exception as error:
-                if extension is not node:
+                if one is not node:
                     raise
-                extension.optional = True
+                one.optional = True
                 self.announce(f"fastlora: without the autograd node in C++: {error}", level=4)
 
-    stable_abi = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
-    no_contraction = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
-    define = ["-DFASTLORA_WITH_CUDA", "-DUSE_CUDA"] if with_cuda else []
-    extension = (CUDAExtension if with_cuda else CppExtension)(
-        "fastlora._C",
-        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(sorted(glob("csrc/cuda/*.cu")) if with_cuda else ())],
-        depends=[*glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/cpu/*.inl"), *glob("csrc/cuda/*.cuh")],
-        extra_compile_args={
-            "cxx": [*stable_abi, *no_contraction, *define],
-            "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", *define],
-        },
-        py_limited_api=True,
-    )
+    def kernels(cuda: bool) -> Extension:
+        stable_abi = ["-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+        no_contraction = ["-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"]
+        define = ["-DFASTLORA_WITH_CUDA", "-DUSE_CUDA"] if cuda else []
+        return (CUDAExtension if cuda else CppExtension)(
+            "fastlora._C",
+            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(sorted(glob("csrc/cuda/*.cu")) if cuda else ())],
+            depends=[*glob("csrc/*.h"), *glob("csrc/*/*.h"), *glob("csrc/cpu/*.inl"), *glob("csrc/cuda/*.cuh")],
+            extra_compile_args={
+                "cxx": [*stable_abi, *no_contraction, *define],
+                "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", *define],
+            },
+            # Besides lib64, which torch names: some packages of the toolkit have this alone.
+            library_dirs=[os.path.join(CUDA_HOME, "lib")] if cuda and CUDA_HOME else [],
+            py_limited_api=True,
+        )
+
+    extension = kernels(with_cuda)
     return [extension, node], {"build_ext": build_ext}, ""
 
 

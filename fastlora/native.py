@@ -37,11 +37,15 @@ def _load() -> tuple[Any, str | None]:
             return None, f"fastlora._C cannot be loaded: {error}"
     except ImportError as error:
         return None, f"fastlora._C cannot be loaded: {' '.join(str(error).split())}"
+    return None, f"fastlora._C is not built: {_left_out() or 'build it with: pip install --no-build-isolation .'}"
+
+
+def _left_out() -> str:
+    """What the build says that it left out, and why; empty where it says nothing."""
     try:
-        reason = (Path(__file__).parent / "_build_info.txt").read_text(encoding="utf-8").strip()
+        return (Path(__file__).parent / "_build_info.txt").read_text(encoding="utf-8").strip()
     except OSError:
-        reason = "build it with: pip install --no-build-isolation ."
-    return None, f"fastlora._C is not built: {reason}"
+        return ""
 
 
 @functools.cache
@@ -76,7 +80,7 @@ def available(device_type: str) -> str | None:
     if device_type != "cuda":
         return f"fastlora._C has no code for device type {device_type!r}"
     if not module.WITH_CUDA:
-        return "fastlora._C was built without CUDA (at build time no nvcc of torch's version, or a CPU build of torch)"
+        return f"fastlora._C was built without CUDA: {_left_out() or 'there was no nvcc, or a CPU build of torch'}"
     return None if torch.cuda.is_available() else "torch finds no CUDA device"
 
 

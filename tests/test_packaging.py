@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,23 +140,53 @@ def test_a_compiler_that_fails(source: Path, tmp_path: Path) -> None:
     assert reason.startswith("the extension did not compile (Error compiling objects")
 
 
+def with_cuda_torch(source: Path, folder: Path, release: str, code: str, *command: str, **env: str) -> Any:
+    """Run code as ``setup.py`` with a torch that says it is of CUDA 12.8, and an nvcc that only knows its release."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    said = f"Cuda compilation tools, release {release}, V{release}.88"
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *--version) echo "{said}" ;; *) exit 1 ;; esac\n')
+    nvcc.chmod(0o755)
+    # A CPU build of torch looks for no toolkit.
+    code = f"cpp_extension.CUDA_HOME = {str(folder)!r}; torch.version.cuda = '12.8'; {code}"
+    code = f"import sys, torch; from torch.utils import cpp_extension; sys.argv = {['setup.py', *command]}; {code}"
+    path = os.pathsep.join((str(nvcc.parent), os.environ["PATH"]))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=source,
+        env={**os.environ, "PATH": path, "FASTLORA_BUILD": "auto", **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_cuda_code_that_does_not_compile_leaves_the_cpu_code(source: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *-dumpversion | --version) echo 12.2.0; exit ;; esac\n'
+        'while [ "$1" ]; do if [ "$1" = -o ]; then touch "$2"; fi; shift; done\n'
+    )
+    compiler.chmod(0o755)
+    command = ("build_ext", f"--build-lib={tmp_path}", f"--build-temp={tmp_path / 'objects'}")
+    done = with_cuda_torch(
+        source, tmp_path, "12.4", "import runpy; runpy.run_path('setup.py')", *command, CXX=str(compiler)
+    )
+    assert done.returncode == 0, done.stderr
+    reason = (tmp_path / "fastlora" / "_build_info.txt").read_text()
+    assert reason.startswith("the CUDA code did not compile (")
+    built = sorted(path.name.partition(".")[0] for path in (tmp_path / "fastlora").glob("*.so"))
+    assert built == ["_C", "_autograd_" + re.sub(r"\W", "_", torch.__version__.partition("+")[0])]
+
+
 @pytest.mark.parametrize(("release", "cuda"), [("12.4", True), ("13.0", False), ("none", False)])
 def test_auto_leaves_cuda_code_out_where_nvcc_is_not_of_torchs_version(
     source: Path, tmp_path: Path, release: str, cuda: bool
 ) -> None:
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.88"\n')
-    nvcc.chmod(0o755)
-    # A CPU build of torch looks for no toolkit.
-    code = "import runpy, sys, torch; from torch.utils import cpp_extension; torch.version.cuda = '12.8'; "
-    code += f"cpp_extension.CUDA_HOME = {str(tmp_path)!r}; sys.argv = ['setup.py', '--version']; "
-    code += "print(*(source for one in runpy.run_path('setup.py')['extensions'] for source in one.sources))"
-    path = os.pathsep.join((str(nvcc.parent), os.environ["PATH"]))
-    env = {**os.environ, "PATH": path, "FASTLORA_BUILD": "auto"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=source, env=env, capture_output=True, text=True, timeout=120
+    code = (
+        "import runpy; print(*(source for one in runpy.run_path('setup.py')['extensions'] for source in one.sources))"
     )
+    done = with_cuda_torch(source, tmp_path, release, code, "--version")
     assert "csrc/cpu/linear.cpp" in done.stdout, done.stderr
     assert ("csrc/cuda/tiles.cu" in done.stdout) == cuda
 
