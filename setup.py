@@ -141,8 +141,6 @@ def plan() -> tuple[list, dict, str]:
                 "cxx": [*stable_abi, *no_contraction, *define],
                 "nvcc": ["-std=c++17", "-O3", "-Xcompiler=-fvisibility=hidden", *define],
             },
-            # Besides lib64, which torch names: some packages of the toolkit have this alone.
-            library_dirs=[os.path.join(CUDA_HOME, "lib")] if cuda and CUDA_HOME else [],
             py_limited_api=True,
         )
 
