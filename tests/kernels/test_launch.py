@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -168,5 +169,6 @@ def test_what_is_remembered_has_a_bound(kernel: Any, monkeypatch: pytest.MonkeyP
 def test_descriptors_are_what_triton_makes() -> None:
     t = torch.zeros(48, 64).half()[:, 8:40]
     ours, plain = launch.describe(t, 16, 32), TensorDescriptor(t, list(t.shape), list(t.stride()), [16, 32])
-    assert ours == plain
     assert ours.base is t
+    rest = [field.name for field in dataclasses.fields(plain) if field.name != "base"]
+    assert [getattr(ours, name) for name in rest] == [getattr(plain, name) for name in rest]
