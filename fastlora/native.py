@@ -40,6 +40,7 @@ def _load() -> tuple[Any, str | None]:
     return None, f"fastlora._C is not built: {_left_out() or 'build it with: pip install --no-build-isolation .'}"
 
 
+@functools.cache
 def _left_out() -> str:
     """What the build says that it left out, and why; empty where it says nothing."""
     try:

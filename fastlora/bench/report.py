@@ -167,14 +167,13 @@ def _speed_ups(records: list[tuple[Path, dict[str, Any], list[Row]]]) -> str:
             speeds = {stack: _value(stacks, stack, "tokens/s") for stack in stacks}
             best = max((speed or 0.0 for stack, speed in speeds.items() if stack.startswith("fastlora")), default=0.0)
             for stack, speed in speeds.items():
-                if not stack.startswith("fastlora"):
-                    cell = (
-                        f"{best / speed:.2f}x"
-                        if speed
-                        else stacks[stack]["tokens/s"].note.replace("|", "/").rstrip(": ")
-                    )
-                    slower = speed is not None and best < speed
-                    table.setdefault((f"{model}, {blocks}", stack), {})[size] = f"**{cell}**" if slower else cell
+                if stack.startswith("fastlora"):
+                    continue
+                if speed:
+                    cell = f"{best / speed:.2f}x" if best >= speed else f"**{best / speed:.2f}x**"
+                else:
+                    cell = stacks[stack]["tokens/s"].note.replace("|", "/").rstrip(": ")
+                table.setdefault((f"{model}, {blocks}", stack), {})[size] = cell
     sizes = list(dict.fromkeys(size for cells in table.values() for size in cells))
     body = [(*key, *(cells.get(size, "") for size in sizes)) for key, cells in sorted(table.items())]
     where = "\n".join(f"- {conditions} ({', '.join(names)})" for conditions, names in sources.items())
