@@ -253,6 +253,40 @@ def test_chained_launches_wait_for_what_they_read(m: int) -> None:
         assert torch.equal(chain(wait=False), expected)
 
 
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("m", [m for m in (1, 2, 5, 16, 40) if m <= MOST])
+@pytest.mark.parametrize("size", [1024, 4096])
+def test_products_in_a_row_wait_for_each_other(size: int, m: int, kind: str | None) -> None:
+    # The kernel that makes u starts beside the product before it, whose result it reads.
+    problems = [make_problem(m, size, size, 16, torch.bfloat16, scale=0.1, seed=i, device="cuda") for i in range(4)]
+    factors = [
+        (p.lora_a, p.lora_b) if kind is None else (packed_of(p.lora_a, kind), packed_of(p.lora_b, kind))
+        for p in problems
+    ]
+    forward = native.forward if kind is None else native.packed_forward
+
+    def chain(wait: bool) -> torch.Tensor:
+        x = problems[0].x
+        for i in range(40):
+            p, (a, b) = problems[i % 4], factors[i % 4]
+            x, _ = forward(x, p.w, a, b, None, p.scale, None)
+            if i % 3 == 2:
+                x = torch.nn.functional.normalize(x, dim=-1) * 30
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    expected = chain(wait=True)
+    for _ in range(10):
+        assert torch.equal(chain(wait=False), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain(wait=False)
+    for _ in range(10):
+        graph.replay()
+        assert torch.equal(captured, expected)
+
+
 @pytest.mark.parametrize("m", [1, 2, 8])
 def test_graph_capture_replays_with_new_inputs(m: int) -> None:
     problem = make_problem(m, 1024, 1024, 16, torch.bfloat16, device="cuda")

@@ -124,6 +124,21 @@ __device__ __forceinline__ float sum_of_cluster(uint32_t local, int ranks) {
 }
 #endif
 
+// The sum of what the threads of one number have in the `ranks` blocks of a cluster, for those that `take` it. All
+// threads call it.
+template <int kBlockThreads>
+__device__ __forceinline__ float sum_of_threads(float value, bool take, int ranks) {
+#if defined(FASTLORA_HOPPER)
+  __shared__ float values[kBlockThreads];
+  float* own = values + threadIdx.x;
+  if (take) *own = value;
+  meet_cluster();
+  if (take) value = sum_of_cluster(shared_address(own), ranks);
+  meet_cluster();  // no block may leave while another still reads its memory
+#endif
+  return value;
+}
+
 // An element of a small operand that may be stored wider than it is multiplied.
 template <typename T>
 __device__ __forceinline__ float element(const void* base, int64_t index, bool is_float) {
@@ -300,6 +315,15 @@ __device__ __forceinline__ void prefetch_b(const Params& p, int64_t row0, int64_
   prefetch(static_cast<const char*>(p.lora_b) + row0 * bits / 8, rows * bits / 8);
 }
 
+// Of all of A, what falls to a block of the first axis of the grid.
+template <typename Params>
+__device__ __forceinline__ void prefetch_a(const Params& p, bool wide) {
+  int64_t bits = p.r * (wide ? 32 : 16);
+  if constexpr (kArePacked<Params>) bits = p.r * (p.packed_a.nf4 ? 4 : 8);
+  const int64_t bytes = bits * p.k / 8, first = blockIdx.x * bytes / gridDim.x;
+  prefetch(static_cast<const char*>(p.lora_a) + first, (blockIdx.x + 1) * bytes / gridDim.x - first);
+}
+
 // The statistic of a block, in two steps so that the loads of the first can be long under way at the second.
 struct Statistic {
   float value;
@@ -398,8 +422,8 @@ struct Sums {
   }
 };
 
-// Sums u = x A^T for the 16 ranks and the 8 kGroups tokens of a block, whose warps split K, and hands each to
-// `store(token, rank, sum)`; ranks from r on are zero.
+// Sums u = x A^T for the 16 ranks and the 8 kGroups tokens of a block, whose warps split K, as do `sharers` blocks of a
+// cluster, and hands each to `store(token, rank, sum)`; ranks from r on are zero.
 template <
     typename T,
     int kBlockThreads,
@@ -407,14 +431,17 @@ template <
     Storage kStorage = Storage::kDense,
     typename Params,
     typename Store>
-__device__ __forceinline__ void project(const Params& p, Store store) {
+__device__ __forceinline__ void project(const Params& p, Store store, int sharers = 1) {
   constexpr bool kPacked = kStorage != Storage::kDense, kNF4 = kStorage == Storage::kNF4;
-  constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups, kStep = kWarps * 32;
+  constexpr int kWarps = kBlockThreads / 32, kTileTokens = kTokens * kGroups;
   static_assert(kFragment * kTileTokens <= kBlockThreads);
   __shared__ float sums[kWarps][kFragment][kTileTokens];
+  const int block = static_cast<int>(blockIdx.x) / sharers, sharer = static_cast<int>(blockIdx.x) % sharers;
+  const int step = sharers * kWarps * 32;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int g = lane / 4, t = lane % 4;
-  const int64_t r0 = static_cast<int64_t>(blockIdx.x) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTileTokens;
+  const int64_t r0 = static_cast<int64_t>(block) * kFragment, m0 = static_cast<int64_t>(blockIdx.y) * kTileTokens;
+  const int64_t first = (sharer * kWarps + warp) * 32 + t * 8;
   const bool wide = p.adapter_dtype == DType::kFloat32;
   const bool upper = r0 + g < p.r, lower = r0 + 8 + g < p.r;
   const uint4 nothing = make_uint4(0, 0, 0, 0);
@@ -431,12 +458,12 @@ __device__ __forceinline__ void project(const Params& p, Store store) {
     static_assert(kGroups == 1);
     constexpr int kBatch = 4;  // steps whose loads are all under way before the first is decoded
     const float code = kCodeValues[lane % kCodes];
-    for (int64_t first = warp * 32 + t * 8; first < p.k; first += kBatch * kStep) {
+    for (int64_t from = first; from < p.k; from += kBatch * step) {
       PackedEight a[kBatch][2];
       uint4 b[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const int64_t k = first + i * kStep, index = (r0 + g) * p.k + k;
+        const int64_t k = from + i * step, index = (r0 + g) * p.k + k;
         const bool inside = k < p.k;
         a[i][0] = load_eight<kNF4>(p.lora_a, p.packed_a, index, inside && upper);
         a[i][1] = load_eight<kNF4>(p.lora_a, p.packed_a, index + 8 * p.k, inside && lower);
@@ -449,7 +476,7 @@ __device__ __forceinline__ void project(const Params& p, Store store) {
     }
   } else {
 #pragma unroll(kGroups == 1 ? 4 : 2)
-    for (int64_t k = warp * 32 + t * 8; k < p.k; k += kStep) {
+    for (int64_t k = first; k < p.k; k += step) {
       const uint4 a0 = upper ? eight<T>(p.lora_a, (r0 + g) * p.k + k, wide) : nothing;
       const uint4 a1 = lower ? eight<T>(p.lora_a, (r0 + 8 + g) * p.k + k, wide) : nothing;
 #pragma unroll
@@ -462,10 +489,14 @@ __device__ __forceinline__ void project(const Params& p, Store store) {
   }
   __syncthreads();
   const int row = static_cast<int>(threadIdx.x) % kFragment, column = static_cast<int>(threadIdx.x) / kFragment;
-  if (column >= kTileTokens || m0 + column >= p.m) return;
+  const bool here = column < kTileTokens && m0 + column < p.m;
   float sum = 0.0f;
+  if (here) {
 #pragma unroll
-  for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
+    for (int i = 0; i < kWarps; ++i) sum += sums[i][row][column];
+  }
+  if (sharers > 1) sum = sum_of_threads<kBlockThreads>(sum, here, sharers);
+  if (!here || sharer > 0) return;
   if constexpr (kStorage == Storage::kInt8) {
     if (r0 + row < p.r) sum *= p.packed_a.scales[r0 + row];
   }
@@ -513,6 +544,17 @@ inline cudaError_t current_limits(DeviceLimits& limits) {
   }
   limits = known[device];
   return cudaSuccess;
+}
+
+// Into how many blocks of a cluster a sum over `length` is split for each of `tiles`: while the device has room for
+// them, and each of their `threads` an element.
+inline int sharers_of(int64_t tiles, int64_t length, int threads, const DeviceLimits& limits) {
+  int sharers = 1;
+  while (limits.clusters && sharers < kMaxRanks && 2 * sharers * tiles <= limits.multiprocessors &&
+         int64_t{sharers} * threads < length) {
+    sharers *= 2;
+  }
+  return sharers;
 }
 
 inline int log2_of(int32_t blocksize) {

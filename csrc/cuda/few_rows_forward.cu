@@ -110,6 +110,7 @@ __device__ __forceinline__ void finish_rows(const FewRowsForward& p, const Resul
 template <typename T, int kTiles, typename Params>
 __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
     linear_kernel(const Params p, int ranks, int chunks, int log2_blocksize) {
+  let_next_start();
   using Layout = Shape<kTiles>;
   constexpr int kWarpsRow = Layout::kWarpsRow, kWarpsK = Layout::kWarpsK, kChunk = Layout::kChunk;
   constexpr int kRowUnits = Layout::kRowUnits, kTokenUnits = Layout::kTokenUnits;
@@ -256,6 +257,7 @@ struct DecodeShape {
 template <typename T, int kTiles, int kTileGroups, typename Params>
 __global__ void __launch_bounds__(kThreads, 2)
     decode_kernel(const Params p, int ranks, int chunks, int log2_blocksize) {
+  let_next_start();
   using Layout = DecodeShape<kTiles, kTileGroups>;
   constexpr int kAhead = Layout::kAhead, kChunk = Layout::kChunk;
   extern __shared__ __align__(1024) unsigned char shared[];
@@ -360,15 +362,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   finish_rows<T, Layout::kWarps>(p, sums, row0, ranks);
 }
 
-constexpr int kProjectThreads = 512;
-
-// u for 16 ranks and 8 tokens a block; the warps split K.
-template <typename T, Storage kStorage, typename Params>
-__global__ void __launch_bounds__(kProjectThreads) project_kernel(const Params p) {
+// u for 16 ranks and 8 tokens a cluster of `sharers` blocks, whose warps split K. It starts beside the product before
+// it and lets its own product start when that one has ended. Copies of W that are under way delay every load behind
+// them: where A takes more than one round of loads the blocks of a cluster ask for it before. One alone would take
+// longer to ask.
+template <typename T, int kBlockThreads, Storage kStorage, typename Params>
+__global__ void __launch_bounds__(kBlockThreads) project_kernel(const Params p, int sharers) {
+  constexpr int kRound = 4;  // loads of A of a thread that are under way at once
+  const bool rounds = p.k > static_cast<int64_t>(sharers) * kBlockThreads * kRound;
+  if (sharers > 1 && rounds && blockIdx.y == 0) prefetch_a(p, p.adapter_dtype == DType::kFloat32);
+  wait_for_previous();
   let_next_start();
-  project<T, kProjectThreads, 1, kStorage>(p, [&](int64_t token, int r, float sum) {
+  const auto store = [&](int64_t token, int r, float sum) {
     if (r < p.r) static_cast<T*>(p.u)[token * p.r + r] = Numeric<T>::narrow(sum);
-  });
+  };
+  project<T, kBlockThreads, 1, kStorage>(p, store, sharers);
 }
 
 template <typename T, int kTiles, typename Params>
@@ -400,30 +408,40 @@ cudaError_t launch_decode(const Params& p, const DeviceLimits& limits, cudaStrea
   return launch_decode_groups<T, kTiles, 2>(p, limits, stream);
 }
 
-template <typename T, Storage kStorage, typename Params>
-cudaError_t launch_project(const Params& p, const dim3& grid, cudaStream_t stream) {
+template <typename T, int kBlockThreads, Storage kStorage, typename Params>
+cudaError_t launch_project(const Params& p, bool shared, const DeviceLimits& limits, cudaStream_t stream) {
   Params side = p;
   if (p.dropped != nullptr) side.x = p.dropped;
-  project_kernel<T, kStorage><<<grid, kProjectThreads, 0, stream>>>(side);
-  return cudaGetLastError();
+  const unsigned ranks = (p.r + kFragment - 1) / kFragment, tokens = (p.m + kTokens - 1) / kTokens;
+  const int sharers = shared ? sharers_of(int64_t{ranks} * tokens, p.k, kBlockThreads, limits) : 1;
+  return launch_few_rows(
+      project_kernel<T, kBlockThreads, kStorage, Params>, dim3(ranks * sharers, tokens), kBlockThreads, 0, sharers,
+      limits.clusters, stream, side, sharers);
+}
+
+template <typename T, int kBlockThreads, typename Params>
+cudaError_t launch_project(const Params& p, bool shared, const DeviceLimits& limits, cudaStream_t stream) {
+  if constexpr (kArePacked<Params>) {
+    return p.packed_a.nf4 ? launch_project<T, kBlockThreads, Storage::kNF4>(p, shared, limits, stream)
+                          : launch_project<T, kBlockThreads, Storage::kInt8>(p, shared, limits, stream);
+  } else {
+    return launch_project<T, kBlockThreads, Storage::kDense>(p, shared, limits, stream);
+  }
 }
 
 template <typename T, typename Params>
 cudaError_t launch(const Params& p, cudaStream_t stream) {
   DeviceLimits limits{};
   if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
-  const dim3 grid((p.r + kFragment - 1) / kFragment, (p.m + kTokens - 1) / kTokens);
+  StreamPlan plan{};
+  const bool streams = plan_stream(p, limits, plan);
   if (p.r > 0) {
-    cudaError_t status;
-    if constexpr (kArePacked<Params>) {
-      status = p.packed_a.nf4 ? launch_project<T, Storage::kNF4>(p, grid, stream)
-                              : launch_project<T, Storage::kInt8>(p, grid, stream);
-    } else {
-      status = launch_project<T, Storage::kDense>(p, grid, stream);
-    }
+    // The other products fill multiprocessors, so that more than one block of this one would keep theirs waiting.
+    const cudaError_t status = streams ? launch_project<T, kBesideStream>(p, true, limits, stream)
+                                       : launch_project<T, 2 * kBesideStream>(p, false, limits, stream);
     if (status != cudaSuccess) return status;
   }
-  if (StreamPlan plan{}; plan_stream(p, limits, grid.x, plan)) return launch_stream(p, plan, limits, stream);
+  if (streams) return launch_stream(p, plan, limits, stream);
   if (p.m <= 8) return launch_decode<T, 1>(p, limits, stream);
   if (p.m <= 16) return launch_decode<T, 2>(p, limits, stream);
   if (p.m <= 32) return launch_linear<T, 4>(p, limits, stream);

@@ -127,6 +127,7 @@ __device__ __forceinline__ void fill_table(unsigned char* table, const float* co
 template <typename T, int kTokens, int kSlices, typename Params>
 __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const Params p, const StreamPlan plan) {
 #if defined(FASTLORA_HOPPER)
+  let_next_start();
   extern __shared__ __align__(1024) unsigned char shared[];
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
   const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // one value for the whole warp

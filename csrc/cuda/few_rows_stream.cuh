@@ -6,12 +6,15 @@
 
 namespace fastlora {
 
-// False where the kernel does not take p. `busy`: blocks of the launch before. A block needs all of a multiprocessor,
-// so it would wait for theirs to end; many of those are not worth as many multiprocessors.
-inline bool plan_stream(const FewRowsForward& p, const DeviceLimits& limits, int64_t busy, StreamPlan& plan) {
-  const int64_t spared = limits.multiprocessors / 8;
-  const int64_t places = limits.multiprocessors - (busy < spared ? busy : spared);
-  return limits.hopper && make_plan(p, places, limits.shared_memory, plan);
+// A block of this many threads that needs 40 registers each, and one of the product, fit a multiprocessor together, and
+// so does what it needs of shared memory.
+constexpr int kBesideStream = 256;
+constexpr int kSharedBeside = 8192;
+
+// False where the kernel does not take p.
+inline bool plan_stream(const FewRowsForward& p, const DeviceLimits& limits, StreamPlan& plan) {
+  const int shared_memory = limits.shared_memory - (p.r > 0 ? kSharedBeside : 0);
+  return limits.hopper && make_plan(p, limits.multiprocessors, shared_memory, plan);
 }
 
 // Where p.r > 0 the launch before makes u; this one starts beside it.

@@ -123,15 +123,7 @@ __device__ __forceinline__ void output_side(const FewRowsBackward& p, int block,
 #pragma unroll
     for (int i = 0; i < kSideWarps; ++i) sum += sums[i][row][column];
   }
-#if defined(FASTLORA_HOPPER)
-  if (ranks > 1) {
-    __shared__ float total[kFragment * kTileTokens];
-    if (column < kTileTokens) total[thread] = sum;
-    meet_cluster();
-    if (column < kTileTokens) sum = sum_of_cluster(shared_address(total + thread), ranks);
-    meet_cluster();  // no block may leave while another still reads its memory
-  }
-#endif
+  if (ranks > 1) sum = sum_of_threads<kSideThreads>(sum, column < kTileTokens, ranks);
   if (column >= kTileTokens || block % ranks > 0 || r0 + row >= p.r || m0 + column >= p.m) return;
   static_cast<T*>(p.du)[static_cast<int64_t>(m0 + column) * p.r + r0 + row] = Numeric<T>::narrow(p.scale * sum);
 }
@@ -174,12 +166,7 @@ cudaError_t launch(const FewRowsBackward& p, const DeviceLimits& limits, cudaStr
   constexpr int kManyRows = 256;  // from here on blocks of more rows, which read B less often, keep the device busy
   const bool many = p.m >= kManyRows;
   const int64_t tiles = p.du == nullptr ? 0 : cut(p.r, kFragment) * cut(p.m, kTokens * (many ? kMostGroups : 1));
-  // The blocks of a cluster share the sums of a tile while the device has room for them.
-  int ranks = 1;
-  while (limits.clusters && tiles > 0 && ranks < kMaxRanks && 2 * ranks * tiles <= limits.multiprocessors &&
-         int64_t{ranks} * kSideThreads < p.n) {
-    ranks *= 2;
-  }
+  const int ranks = tiles > 0 ? sharers_of(tiles, p.n, kSideThreads, limits) : 1;
   const int64_t projections = tiles * ranks;
   const int64_t blocks = projections + (p.db == nullptr ? 0 : cut(cut(p.n, columns), ranks) * ranks);
   if (blocks > INT32_MAX || cut(p.k, columns) > INT32_MAX) return cudaErrorInvalidConfiguration;
