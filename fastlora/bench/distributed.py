@@ -26,7 +26,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from fastlora.bench import layer, models, train_step
 from fastlora.bench.record import Row
-from fastlora.bench.train_step import BLOCKS, BLOCKS_LIGER, PEFT, STACKS, Case
+from fastlora.bench.train_step import BLOCKS, BLOCKS_LIGER, PEFT, PEFT_PREPARED, STACKS, Case
 
 COLLECTIVE = datetime.timedelta(seconds=60)
 """How long a collective may take until its process gives up."""
@@ -141,13 +141,14 @@ QUICK = Sizes(
 )
 
 
-def tasks(sizes: Sizes, stacks: Sequence[str] = (PEFT, BLOCKS, BLOCKS_LIGER)) -> list[Task]:
+def tasks(sizes: Sizes, stacks: Sequence[str] = (PEFT, PEFT_PREPARED, BLOCKS, BLOCKS_LIGER)) -> list[Task]:
     """What a run measures, in its order: what changes transformers for a whole process comes last."""
     fastest = next((name for name in reversed(stacks) if train_step.missing(STACKS[name]) is None), stacks[-1])
     found = [Task(LINKS, DDP, "", sizes.speed)]
     found += [Task(LOSS, way, BLOCKS, sizes.loss, 90) for way in (ONE, IN_PARTS, DDP, FSDP)]
     for stack in stacks:
-        ways = [ONE, DDP, FSDP] + ([SHARDED_ADAPTERS, GATHERED_ONCE] if stack == fastest else [])
+        ways = [ONE, FSDP] if stack == PEFT_PREPARED else [ONE, DDP, FSDP]
+        ways += [SHARDED_ADAPTERS, GATHERED_ONCE] if stack == fastest else []
         for way in ways:
             found.append(Task(SPEED, way, stack, sizes.speed, 60, profile=stack == fastest and way in (ONE, FSDP)))
     return [*found, *(Task(LARGE, way, fastest, sizes.large, 60) for way in (ONE, FSDP))]
@@ -481,7 +482,8 @@ def _goals(speed: dict[tuple[str, str], Found], case: str, world: int) -> Iterat
     for metric, ours, goal in (("DDP", ddp, GOAL_DDP), ("FSDP2", sharded, GOAL_FSDP)):
         stack = BLOCKS if ours is None else ours.task.stack
         yield row(f"tokens/s of {metric} over one GPU", ours, (ONE, stack), goal * per_gpu)
-    yield row("tokens/s of FSDP2 over PEFT's FSDP2", sharded, (FSDP, PEFT), GOAL_PEFT)
+    for peer, which in ((PEFT_PREPARED, ", prepared"), (PEFT, "")):  # as in `train_step.GOAL_PEERS`
+        yield row(f"tokens/s of FSDP2 over PEFT's FSDP2{which}", sharded, (FSDP, peer), GOAL_PEFT)
     freed = best((FSDP, SHARDED_ADAPTERS))
     alone = speed.get((ONE, freed.task.stack)) if freed is not None else None
     metric = f"distance of the sharded base from 1/{world} of one GPU's, share"

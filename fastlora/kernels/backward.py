@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
@@ -94,7 +93,7 @@ def input_gradient(
     tiles = config.gemm(m, k, r, dy.dtype, config.Device.of(dy.device), blocksize=blocksize)
     dx = dy.new_empty(m, k)
     with on_device(dy):
-        input_gradient_kernel[(triton.cdiv(m, tiles.block_m) * triton.cdiv(k, tiles.block_k),)](
+        input_gradient_kernel[(config.cdiv(m, tiles.block_m) * config.cdiv(k, tiles.block_k),)](
             dy_ptr=dy,
             du_ptr=du,
             a_ptr=lora_a,

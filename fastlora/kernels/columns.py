@@ -255,7 +255,7 @@ def scaled(z: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor | None, rest:
     tiles, (m, n) = config.columns(), z.shape
     y = torch.empty_like(z, memory_format=torch.contiguous_format)
     with on_device(z):
-        scaled_kernel[triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m)](
+        scaled_kernel[config.cdiv(n, tiles.block_n), config.cdiv(m, tiles.block_m)](
             z.contiguous(),
             gain,
             None if bias is None else bias.contiguous(),
@@ -278,10 +278,10 @@ def scaled_gradients(
     m, n = dy.shape
     tiles, strip = config.column_sums(m, n, config.Device.of(dy.device))
     dz = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_dz else None
-    strips = triton.cdiv(m, strip)
+    strips = config.cdiv(m, strip)
     sums = None if z is None else torch.empty(strips, n, dtype=torch.float32, device=dy.device)
     with on_device(dy):
-        scaled_gradients_kernel[triton.cdiv(n, tiles.block_n), strips](
+        scaled_gradients_kernel[config.cdiv(n, tiles.block_n), strips](
             dy.contiguous(),
             None if z is None else z.contiguous(),
             gain,
@@ -315,7 +315,7 @@ def finished(
         return None, None
     tiles = config.finished()
     with on_device(length):
-        finished_kernel[(triton.cdiv(n, tiles.block_n),)](
+        finished_kernel[(config.cdiv(n, tiles.block_n),)](
             sums,
             length,
             gain,
@@ -349,7 +349,7 @@ def row_norm(
     b = with_rows(b)
     norm, gain = (torch.empty(n, dtype=torch.float32, device=b.device) for _ in range(2))
     with on_device(b):
-        row_norm_kernel[(triton.cdiv(n, config.ROW_NORMS),)](
+        row_norm_kernel[(config.cdiv(n, config.ROW_NORMS),)](
             cross.contiguous(),
             gram.contiguous(),
             b,
@@ -362,7 +362,7 @@ def row_norm(
             r,
             b.stride(0),
             BLOCK_N=config.ROW_NORMS,
-            BLOCK_R=triton.next_power_of_2(r),
+            BLOCK_R=config.next_power_of_two(r),
             num_warps=4,
         )
     return norm, gain
@@ -402,7 +402,7 @@ def folded(
     folded_b = torch.empty(n, r, dtype=lora_b.dtype, device=w.device)
     tiles = config.folded(n, r, config.Device.of(w.device))
     with on_device(w.w_packed):
-        folded_kernel[(triton.cdiv(n, tiles.block_n),)](
+        folded_kernel[(config.cdiv(n, tiles.block_n),)](
             lora_a,
             lora_b,
             w.w_packed.view(torch.int32),
@@ -432,7 +432,7 @@ def folded(
             BLOCK_N=tiles.block_n,
             BLOCK_K=tiles.block_k,
             BLOCK_R=tiles.block_r,
-            BLOCK_S=min(64, triton.next_power_of_2(k // w.blocksize)),
+            BLOCK_S=min(64, config.next_power_of_two(k // w.blocksize)),
             **tiles.launch(),
         )
     return gain, length, absmax, folded_b

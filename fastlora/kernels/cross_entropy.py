@@ -148,6 +148,6 @@ def rescale(x: torch.Tensor, factor: torch.Tensor) -> None:
     """x, contiguous, times one float32 on its device, in place."""
     tiles = config.rescale()
     with on_device(x):
-        rescale_kernel[(triton.cdiv(x.numel(), tiles.block_n),)](
+        rescale_kernel[(config.cdiv(x.numel(), tiles.block_n),)](
             x, factor, x.numel(), BLOCK=tiles.block_n, **tiles.launch()
         )

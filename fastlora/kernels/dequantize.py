@@ -315,7 +315,7 @@ def dequantize(
     if _in_words(w) and out.is_contiguous():
         tiles, words = config.dequantize_words(), w.w_packed.numel() // _WORD
         with on_device(out):
-            dequantize_words_kernel[(triton.cdiv(words, tiles.block_n),)](
+            dequantize_words_kernel[(config.cdiv(words, tiles.block_n),)](
                 w.w_packed.view(torch.int32),
                 w.code,
                 *statistics,
@@ -330,7 +330,7 @@ def dequantize(
         return out
     tiles = config.dequantize(w.blocksize)
     with on_device(out):
-        dequantize_kernel[(triton.cdiv(w.blocks, tiles.block_n),)](
+        dequantize_kernel[(config.cdiv(w.blocks, tiles.block_n),)](
             w.w_packed,
             w.code,
             *statistics,
@@ -371,7 +371,7 @@ def dequantize_pair(
             arguments += [factor.w_packed.view(torch.int32), factor.absmax, factor.code]
         arguments += [out, factor.numel(), factor.shape[1]]
         blocksizes.append(0 if isinstance(factor, Int8Matrix) else factor.blocksize)
-        programs += triton.cdiv(factor.numel(), 8 * tiles.block_n)
+        programs += config.cdiv(factor.numel(), 8 * tiles.block_n)
     with on_device(made[0]):
         dequantize_pair_kernel[(programs,)](
             *arguments,
@@ -428,7 +428,7 @@ def _stack(weights: Sequence[NF4Weight], out: torch.Tensor) -> None:
     statistics = ("absmax", "absmax_q", "absmax_scale", "absmax_code", "absmax_offset")
     tiles = config.dequantize_words()
     with on_device(out):
-        dequantize_stacked_kernel[(sum(triton.cdiv(count, tiles.block_n) for count in words),)](
+        dequantize_stacked_kernel[(sum(config.cdiv(count, tiles.block_n) for count in words),)](
             # An absent weight has no programs: any pointer of the right type will do.
             *((w or weights[0]).w_packed.view(torch.int32) for w in padded),
             *(getattr(w or weights[0], name) for name in statistics for w in padded),
@@ -458,7 +458,7 @@ def dequantize_merged(
     out = torch.empty(n, k, dtype=dtype, device=w.device)
     tiles = config.merged(r, w.blocksize)
     with on_device(out):
-        merged_kernel[(triton.cdiv(k, tiles.block_k), triton.cdiv(n, tiles.block_n))](
+        merged_kernel[(config.cdiv(k, tiles.block_k), config.cdiv(n, tiles.block_n))](
             a_ptr=lora_a,
             b_ptr=lora_b,
             out_ptr=out,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
@@ -40,7 +39,7 @@ def drop_(x: torch.Tensor, dropout: Dropout) -> torch.Tensor:
     m, k = x.shape
     tiles = config.dropout()
     with on_device(x):
-        drop_kernel[(triton.cdiv(m, tiles.block_m), triton.cdiv(k, tiles.block_k))](
+        drop_kernel[(config.cdiv(m, tiles.block_m), config.cdiv(k, tiles.block_k))](
             x_ptr=x,
             M=m,
             K=k,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from fastlora.kernels import config
@@ -61,7 +60,7 @@ def finish(
     y = sums if out_dtype == sums.dtype else torch.empty(m, n, dtype=out_dtype, device=sums.device)
     tiles = config.epilogue(m, r, u.dtype, config.Device.of(sums.device))
     with on_device(sums):
-        epilogue_kernel[(triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m))](
+        epilogue_kernel[(config.cdiv(n, tiles.block_n), config.cdiv(m, tiles.block_m))](
             sums,
             u,
             lora_b,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 
 from fastlora.dropout import Dropout
@@ -94,7 +93,7 @@ def linear(
     tiles = config.gemm(m, k, r, x.dtype, config.Device.of(x.device), blocksize=blocksize)
     y = x.new_empty(m, n, dtype=out_dtype)
     with on_device(x):
-        linear_kernel[(triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)](
+        linear_kernel[(config.cdiv(m, tiles.block_m) * config.cdiv(n, tiles.block_n),)](
             x_ptr=x,
             u_ptr=scaled_u,
             b_ptr=lora_b,

@@ -182,7 +182,7 @@ def forward(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tens
     h = gate.new_empty(m, n)
     tiles = config.gated()
     with on_device(gate):
-        gated_kernel[(triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m))](
+        gated_kernel[(config.cdiv(n, tiles.block_n), config.cdiv(m, tiles.block_m))](
             gate, up, h, m, n, gate.stride(0), up.stride(0),
             ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **tiles.launch(),
         )  # fmt: skip
@@ -199,7 +199,7 @@ def backward(
     m, n = gate.shape
     tiles = config.gated()
     with on_device(gate):
-        gated_backward_kernel[(triton.cdiv(n, tiles.block_n), triton.cdiv(m, tiles.block_m))](
+        gated_backward_kernel[(config.cdiv(n, tiles.block_n), config.cdiv(m, tiles.block_m))](
             gate, up, dh, dgate, dup, h, m, n, gate.stride(0), up.stride(0), dgate.stride(0),
             ACTIVATION=activation, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, **tiles.launch(),
         )  # fmt: skip
@@ -232,9 +232,9 @@ def gradients(
     r = u.shape[1] // (1 if shared else 2)
     device = config.Device.of(gate.device)
     tiles = tiles or config.gated_gradients(r + rd, gate.dtype, device)
-    grid_n = triton.cdiv(n, tiles.block_n)
+    grid_n = config.cdiv(n, tiles.block_n)
     part = config.split(m, tiles.block_m, max(1, grid_n // 4), device)
-    parts = triton.cdiv(m, part)
+    parts = config.cdiv(m, part)
     db, da = gate.new_empty(2 * n, r, dtype=dtypes[0]), gate.new_empty(rd, n, dtype=dtypes[1])
     numel = db.numel() + da.numel()
     partials = gate.new_empty(parts, numel, dtype=torch.float32) if parts > 1 else None

@@ -227,7 +227,7 @@ def gemm(
     ends = list(itertools.accumulate(sizes))[:-1]
     stacked = bool(ends) and all(end % tiles.block_n == 0 for end in ends)
     end0, end1, end2 = (*ends, n, n, n)[:3]
-    programs = min(device.multiprocessors, triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n))
+    programs = min(device.multiprocessors, config.cdiv(m, tiles.block_m) * config.cdiv(n, tiles.block_n))
     with on_device(x):
         gemm_kernel[(programs,)](
             describe(x, tiles.block_m, tiles.block_k),
@@ -298,7 +298,7 @@ def projecting_gemm(
     def weight(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
         return describe(t, rows, columns) if transposed else describe(t, columns, rows)
 
-    programs = min(most, triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n))
+    programs = min(most, config.cdiv(m, tiles.block_m) * config.cdiv(n, tiles.block_n))
     with on_device(x):
         projecting_gemm_kernel[(programs,)](
             describe(x, tiles.block_m, tiles.block_k),

@@ -253,7 +253,7 @@ def _add_parts(partials: torch.Tensor, out: torch.Tensor, beyond: torch.Tensor |
     """Fill ``out``, and ``beyond`` with what follows it in each part, with the sum of the parts."""
     if partials is not out:
         tiles, numel = config.add_parts(), partials[0].numel()
-        add_parts_kernel[(triton.cdiv(numel, tiles.block_n),)](
+        add_parts_kernel[(config.cdiv(numel, tiles.block_n),)](
             partials, out, beyond, partials.shape[0], numel, out.numel(), BLOCK=tiles.block_n, **tiles.launch()
         )
     return out
@@ -267,7 +267,7 @@ def _project(
     (m, k), r = x.shape, adapter.shape[1]
     tiles = config.project(m, r, x.dtype, config.Device.of(x.device))
     with on_device(x):
-        project_kernel[(triton.cdiv(m, tiles.block_m), triton.cdiv(r, tiles.block_r))](
+        project_kernel[(config.cdiv(m, tiles.block_m), config.cdiv(r, tiles.block_r))](
             x_ptr=x,
             adapter_ptr=adapter,
             out_ptr=out,
@@ -311,9 +311,9 @@ def _gradient(
     (m, columns), r = wide.shape, narrow.shape[1]
     device = config.Device.of(wide.device)
     tiles = config.gradient(r, wide.dtype, device)
-    grid_w, grid_r = triton.cdiv(columns, tiles.block_n), triton.cdiv(r, tiles.block_r)
+    grid_w, grid_r = config.cdiv(columns, tiles.block_n), config.cdiv(r, tiles.block_r)
     part = config.split(m, tiles.block_m, grid_w * grid_r, device)
-    parts = triton.cdiv(m, part)
+    parts = config.cdiv(m, part)
     partials = _partials(parts, out)
     with on_device(wide):
         gradient_kernel[(grid_w, grid_r, parts)](
@@ -365,11 +365,11 @@ class Gradients:
         device = config.Device.of(dy.device)
         self.tiles = tiles = config.gradient(self.r, dy.dtype, device)
         grid_w, grid_r = (
-            triton.cdiv(n, tiles.block_n) + triton.cdiv(k, tiles.block_n),
-            triton.cdiv(self.r, tiles.block_r),
+            config.cdiv(n, tiles.block_n) + config.cdiv(k, tiles.block_n),
+            config.cdiv(self.r, tiles.block_r),
         )
         self.part = config.split(m, tiles.block_m, grid_w * grid_r, device)
-        self.grid = (grid_w, grid_r, triton.cdiv(m, self.part))
+        self.grid = (grid_w, grid_r, config.cdiv(m, self.part))
         self.da = dy.new_empty(self.r, k, dtype=lora_a.dtype)
         self.db = dy.new_empty(n, self.r, dtype=lora_b.dtype)
         self.numel = self.db.numel() + self.da.numel()
@@ -422,9 +422,9 @@ def du_db(dy: torch.Tensor, u: torch.Tensor, lora_b: torch.Tensor, scale: float)
         return project_dy(dy, lora_b, scale), gradient_b(dy, u, scale, lora_b.dtype)
     dy, u, lora_b = with_rows(dy), u.contiguous(), with_rows(lora_b)
     m, n = dy.shape
-    tiles_m = triton.cdiv(m, tiles.block_m)
+    tiles_m = config.cdiv(m, tiles.block_m)
     part = config.split(n, tiles.block_n, tiles_m, device)
-    parts = triton.cdiv(n, part)
+    parts = config.cdiv(n, part)
     du, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=lora_b.dtype)
     du_parts, db_parts = _partials(parts, du), _partials(tiles_m, db)
     with on_device(dy):

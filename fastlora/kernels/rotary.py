@@ -96,7 +96,7 @@ def rotate(
             q, k, *outs, cos, sin, length, *q.stride()[:3], *k.stride()[:3],
             strides[0], cos.stride(1), strides[1], sin.stride(1),
             HQ=heads, HK=key_heads, D=width,
-            BLOCK_Q=triton.next_power_of_2(heads), BLOCK_K=triton.next_power_of_2(key_heads),
-            BLOCK_D=triton.next_power_of_2(width // 2), INVERSE=inverse, **config.rotary(heads * width).launch(),
+            BLOCK_Q=config.next_power_of_two(heads), BLOCK_K=config.next_power_of_two(key_heads),
+            BLOCK_D=config.next_power_of_two(width // 2), INVERSE=inverse, **config.rotary(heads * width).launch(),
         )  # fmt: skip
     return outs[0].transpose(1, 2), outs[1].transpose(1, 2)

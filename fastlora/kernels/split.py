@@ -412,15 +412,15 @@ def _product(
     y = x.new_empty(m, side, dtype=out_dtype)
     u = x.new_empty(m, r)
     # Aligned whatever M, or the kernels would be compiled once more.
-    behind = -(-split.parts * m * side // 4) * 4
+    behind = config.cdiv(split.parts * m * side, 4) * 4
     sums = torch.empty(behind + split.narrow_parts * m * r, dtype=torch.float32, device=x.device)
     narrow = sums[behind:] if r else None
     first, second = adapters or (None, None)
-    tiles_m = triton.cdiv(m, tiles.block_m)
+    tiles_m = config.cdiv(m, tiles.block_m)
     tile = tiles.block_n if transposed else tiles.block_k
-    narrow_programs = tiles_m * triton.cdiv(r, tiles.block_r) * split.narrow_parts if r else 0
+    narrow_programs = tiles_m * config.cdiv(r, tiles.block_r) * split.narrow_parts if r else 0
     with on_device(x):
-        partial_kernel[(narrow_programs + tiles_m * triton.cdiv(side, tile) * split.parts,)](
+        partial_kernel[(narrow_programs + tiles_m * config.cdiv(side, tile) * split.parts,)](
             x_ptr=x,
             w_ptr=w.w_packed.view(torch.int32),
             code_ptr=w.code,
@@ -456,7 +456,7 @@ def _product(
             **dropout_arguments(dropouts[0] if r else None),
             **tiles.launch(),
         )
-        finish_kernel[(triton.cdiv(side, ends.block_n), triton.cdiv(m, ends.block_m))](
+        finish_kernel[(config.cdiv(side, ends.block_n), config.cdiv(m, ends.block_m))](
             sums_ptr=sums,
             narrow_ptr=narrow,
             u_ptr=u if r else None,

@@ -250,7 +250,7 @@ class Adapters:
         if not rank:
             return
         block = config.power_of_two(rank, 16, 64)
-        self.span = -(-rank // block) * block
+        self.span = config.cdiv(rank, block) * block
         self.width = p * self.span
         self.a, self.b = like.new_empty(self.width, k), like.new_empty(sum(sizes), self.width)
         tiles = config.pack(block)
@@ -262,7 +262,7 @@ class Adapters:
         # An adapter that is absent has no columns, and a projection no programs: any pointer will do.
         full = [pair or some for pair in pairs] + [some] * (MOST - p)
         padding = (0,) * (MOST - p)
-        grid = triton.cdiv(k, tiles.block_k) + triton.cdiv(max(sizes), tiles.block_n)
+        grid = config.cdiv(k, tiles.block_k) + config.cdiv(max(sizes), tiles.block_n)
         with on_device(like):
             pack_kernel[(grid, p)](
                 *(a for a, _ in full),
@@ -334,7 +334,7 @@ def project_gradients(
     tiles = config.project(m * p, adapters.span, dtype, config.Device.of(du.device))
     full, padding = [*dys, *(dys[0] for _ in range(MOST - p))], (0,) * (MOST - p)
     with on_device(du):
-        project_stacked_kernel[(triton.cdiv(m, tiles.block_m), p, triton.cdiv(adapters.span, tiles.block_r))](
+        project_stacked_kernel[(config.cdiv(m, tiles.block_m), p, config.cdiv(adapters.span, tiles.block_r))](
             *full,
             adapters.b,
             du,
@@ -372,11 +372,11 @@ def gradients(
     device = config.Device.of(dy.device)
     tiles = config.gradient(adapters.width, dy.dtype, device)
     block_r = min(config.power_of_two(adapters.span, 16, 64), tiles.block_r)
-    tiles_n = 0 if u is None else sum(triton.cdiv(size, tiles.block_n) for size in adapters.sizes)
-    grid_w = tiles_n + triton.cdiv(k, tiles.block_n)
-    grid_r = max(triton.cdiv(adapters.span, block_r), triton.cdiv(adapters.width, tiles.block_r) if k else 1)
+    tiles_n = 0 if u is None else sum(config.cdiv(size, tiles.block_n) for size in adapters.sizes)
+    grid_w = tiles_n + config.cdiv(k, tiles.block_n)
+    grid_r = max(config.cdiv(adapters.span, block_r), config.cdiv(adapters.width, tiles.block_r) if k else 1)
     part = config.split(m, tiles.block_m, grid_w * grid_r, device)
-    parts = triton.cdiv(m, part)
+    parts = config.cdiv(m, part)
     db = dy.new_empty(n, adapters.span, dtype=dtype_b) if u is not None else None
     da = dy.new_empty(adapters.width, k, dtype=dtype_a) if x is not None else None
     numel_b = 0 if db is None else db.numel()

@@ -16,7 +16,8 @@ pytest.importorskip("rich", reason="rich is missing (extra: bench)")
 
 from fastlora.bench import distributed as suite
 from fastlora.bench import record, report, run
-from fastlora.bench.distributed import BLOCKS, DDP, FSDP, IN_PARTS, LARGE, LOSS, ONE, PEFT, SPEED, Found, Task
+from fastlora.bench.distributed import BLOCKS, DDP, FSDP, IN_PARTS, LARGE, LOSS, ONE, SPEED, Found, Task
+from fastlora.bench.train_step import PEFT, PEFT_PREPARED
 
 
 def found(way: str, stack: str = BLOCKS, ms: float = 100.0, kind: str = SPEED, **values: Any) -> Found:
@@ -31,17 +32,19 @@ def goals(*measured: Found) -> dict[str, record.Row]:
 
 
 def test_the_goals() -> None:
-    rows = goals(found(ONE), found(DDP, ms=104), found(FSDP, ms=125), found(FSDP, PEFT, 230))
+    peers = found(FSDP, PEFT, 200), found(FSDP, PEFT_PREPARED, 230)
+    rows = goals(found(ONE), found(DDP, ms=104), found(FSDP, ms=125), *peers)
     values = [(round(row.value or 0, 3), row.ok) for row in rows.values()]
-    assert values == [(1.923, True), (1.6, False), (1.84, True), (0.04, True)]
-    rows = goals(found(ONE), found(DDP, ms=106), found(FSDP, ms=117, base_bytes=560), found(FSDP, PEFT, 200))
-    assert [row.ok for row in rows.values()] == [False, True, False, False]
+    assert values == [(1.923, True), (1.6, False), (1.84, True), (1.6, False), (0.04, True)]
+    rows = goals(found(ONE), found(DDP, ms=106), found(FSDP, ms=117, base_bytes=560), *peers)
+    assert [row.ok for row in rows.values()] == [False, True, True, False, False]
 
 
 def test_what_is_missing_is_a_miss_with_its_reason() -> None:
     rows = goals(found(ONE), dataclasses.replace(found(DDP), absent="no"), found(FSDP))
     assert rows["tokens/s of DDP over one GPU"].note == "none of ours was measured"
-    assert "HF + PEFT, FSDP2: not measured" in rows["tokens/s of FSDP2 over PEFT's FSDP2"].note
+    for peer, which in ((PEFT, ""), (PEFT_PREPARED, ", prepared")):
+        assert f"{peer}, FSDP2: not measured" in rows[f"tokens/s of FSDP2 over PEFT's FSDP2{which}"].note
     assert not any(row.ok for row in rows.values() if row.value is None)
 
 
