@@ -22,7 +22,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "integrations": (("integrations",), "PEFT, bitsandbytes: explicit calls, no patches"),
     "methods": (("adapters", "requantize", "parameters"), "around LoRA, one file each, on the same operator"),
     "layers": (
-        ("linear", "blocks", "dora", "groups", "loss", "recomputed", "rotary"),
+        ("linear", "blocks", "dora", "groups", "loss", "norm", "recomputed", "rotary"),
         "modules: checks, types, several layers at once",
     ),
     "operator": (("ops", "node", "packed"), "one differentiable node"),

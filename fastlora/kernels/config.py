@@ -475,6 +475,13 @@ def rotary(width: int) -> TileConfig:
     return TileConfig(num_warps=power_of_two(max(width // 1024, 1), 1, 8), num_stages=1)
 
 
+@functools.cache
+def norm(k: int) -> TileConfig:
+    """Of the norm: a program has a row, ``k`` elements, at most 16 of them a thread while there are warps."""
+    block = next_power_of_two(k)
+    return TileConfig(block_n=block, num_warps=power_of_two(max(block // 512, 1), 1, 16), num_stages=1)
+
+
 def cross_entropy(v: int) -> TileConfig:
     """Columns of a row of V logits that a program takes at once."""
     block = power_of_two(v, 256, 4096)

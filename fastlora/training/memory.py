@@ -137,6 +137,29 @@ class _GatedMLP(torch.autograd.Function):
         return dx, None, *grads
 
 
+class _AddNorm(torch.autograd.Function):
+    """What the node of a sum and its norm allocates and keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor) -> Any:
+        h = x.detach() if residual is None else torch.empty_like(x)
+        ctx.save_for_backward(h, weight, x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32))
+        ctx.summed = residual is not None
+        return h, torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, dh: torch.Tensor, dy: torch.Tensor) -> Any:
+        dx = torch.empty_like(ctx.saved_tensors[0])
+        return dx, dx if ctx.summed else None, None
+
+
+def _added(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, residual: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out: tuple[torch.Tensor, torch.Tensor] = _AddNorm.apply(x, residual, weight)
+    return out
+
+
 def _stand_in(mlp: Any) -> None:
     """Let a fused MLP allocate on the meta device what its node does elsewhere."""
     names = [name for name in ("gate_proj", "up_proj", "gate_up_proj", "down_proj") if name in mlp._modules]
@@ -192,6 +215,9 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
     for module in adapted.modules():
         if _is_fused_mlp(module):
             _stand_in(module)
+        if hasattr(type(module), "added"):
+            # Compilers and dispatch modes see PyTorch's operators instead.
+            module.__dict__["added"] = _added
     return adapted
 
 

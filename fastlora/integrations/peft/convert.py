@@ -16,7 +16,7 @@ from fastlora import backends
 from fastlora.integrations.peft import blocks as joint
 from fastlora.integrations.peft import liger as liger_kernels
 from fastlora.integrations.peft import loss as losses
-from fastlora.integrations.peft import rotary
+from fastlora.integrations.peft import norms, rotary
 from fastlora.integrations.peft.layers import FUSED, Fused, FusedMethod, convert, convertible, revert
 from fastlora.integrations.peft.report import BlockReport, Report, report_layer
 from fastlora.integrations.peft.situation import Situation, situation
@@ -47,7 +47,8 @@ def accelerate(
 
     model: a PEFT model, or any module with such layers inside, on a bitsandbytes 4-bit or a dense base.
     backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
-    blocks: let projections that share their input, and gated MLPs, compute together: see `fastlora.blocks`.
+    blocks: let projections that share their input, gated MLPs, and sums with the norm behind them compute together: see
+        `fastlora.blocks` and `fastlora.norm`.
     liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model; "captured":
         all but the cross-entropy, which reads the number of labels on the host, so that a step can be a CUDA graph.
     loss: compute the cross-entropy of training some tokens at a time, as `fastlora.loss` does, instead of Liger's: the
@@ -76,8 +77,9 @@ def accelerate(
     for layer in fusible:
         convert(layer, backend)
     joint.separate(model)
+    norms.undo(model)
     rotary.undo(model)
-    joined = tuple(joint.join(model)) if blocks else ()
+    joined = (*joint.join(model), *norms.fuse(model)) if blocks else ()
     losses.undo(model)
     if loss:
         reason = losses.reason(model)
@@ -101,6 +103,7 @@ def restore(model: nn.Module) -> int:
     """Give every fused layer of ``model`` its PEFT class back, and undo what came with it. Returns how many layers
     changed."""
     joint.separate(model)
+    norms.undo(model)
     losses.undo(model)
     liger_kernels.undo(model)
     rotary.undo(model)  # after Liger, which puts back what it had found

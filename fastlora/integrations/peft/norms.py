@@ -1,0 +1,236 @@
+"""The residual stream of a decoder layer: sums and norms in one node each, see `fastlora.norm`.
+
+A layer is recognized by what its forward computes, run once on a stand-in, and a norm by its values; then the layer's
+forward is written down again with the sum and the norm as one step. Where the kernels do not take the operands of a
+call, the same is computed as the model does: by PyTorch's sum and the norm's own forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastlora import norm
+from fastlora.integrations.peft.report import BlockReport
+
+ATTENTION, MLP = "self_attn", "mlp"
+_FIRST = "input_layernorm"
+_NORMS = (
+    (None, "post_attention_layernorm", None),
+    ("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+"""The fields of a `Layout` that name norms."""
+_DROPOUTS = ("resid_attn_dropout", "resid_mlp_dropout")
+"""What some layers do to a branch before they add it, which is nothing where p is 0."""
+_EPS = ("variance_epsilon", "eps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What a class of layers does beside its attention and its MLP, each after a norm and added to what came before."""
+
+    after: str | None
+    """The norm behind the attention."""
+    second: str
+    """The norm before the MLP."""
+    last: str | None
+    """The norm behind the MLP."""
+    defaults: dict[str, Any]
+    """What the attention is handed where nothing is given."""
+
+
+class FusedResidual:
+    """The forward of a converted decoder layer. Expects to stand before the layer's own class."""
+
+    stock: type
+    """The class that `undo` gives back."""
+    layout: Layout
+    added = staticmethod(norm.added)
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or not _plain(self):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        layout, modules = self.layout, self._modules
+        residual, x = _step(self, modules[_FIRST], hidden_states, None)
+        x = modules[ATTENTION](hidden_states=x, **{**layout.defaults, **kwargs})[0]
+        x = x if layout.after is None else modules[layout.after](x)
+        residual, x = _step(self, modules[layout.second], x, residual)
+        x = modules[MLP](x)
+        return residual + (x if layout.last is None else modules[layout.last](x))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class is made at run time: a copy or a pickle names the one it was made from.
+        return _empty, (self.stock,), self.__dict__.copy()
+
+
+def _plain(layer: Any) -> bool:
+    """Whether a layer adds its branches as they are."""
+    dropouts = (layer._modules.get(name) for name in _DROPOUTS)
+    return not (layer.training and any(dropout is not None and dropout.p for dropout in dropouts))
+
+
+def _step(layer: Any, module: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + x, and its norm."""
+    formula = None if torch.compiler.is_compiling() else _formula_of(module)
+    if formula is not None:
+        offset, eps = formula
+        found: tuple[torch.Tensor, torch.Tensor] | None = layer.added(
+            x, module._parameters["weight"], getattr(module, eps), offset, residual
+        )
+        if found is not None:
+            return found
+    if residual is not None:
+        x = residual + x
+    return x, module(x)
+
+
+def _formula_of(module: Any) -> tuple[float, str] | None:
+    """The offset of a norm's weight and the name of its epsilon, where nothing but the formula is computed."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return None
+    own = module.__dict__.get("forward")
+    if own is not None and not getattr(own, "__module__", "").startswith("liger_kernel."):
+        return None
+    kind = type(module)
+    if kind not in _formulas:
+        _formulas[kind] = _recognize_norm(module)
+    return _formulas[kind]
+
+
+_formulas: dict[type, tuple[float, str] | None] = {}
+
+
+def _recognize_norm(module: Any) -> tuple[float, str] | None:
+    """Which formula the class of a norm computes, by its values."""
+    if set(module._parameters) != {"weight"} or module._modules or module._buffers:
+        return None
+    w = torch.linspace(-1, 2, 6)
+    x = torch.linspace(-3, 4, 24).view(4, 6).sin()
+    for eps in _EPS:
+        if eps not in module.__dict__:
+            continue
+        probe = copy.copy(module)
+        probe.__dict__ = {**module.__dict__, **dict.fromkeys(_EPS, 0.0), eps: 0.5}
+        probe.__dict__["_parameters"] = {"weight": nn.Parameter(w, requires_grad=False)}
+        try:
+            y: Any = type(module).forward(probe, x)
+        except Exception:  # whatever it raises, it needs more than the formula has
+            continue
+        for offset in (0.0, 1.0):
+            truth = x / torch.sqrt(x.square().mean(-1, keepdim=True) + 0.5) * (offset + w)
+            if isinstance(y, torch.Tensor) and y.shape == truth.shape and torch.allclose(y, truth, rtol=1e-5):
+                return offset, eps
+    return None
+
+
+class _Attention:
+    """That of a stand-in, which tells what it is given."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+
+    def __call__(self, *, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        self.given = kwargs
+        return (hidden_states * 1.3).cos(), None
+
+
+def _recognize(kind: Any) -> str | Layout:
+    """The layout of a class of layers, or why it is not a known one."""
+    parameters = inspect.signature(kind.forward).parameters
+    if list(parameters)[:2] != ["self", "hidden_states"]:
+        return f"the forward of {kind.__name__} takes other arguments"
+    named = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD][2:]
+    anything = ["anything"] if len(named) + 2 < len(parameters) else []
+    given = {name: object() for name in (*named, *anything)}
+    x = torch.linspace(-1, 2, 12, dtype=torch.float64).view(1, 2, 6)
+    reason = f"the forward of {kind.__name__} is another"
+    for after, second, last in _NORMS:
+        names = (_FIRST, after, second, last)
+        norms = {name: functools.partial(_stand_in_norm, i) for i, name in enumerate(names) if name}
+        attention = _Attention()
+        # transformers wraps the forward of a layer by one that asks whether to checkpoint it.
+        state = {"forward": kind.forward, "training": False, "gradient_checkpointing": False}
+        stand_in = type(kind.__name__, (), state)()
+        vars(stand_in).update(norms, **{ATTENTION: attention, MLP: torch.tanh}, **dict.fromkeys(_DROPOUTS, _same))
+        try:
+            out: Any = kind.forward(stand_in, x)
+            defaults = attention.given
+            kind.forward(stand_in, hidden_states=x, **given)
+        except Exception as error:  # whatever it raises, it needs more than the formula has
+            reason = f"the forward of {kind.__name__} is another: {error}"
+            continue
+        if attention.given != given:
+            return f"the forward of {kind.__name__} changes what it hands its attention"
+        first, behind, before, end = (norms.get(name or "", _same) for name in names)
+        h = x + behind(attention(hidden_states=first(x))[0])
+        if isinstance(out, torch.Tensor) and torch.equal(out, h + end(torch.tanh(before(h)))):
+            return Layout(after, second, last, defaults)
+    return reason
+
+
+def _same(t: torch.Tensor) -> torch.Tensor:
+    return t
+
+
+def _stand_in_norm(number: int, t: torch.Tensor) -> torch.Tensor:
+    return (t * number + 0.1).sin()
+
+
+@functools.cache
+def _fused(stock: Any) -> str | type:
+    """The class that takes a class's place, or why there is none."""
+    layout = _recognize(stock)
+    if isinstance(layout, str):
+        return layout
+    # Of the same name: wrapping policies look layers up by it.
+    fields = {"stock": stock, "layout": layout, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    return type(stock.__name__, (FusedResidual, stock), fields)
+
+
+def _empty(stock: Any) -> Any:
+    kind: Any = _fused(stock)
+    return kind.__new__(kind)
+
+
+def _reason(layer: Any, kind: Any) -> str | None:
+    """Why a layer's forward stays as it is, or None."""
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance"
+    if isinstance(kind, str):
+        return kind
+    for name in (_FIRST, kind.layout.second):
+        if _formula_of(layer._modules[name]) is None:
+            return f"{name} is no root mean square norm, or has hooks"
+    return None
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if {ATTENTION, MLP, _FIRST} <= module._modules.keys():
+            yield name, module
+
+
+def fuse(model: nn.Module) -> Iterator[BlockReport]:
+    """Have the decoder layers of a model add and normalize in one step where they can. Tells what became of each."""
+    for name, layer in _layers(model):
+        stock: Any = type(layer)
+        kind: Any = stock if issubclass(stock, FusedResidual) else _fused(stock)
+        reason = _reason(layer, kind)
+        if reason is None:
+            layer.__class__ = kind
+        second = "post_attention_layernorm" if isinstance(kind, str) else kind.layout.second
+        yield BlockReport(name, "residual and norm", (_FIRST, second), reason)
+
+
+def undo(model: nn.Module) -> None:
+    """Take back what `fuse` did, if it did anything, but where FSDP has made a class of its own from it."""
+    for _, layer in _layers(model):
+        if isinstance(layer, FusedResidual) and type(layer) is _fused(layer.stock):
+            layer.__class__ = layer.stock

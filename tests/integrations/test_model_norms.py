@@ -1,0 +1,200 @@
+"""Decoder layers that add and normalize in one step, in every architecture."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("triton")
+
+import architectures
+from architectures import ARCHITECTURES
+
+from fastlora import backends, norm
+from fastlora.integrations.peft import accelerate, norms, restore
+from fastlora.integrations.peft.norms import FusedResidual
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
+IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
+    """For every step that ran: whether it added a residual."""
+    if device == "cpu" and not backends.this_machine().triton_interpreted:
+        pytest.skip("Triton's interpreter is off")
+    seen: list[bool] = []
+
+    def added(*args: Any) -> Any:
+        found = norm.added(*args)
+        if found is not None:
+            seen.append(args[-1] is not None)
+        return found
+
+    monkeypatch.setattr(FusedResidual, "added", staticmethod(added))
+    return seen
+
+
+def layers(model: Any) -> Any:
+    return model.base_model.model.model.layers
+
+
+def results(model: Any, device: str, **options: Any) -> dict[str, torch.Tensor]:
+    """Loss, hidden states and the gradient of every adapter."""
+    model.zero_grad()
+    ids = IDS.to(device)
+    out = model(input_ids=ids, labels=ids, output_hidden_states=True, **options)
+    out.loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    states = {f"state {i}": t.detach() for i, t in enumerate(out.hidden_states)}
+    return {"loss": out.loss.detach(), **states, **grads}
+
+
+def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-4, atol=1e-6 + 2e-5 * value.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@ARCHITECTURE
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_like_the_model(name: str, checkpointing: bool, device: str, steps: list[bool]) -> None:
+    stock, fast = (architectures.make(name, device=device) for _ in range(2))
+    assert [block.reason for block in norms.fuse(fast)] == [None, None]
+    for model in (stock, fast):
+        model.train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.enable_input_require_grads()
+    same(results(fast, device), results(stock, device))
+    assert steps.count(True) == steps.count(False) == 2 * (1 + checkpointing)
+    fast.eval(), stock.eval()
+    with torch.no_grad():
+        ids = IDS.to(device)
+        torch.testing.assert_close(fast(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_a_generation_with_a_cache_is_the_same(name: str, device: str, steps: list[bool]) -> None:
+    stock, fast = (architectures.make(name, device=device).eval() for _ in range(2))
+    list(norms.fuse(fast))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(fast.generate(IDS.to(device), **options), stock.generate(IDS.to(device), **options))
+    assert steps
+
+
+def test_a_norm_that_learns_or_has_hooks_runs_itself(device: str, steps: list[bool]) -> None:
+    stock, fast = (architectures.make("llama", device=device).train() for _ in range(2))
+    list(norms.fuse(fast))
+    called = []
+    for model in (stock, fast):
+        layers(model)[0].input_layernorm.weight.requires_grad_()
+        layers(model)[1].post_attention_layernorm.register_forward_hook(lambda *_: called.append(1))
+    same(results(fast, device), results(stock, device))
+    assert len(called) == 2
+    assert steps == [True, False]
+
+
+def test_dropped_branches_are_added_by_the_layer(device: str, steps: list[bool]) -> None:
+    fast = architectures.make("phi3", device=device).train()
+    list(norms.fuse(fast))
+    layers(fast)[0].resid_mlp_dropout.p = 0.5
+    results(fast, device)
+    assert len(steps) == 2
+    fast.eval()
+    results(fast, device)
+    assert len(steps) == 6
+
+
+def test_accelerate_reports_and_restore_gives_back(device: str) -> None:
+    model = architectures.make("llama", device=device)
+    kind = type(layers(model)[0])
+    found = [block for block in accelerate(model, blocks=True).blocks if block.kind == "residual and norm"]
+    assert [block.layers for block in found] == [("input_layernorm", "post_attention_layernorm")] * 2
+    assert all(isinstance(layer, FusedResidual) and isinstance(layer, kind) for layer in layers(model))
+    assert type(layers(model)[0]).__name__ == kind.__name__
+    accelerate(model)
+    assert type(layers(model)[0]) is kind
+    accelerate(model, blocks=True)
+    restore(model)
+    assert type(layers(model)[0]) is kind
+
+
+def test_copies_and_files(device: str) -> None:
+    model = architectures.make("gemma2", device=device).eval()
+    list(norms.fuse(model))
+    layer = layers(model)[0]
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert type(other) is type(layer)
+        assert other.layout == layer.layout
+
+
+class Elsewhere(nn.Module):
+    """A layer that looks like one of those."""
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = like.self_attn, like.mlp
+        self.input_layernorm, self.post_attention_layernorm = like.input_layernorm, like.post_attention_layernorm
+
+
+class Parallel(Elsewhere):
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        x = self.input_layernorm(hidden_states)
+        return hidden_states + self.self_attn(hidden_states=x, **kwargs)[0] + self.mlp(x)
+
+
+class Scaled(Elsewhere):
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        h = hidden_states + 0.5 * self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Forgetful(Elsewhere):
+    def forward(self, hidden_states: Any, mask: Any = None, **kwargs: Any) -> Any:
+        h = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class Needy(Elsewhere):
+    def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+        return self.other(hidden_states)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Parallel, "is another"),
+        (Scaled, "is another"),
+        (Forgetful, "changes what it hands its attention"),
+        (Needy, "has no attribute 'other'"),
+    ],
+)
+def test_another_layer_stays_as_it_is(kind: Any, reason: str) -> None:
+    model = nn.Sequential(kind(layers(architectures.make("llama"))[0]))
+    (report,) = norms.fuse(model)
+    assert reason in str(report.reason)
+    assert type(model[0]) is kind
+
+
+def test_another_norm_stays_as_it_is() -> None:
+    model = architectures.make("llama")
+    layers(model)[0].input_layernorm = nn.LayerNorm(64)
+    layers(model)[1].forward = lambda *args, **kwargs: None
+    first, second = norms.fuse(model)
+    assert "input_layernorm is no root mean square norm" in str(first.reason)
+    assert "replaced on the instance" in str(second.reason)
