@@ -131,6 +131,19 @@ def test_accelerate_reports_and_restore_gives_back(device: str) -> None:
     assert type(layers(model)[0]) is kind
 
 
+def test_a_class_that_sharding_made_of_a_layer_stays(device: str) -> None:
+    """FSDP2 gives a module a class of its own below the one it has, which `restore` must not take away."""
+    model = architectures.make("llama", device=device)
+    accelerate(model, blocks=True)
+    layer = layers(model)[0]
+    sharded = type("Sharded", (type(layer),), {})
+    layer.__class__ = sharded
+    accelerate(model, blocks=True)
+    restore(model)
+    assert type(layer) is sharded
+    assert not isinstance(layers(model)[1], FusedResidual)
+
+
 def test_copies_and_files(device: str) -> None:
     model = architectures.make("gemma2", device=device).eval()
     list(norms.fuse(model))
@@ -170,6 +183,14 @@ class Forgetful(Elsewhere):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
+class Talkative(Elsewhere):
+    def forward(self, hidden_states: Any, tell: Any = None, **kwargs: Any) -> Any:
+        x = self.input_layernorm(hidden_states)
+        h = hidden_states + self.self_attn(hidden_states=x, tell=tell, **kwargs)[0]
+        out = h + self.mlp(self.post_attention_layernorm(h))
+        return (out, x) if tell else out
+
+
 class Needy(Elsewhere):
     def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
         return self.other(hidden_states)
@@ -180,6 +201,7 @@ class Needy(Elsewhere):
     [
         (Parallel, "is another"),
         (Scaled, "is another"),
+        (Talkative, "is another"),
         (Forgetful, "changes what it hands its attention"),
         (Needy, "has no attribute 'other'"),
     ],

@@ -160,9 +160,9 @@ def _recognize(kind: Any) -> str | Layout:
         stand_in = type(kind.__name__, (), state)()
         vars(stand_in).update(norms, **{ATTENTION: attention, MLP: torch.tanh}, **dict.fromkeys(_DROPOUTS, _same))
         try:
-            out: Any = kind.forward(stand_in, x)
+            outs: list[Any] = [kind.forward(stand_in, x)]
             defaults = attention.given
-            kind.forward(stand_in, hidden_states=x, **given)
+            outs.append(kind.forward(stand_in, hidden_states=x, **given))
         except Exception as error:  # whatever it raises, it needs more than the formula has
             reason = f"the forward of {kind.__name__} is another: {error}"
             continue
@@ -170,7 +170,8 @@ def _recognize(kind: Any) -> str | Layout:
             return f"the forward of {kind.__name__} changes what it hands its attention"
         first, behind, before, end = (norms.get(name or "", _same) for name in names)
         h = x + behind(attention(hidden_states=first(x))[0])
-        if isinstance(out, torch.Tensor) and torch.equal(out, h + end(torch.tanh(before(h)))):
+        truth = h + end(torch.tanh(before(h)))
+        if all(isinstance(out, torch.Tensor) and torch.equal(out, truth) for out in outs):
             return Layout(after, second, last, defaults)
     return reason
 
