@@ -62,6 +62,7 @@ class Stack:
 PEFT, PEFT_LIGER, PEFT_COMPILED, UNSLOTH = "HF + PEFT", "HF + PEFT + Liger", "HF + PEFT + torch.compile", "Unsloth"
 PEFT_PREPARED = f"{PEFT}, prepared"
 LAYERS, BLOCKS, BLOCKS_LIGER = "fastlora layers", "fastlora blocks", "fastlora blocks + Liger"
+BLOCKS_LOSS = f"{BLOCKS} + loss"
 OFFLOADED, GRAPH = f"{BLOCKS_LIGER}, offloaded", f"{BLOCKS_LIGER}, CUDA graph"
 STACKS: dict[str, Stack] = {
     PEFT_PREPARED: Stack("plain", prepared=True),
@@ -72,6 +73,7 @@ STACKS: dict[str, Stack] = {
     f"{LAYERS}, CUDA graph": Stack("plain", "layers", captured=True),
     BLOCKS: Stack("plain", "blocks"),
     f"{BLOCKS}, CUDA graph": Stack("plain", "blocks", captured=True),
+    BLOCKS_LOSS: Stack("plain", "blocks", whole=True),
     # Liger replaces functions of transformers for the whole process: after all that must run without it.
     BLOCKS_LIGER: Stack("plain", "blocks", liger=True, whole=True),
     OFFLOADED: Stack("plain", "blocks", liger=True, whole=True, offloaded=True),
@@ -703,7 +705,7 @@ class Part:
 def _matrix(model: str, blocks: int = 8) -> Part:
     sizes = ((1, 2048), (4, 2048), (1, 8192))
     cases = tuple(Case(model, blocks, *size, kept) for size in sizes for kept in (False, True))
-    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, GRAPH, PEFT_LIGER, UNSLOTH), cases)
+    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, BLOCKS_LIGER, GRAPH, PEFT_LIGER, UNSLOTH), cases)
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
