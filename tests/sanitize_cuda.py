@@ -20,6 +20,7 @@ from packed_factors import KINDS, packed_of
 from tolerance import Problem, make_problem
 
 from fastlora import kernels, native, tables
+from fastlora.kernels import norm
 
 
 def run(problem: Problem, backend: str, form: str) -> None:
@@ -91,6 +92,10 @@ def main(filled_once: bool = False) -> None:
         run(problem, "triton", "decode")
         for form in native.forms(33, 72, 192, 16, 64, capability):
             run(problem, "cuda", form)
+        x, weight = torch.randn(5, 1000, device="cuda", dtype=dtype), torch.ones(1000, device="cuda", dtype=dtype)
+        for residual in (None, x):
+            h, y, rstd = norm.forward(x, residual, weight, 1e-5, 0.0)
+            norm.backward(y, residual, h, weight, rstd, 0.0)
 
 
 if __name__ == "__main__":

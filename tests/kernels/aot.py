@@ -26,7 +26,7 @@ from fastlora import kernels
 from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
 from fastlora.int8 import Int8Matrix
-from fastlora.kernels import columns, config, cross_entropy, gated, launch, split, stacked
+from fastlora.kernels import columns, config, cross_entropy, gated, launch, norm, rotary, split, stacked
 from fastlora.kernels.dequantize import dequantize_merged, dequantize_pair, dequantize_stacked
 from fastlora.kernels.epilogue import finish
 from fastlora.kernels.gemm import gemm, projecting_gemm, projects
@@ -259,6 +259,20 @@ def loss_of(compiler: Compiler, dtype: torch.dtype) -> None:
     cross_entropy.rescale(logits, scale)
 
 
+def stream(compiler: Compiler, dtype: torch.dtype) -> None:
+    """The norms of rows, with and without a sum, and the rotary embedding."""
+    for k in (4096, 3584, 72):
+        compiler.case = f"norm {k} {dtype}"
+        x, weight, rstd = torch.empty(3, k, dtype=dtype), torch.empty(k, dtype=dtype), torch.empty(3)
+        for other in (None, x):
+            norm.forward(x, other, weight, 1e-5, 0.0)
+            norm.backward(x, other, x, weight, rstd, 0.0)
+    q, k, cos = (torch.empty(1, heads, 3, 128, dtype=dtype) for heads in (32, 8, 1))
+    for inverse in (False, True):
+        compiler.case = f"rotary {inverse} {dtype}"
+        rotary.rotate(q, k, cos[0], cos[0], inverse=inverse)
+
+
 def main(capability: str, *dtypes: str) -> None:
     major, minor = capability.split(".")
     compiler = Compiler((int(major), int(minor)))
@@ -276,6 +290,8 @@ def main(capability: str, *dtypes: str) -> None:
         "gated",
         "columns",
         "cross_entropy",
+        "norm",
+        "rotary",
     ):
         sys.modules[f"fastlora.kernels.{module}"].on_device = lambda t: contextlib.nullcontext()
     assert not launch.interpreted()
@@ -284,6 +300,7 @@ def main(capability: str, *dtypes: str) -> None:
         decoding(compiler, dtype, thorough=i == 0)
         columns_of(compiler, dtype)
         loss_of(compiler, dtype)
+        stream(compiler, dtype)
         if dtype != torch.float32:
             buffered(compiler, dtype, thorough=i == 0)
             few_rows(compiler, dtype, thorough=i == 0)

@@ -18,7 +18,7 @@ KERNELS = {
     "dequantize_kernel", "dequantize_words_kernel", "project_kernel", "linear_kernel", "input_gradient_kernel",
     "gradient_kernel", "gradients_kernel", "add_parts_kernel", "dequantize_stacked_kernel", "dequantize_pair_kernel",
     "merged_kernel", "scaled_kernel", "scaled_gradients_kernel", "row_norm_kernel", "finished_kernel",
-    "cross_entropy_kernel", "rescale_kernel",
+    "cross_entropy_kernel", "rescale_kernel", "norm_kernel", "norm_backward_kernel", "rotary_kernel",
 }  # fmt: skip
 NARROW = {
     "partial_kernel", "finish_kernel", "epilogue_kernel", "folded_kernel", "pack_kernel", "project_stacked_kernel",
