@@ -213,6 +213,33 @@ def test_another_layer_stays_as_it_is(kind: Any, reason: str) -> None:
     assert type(model[0]) is kind
 
 
+class Liger(nn.Module):
+    """What Liger's norms are made of; its kernel runs on GPUs only."""
+
+    __module__ = "liger_kernel.transformers.rms_norm"
+
+    def __init__(self, like: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = like.weight, like.variance_epsilon
+        self.offset, self.casting_mode = 0.0, "llama"
+
+    def forward(self, x: Any) -> Any:
+        raise AssertionError("the step computes it")
+
+
+def test_norms_of_liger_say_what_they_compute(device: str, steps: list[bool]) -> None:
+    stock, fast = (architectures.make("llama", device=device).train() for _ in range(2))
+    for layer in layers(fast):
+        layer.input_layernorm = Liger(layer.input_layernorm)
+        layer.post_attention_layernorm = Liger(layer.post_attention_layernorm)
+    assert [block.reason for block in norms.fuse(fast)] == [None, None]
+    same(results(fast, device), results(stock, device))
+    assert len(steps) == 4
+    del layers(fast)[0].input_layernorm.offset
+    accelerate(fast)
+    assert "input_layernorm" in str(next(iter(norms.fuse(fast))).reason)
+
+
 def test_another_norm_stays_as_it_is() -> None:
     model = architectures.make("llama")
     layers(model)[0].input_layernorm = nn.LayerNorm(64)
