@@ -97,6 +97,15 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
+def triton_runs(device: str) -> None:
+    """Skips a test on a device where no Triton kernel runs."""
+    from fastlora import backends
+
+    if device == "cpu" and not backends.this_machine().triton_interpreted:
+        pytest.skip("Triton's interpreter is off")
+
+
+@pytest.fixture
 def kernel_device() -> str:
     """Where Triton kernels run: compiled on the GPU, or interpreted on CPU tensors without one."""
     return "cuda" if HAS_CUDA else "cpu"

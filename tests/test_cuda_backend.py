@@ -232,6 +232,14 @@ def test_two_runs_give_the_same_bits(m: int, form: str) -> None:
             assert torch.equal(value, first[name]), name
 
 
+def assert_waits(chain: Callable[[bool], torch.Tensor]) -> torch.Tensor:
+    """That a chain of launches gives the same with and without a wait after each, and what it gives."""
+    expected = chain(True)
+    for _ in range(10):
+        assert torch.equal(chain(False), expected)
+    return expected
+
+
 @pytest.mark.parametrize("m", [1, 2, 8])
 def test_chained_launches_wait_for_what_they_read(m: int) -> None:
     # Each result feeds the next call while the device is busy: a kernel that started too early would read the old one.
@@ -248,9 +256,7 @@ def test_chained_launches_wait_for_what_they_read(m: int) -> None:
                 torch.cuda.synchronize()
         return x
 
-    expected = chain(wait=True)
-    for _ in range(10):
-        assert torch.equal(chain(wait=False), expected)
+    assert_waits(chain)
 
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
@@ -276,9 +282,7 @@ def test_products_in_a_row_wait_for_each_other(size: int, m: int, kind: str | No
                 torch.cuda.synchronize()
         return x
 
-    expected = chain(wait=True)
-    for _ in range(10):
-        assert torch.equal(chain(wait=False), expected)
+    expected = assert_waits(chain)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = chain(wait=False)

@@ -9,18 +9,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora import backends, norm
+from fastlora import norm
 
+pytestmark = pytest.mark.usefixtures("triton_runs")
 EPS = 1e-3
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-21}
 """Half a unit in the last place, of the largest element; in float32 what a sum over a row may err."""
-
-
-@pytest.fixture(autouse=True)
-def _runs(device: str) -> None:
-    if device == "cpu" and not backends.this_machine().triton_interpreted:
-        pytest.skip("Triton's interpreter is off")
 
 
 def operands(device: str, dtype: torch.dtype, *shape: int) -> Any:

@@ -9,17 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora import backends, rotary
+from fastlora import rotary
 
+pytestmark = pytest.mark.usefixtures("triton_runs")
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-22}
 """What one rounding may change, of the largest part of a sum of two products."""
-
-
-@pytest.fixture(autouse=True)
-def _runs(device: str) -> None:
-    if device == "cpu" and not backends.this_machine().triton_interpreted:
-        pytest.skip("Triton's interpreter is off")
 
 
 def formula(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> list[torch.Tensor]:

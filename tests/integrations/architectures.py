@@ -59,3 +59,12 @@ def make(name: str, dtype: torch.dtype = torch.float32, device: str = "cpu", rou
             if "lora_" in name_:
                 parameter.data = parameter.data.to(torch.bfloat16).to(dtype)
     return model.to(device)
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """The results of two models by name, the same but for the order of their sums."""
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(
+            got[name], value, rtol=1e-4, atol=1e-6 + 2e-5 * value.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )

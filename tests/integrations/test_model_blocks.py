@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import architectures
-from architectures import ARCHITECTURES, JOINT
+from architectures import ARCHITECTURES, JOINT, assert_same
 
 from fastlora import blocks as fused_blocks
 from fastlora import groups
@@ -89,14 +89,6 @@ def step(model: Any, tokens: torch.Tensor | None = None) -> dict[str, torch.Tens
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **grads}
-
-
-def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=1e-4, atol=1e-6 + 2e-5 * value.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def accelerated(name: str, backend: str = "torch", **options: Any) -> Any:

@@ -16,9 +16,9 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("triton")
 
 import architectures
-from architectures import ARCHITECTURES
+from architectures import ARCHITECTURES, assert_same
 
-from fastlora import backends, norm
+from fastlora import norm
 from fastlora.integrations.peft import accelerate, norms, restore
 from fastlora.integrations.peft.norms import FusedResidual
 
@@ -28,10 +28,8 @@ IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture
-def steps(monkeypatch: pytest.MonkeyPatch, device: str) -> list[bool]:
+def steps(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> list[bool]:
     """For every step that ran: whether it added a residual."""
-    if device == "cpu" and not backends.this_machine().triton_interpreted:
-        pytest.skip("Triton's interpreter is off")
     seen: list[bool] = []
 
     def added(*args: Any) -> Any:
@@ -59,14 +57,6 @@ def results(model: Any, device: str, **options: Any) -> dict[str, torch.Tensor]:
     return {"loss": out.loss.detach(), **states, **grads}
 
 
-def same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
-    assert got.keys() == want.keys()
-    for name, value in want.items():
-        torch.testing.assert_close(
-            got[name], value, rtol=1e-4, atol=1e-6 + 2e-5 * value.abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
 @ARCHITECTURE
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_like_the_model(name: str, checkpointing: bool, device: str, steps: list[bool]) -> None:
@@ -77,7 +67,7 @@ def test_like_the_model(name: str, checkpointing: bool, device: str, steps: list
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             model.enable_input_require_grads()
-    same(results(fast, device), results(stock, device))
+    assert_same(results(fast, device), results(stock, device))
     assert steps.count(True) == steps.count(False) == 2 * (1 + checkpointing)
     fast.eval(), stock.eval()
     with torch.no_grad():
@@ -101,7 +91,7 @@ def test_a_norm_that_learns_or_has_hooks_runs_itself(device: str, steps: list[bo
     for model in (stock, fast):
         layers(model)[0].input_layernorm.weight.requires_grad_()
         layers(model)[1].post_attention_layernorm.register_forward_hook(lambda *_: called.append(1))
-    same(results(fast, device), results(stock, device))
+    assert_same(results(fast, device), results(stock, device))
     assert len(called) == 2
     assert steps == [True, False]
 
@@ -233,7 +223,7 @@ def test_norms_of_liger_say_what_they_compute(device: str, steps: list[bool]) ->
         layer.input_layernorm = Liger(layer.input_layernorm)
         layer.post_attention_layernorm = Liger(layer.post_attention_layernorm)
     assert [block.reason for block in norms.fuse(fast)] == [None, None]
-    same(results(fast, device), results(stock, device))
+    assert_same(results(fast, device), results(stock, device))
     assert len(steps) == 4
     del layers(fast)[0].input_layernorm.offset
     accelerate(fast)

@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 import peft
 import transformers
 
-from fastlora import accelerate, backends, restore
+from fastlora import accelerate, restore
 from fastlora.integrations.peft import rotary as integration
 from fastlora.kernels import rotary as kernels
 
@@ -55,9 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def test_a_model_reads_q_and_k_where_they_lie(device: str, calls: list[bool]) -> None:
-    if device == "cpu" and not backends.this_machine().triton_interpreted:
-        pytest.skip("Triton's interpreter is off")
+def test_a_model_reads_q_and_k_where_they_lie(device: str, triton_runs: None, calls: list[bool]) -> None:
     stock, model = function(), make(device)
     loss, gradients = step(model, device)
     report = accelerate(model, "torch", blocks=True)

@@ -27,6 +27,11 @@ _applied: dict[str, tuple[int, dict[str, Any]]] = {}
 """For each changed module of transformers: how many models are as Liger left them, and what its names meant before."""
 
 
+def is_ligers(what: Any) -> bool:
+    """Whether Liger defines a function or a class."""
+    return getattr(what, "__module__", "").startswith("liger_kernel.")
+
+
 def _function(model: Any) -> Callable[..., None]:
     kind = getattr(getattr(inner_model(model), "config", None), "model_type", None)
     if kind is None:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastlora import norm
+from fastlora.integrations.peft.liger import is_ligers
 from fastlora.integrations.peft.report import BlockReport
 
 ATTENTION, MLP = "self_attn", "mlp"
@@ -96,20 +97,16 @@ def _formula_of(module: Any) -> tuple[float, str] | None:
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return None
     own = module.__dict__.get("forward")
-    if own is not None and not _is_ligers(own):
+    if own is not None and not is_ligers(own):
         return None
     kind = type(module)
-    if _is_ligers(kind):
+    if is_ligers(kind):
         # A model that was built after Liger replaced its classes. They run on GPUs only, and say what they compute.
         told = module.__dict__.keys() >= {"offset", "casting_mode", _EPS[0]}
         return (module.offset, _EPS[0]) if told and module._parameters.get("weight") is not None else None
     if kind not in _formulas:
         _formulas[kind] = _recognize_norm(module)
     return _formulas[kind]
-
-
-def _is_ligers(what: Any) -> bool:
-    return getattr(what, "__module__", "").startswith("liger_kernel.")
 
 
 _formulas: dict[type, tuple[float, str] | None] = {}

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastlora import rotary
 from fastlora.integrations.inner import inner_model
+from fastlora.integrations.peft.liger import is_ligers
 
 FUNCTION = "apply_rotary_pos_emb"
 _ORIGINAL = "fastlora_original"
@@ -34,7 +35,7 @@ def _library(model: Any) -> Any:
 @functools.cache
 def _recognize(function: Callable[..., Any]) -> str | None:
     """None where a function rotates the halves of q and k, by its values; else why it does not."""
-    if getattr(function, "__module__", "").startswith("liger_kernel."):
+    if is_ligers(function):
         return None  # which takes the place of one that does, and runs on GPUs only
     try:
         first = list(inspect.signature(function).parameters.values())[:5]
