@@ -17,6 +17,19 @@ from fastlora.nf4 import NF4Weight
 
 Lines = list[dict[str, Any]]
 
+PLOTS = "plots"
+"""The folder of the plots, beside the page that shows them."""
+STEP_PICTURE = "![tokens a second and memory of a training step]"
+
+OURS = ("#d62728", "#ff7f0e", "#8c1d40", "#e8b100", "#e377c2", "#7a4a00", "#ff9d8a", "#5c0000")
+THEIRS = ("#1f77b4", "#17becf", "#7f7f7f", "#9467bd", "#2ca02c", "#1b3a5c", "#9ecae1", "#bcbd22", "#c5b0d5", "#3d3d3d")
+
+
+def _colors(names: Iterable[str]) -> dict[str, str]:
+    """A colour for each name, warm ones for what is fastlora's; no two alike as long as there are colours."""
+    ours, theirs = itertools.cycle(OURS), itertools.cycle(THEIRS)
+    return {name: next(ours if name.startswith("fastlora") else theirs) for name in names}
+
 
 def _markdown(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ("---",) * len(head), *rows))
@@ -65,6 +78,15 @@ def _found(results: Path, name: str) -> list[Path]:
     return sorted(results.glob(f"*/{name}"))
 
 
+def _bound(rows: Iterable[Row]) -> list[Row]:
+    """The rows that have a goal."""
+    return [row for row in rows if row.goal is not None]
+
+
+def _reached(bound: list[Row]) -> str:
+    return f"{sum(row.ok for row in bound)} of {len(bound)}"
+
+
 def goals(results: Path, *, everything: bool = False) -> str:
     """Every goal of the committed runs, pass or miss, and with ``everything`` the rows that only inform."""
     blocks = []
@@ -72,9 +94,8 @@ def goals(results: Path, *, everything: bool = False) -> str:
         data, rows = record.read(path)
         if data.get("quick"):
             continue
-        bound = [row for row in rows if row.goal is not None]
-        reached = sum(row.ok for row in bound)
-        head = f"{_source(path, data)}: {reached} of {len(bound)} goals reached."
+        bound = _bound(rows)
+        head = f"{_source(path, data)}: {_reached(bound)} goals reached."
         blocks.append(f"{head}\n\n{rows_table(rows if everything else bound)}")
     return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite goals` on a GPU writes the record."
 
@@ -105,9 +126,8 @@ def _drop_in_rest(results: Path) -> str:
     blocks = []
     for path in _found(results, "drop_in.json"):
         data, rows = record.read(path)
-        bound = [row for row in rows if row.goal is not None]
         shown = [row for row in rows if not row.ok or "hidden" in row.case]
-        text = f"{_source(path, data)}: {sum(row.ok for row in bound)} of {len(bound)} goals reached."
+        text = f"{_source(path, data)}: {_reached(_bound(rows))} goals reached."
         blocks.append(f"{text} Every miss, and the loss curves:\n\n{rows_table(shown)}" if shown else text)
     return "\n\n".join(blocks)
 
@@ -133,18 +153,38 @@ def _by_stack(rows: Iterable[Row]) -> dict[str, dict[str, dict[str, Row]]]:
     return found
 
 
+def _step_goals(rows: Iterable[Row]) -> list[Row]:
+    """The rows of a training step that have a goal; how well its memory was predicted is told apart."""
+    return [row for row in _bound(rows) if not row.metric.startswith(PREDICTED)]
+
+
+def summary(results: Path) -> str:
+    """Bars of speed and memory of whole training steps, their conditions, and how many goals each record reaches."""
+    blocks, scores = [], []
+    for path in _found(results, "goals.json"):
+        data, rows = record.read(path)
+        if not data.get("quick"):
+            scores.append(f"one layer {_reached(_bound(rows))}")
+    for path, data, rows in _training_records(results):
+        if not (bound := _step_goals(rows)):
+            continue
+        name = _bars_name(path, data, rows)
+        scores.append(f"{'training steps' if name else 'loss of a training run'} {_reached(bound)}")
+        if name is not None:
+            blocks.append(f"{STEP_PICTURE}(docs/{PLOTS}/{name}.png)\n\n{_source(path, data)}.")
+    blocks += [f"Goals reached: {', '.join(scores)}."] if scores else []
+    return "\n\n".join(blocks) or "Not measured yet: `fastlora bench` on a GPU writes the records."
+
+
 def training(results: Path) -> str:
-    """The goals of whole training steps with bars of speed and memory, and how much faster all other steps are."""
+    """The goals of whole training steps, and how much faster all other steps are."""
     blocks, others, errors = [], [], []
     for path, data, rows in _training_records(results):
         errors += [row for row in rows if row.metric.startswith(PREDICTED)]
-        if not (bound := [row for row in rows if row.goal is not None and not row.metric.startswith(PREDICTED)]):
+        if not (bound := _step_goals(rows)):
             others.append((path, data, rows))
             continue
-        head = f"{_source(path, data)}: {sum(row.ok for row in bound)} of {len(bound)} goals reached."
-        blocks.append(f"{head}\n\n{rows_table(bound)}")
-        if (name := _bars_name(path, data, rows)) is not None:
-            blocks.append(f"![tokens a second and memory of a training step](docs/{PLOTS}/{name}.png)")
+        blocks.append(f"{_source(path, data)}: {_reached(bound)} goals reached.\n\n{rows_table(bound)}")
     if others:
         blocks.append(_speed_ups(others))
     if errors:
@@ -189,7 +229,7 @@ def _training_tables(results: Path) -> str:
     for path, data, rows in _training_records(results):
         blocks.append(f"{_source(path, data)}.")
         if (name := _bars_name(path, data, rows)) is not None:
-            blocks.append(f"![tokens a second and memory of a training step]({PLOTS}/{name}.png)")
+            blocks.append(f"{STEP_PICTURE}({PLOTS}/{name}.png)")
         if "curves" in data:
             blocks += [f"![loss of a training step]({PLOTS}/{_plot_name(path)}.png)", rows_table(rows)]
             continue
@@ -265,11 +305,13 @@ def bars(rows: list[Row], title: str, stem: Path) -> None:
     panels = {"tokens/s": "tokens a second", "peak memory GiB": "peak memory, GiB"}
     stacks = list(dict.fromkeys(stack for found in cases.values() for stack in found))
     stacks = [stack for stack in stacks if any(_value(found, stack, "tokens/s") for found in cases.values())]
+    stacks.sort(key=lambda stack: stack.startswith("fastlora"))  # the peers first, whatever order they ran in
+    colors = _colors(stacks)
     with _drawing() as pyplot:
         size = (max(7.0, 2.4 * len(cases)), 7)
         figure, axes = pyplot.subplots(len(panels), figsize=size, layout="constrained", sharex=True)
         for axis, (what, label) in zip(axes, panels.items(), strict=True):
-            for i, stack in enumerate(stacks):
+            for stack in stacks:
                 places, values = [], []
                 for place, found in enumerate(cases.values()):
                     shown = [one for one in stacks if _value(found, one, what) is not None]
@@ -277,7 +319,7 @@ def bars(rows: list[Row], title: str, stem: Path) -> None:
                         places.append(place + (shown.index(stack) - (len(shown) - 1) / 2) * 0.8 / len(shown))
                         values.append((_value(found, stack, what), 0.8 / len(shown)))
                 heights, widths = [value for value, _ in values], [width for _, width in values]
-                drawn = axis.bar(places, heights, widths, color=f"C{i % 10}", label=stack)
+                drawn = axis.bar(places, heights, widths, color=colors[stack], label=stack)
                 axis.bar_label(drawn, [_number(value) for value in heights], fontsize=5, padding=1)
             axis.set_ylabel(label)
             axis.grid(True, axis="y", alpha=0.2)
@@ -365,9 +407,10 @@ def _save(figure: Any, stem: Path) -> None:
 
 def plot(lines: Lines, title: str, stem: Path) -> None:
     """Time against M of every provider of one layer, mode and rank, with the roofline, as PNG and SVG."""
+    colors = _colors(dict.fromkeys(line["provider"] for line in lines))
     with _drawing() as pyplot:
         figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        for i, name in enumerate(dict.fromkeys(line["provider"] for line in lines)):
+        for name, color in colors.items():
             points = sorted(
                 (line["m"], *time) for line in lines if line["provider"] == name and (time := _shown_time(line))
             )
@@ -377,11 +420,13 @@ def plot(lines: Lines, title: str, stem: Path) -> None:
             label = f"{name} (with launches)" if any(launches) else name
             width = 2.5 if name == "fastlora" else 1.2
             style = "--" if any(launches) else "-"
-            axes.plot(m, times, style, marker="o", markersize=3, linewidth=width, color=f"C{i % 10}", label=label)
+            axes.plot(m, times, style, marker="o", markersize=3, linewidth=width, color=color, label=label)
         least = sorted({line["m"]: _least(line) for line in lines}.items())
         axes.plot(*zip(*least, strict=True), color="black", linestyle=":", label="roofline (measured)")
         axes.set(xscale="log", yscale="log", xlabel="M (tokens)", ylabel="microseconds", title=title)
-        axes.grid(True, which="both", alpha=0.2)
+        axes.set_xticks([m for m, _ in least], [str(m) for m, _ in least])
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.2)
         axes.legend(fontsize=7)
         _save(figure, stem)
 
@@ -422,10 +467,6 @@ def _layers(results: Path) -> str:
     return "\n\n".join(blocks) or "Not measured yet: `fastlora bench --suite layer` writes the record."
 
 
-PLOTS = "plots"
-"""The folder of the plots, beside the page that shows them."""
-
-
 def benchmarks(results: Path) -> str:
     """The page of all tables and plots."""
     sections = {
@@ -458,8 +499,8 @@ def methods(results: Path) -> str:
             method, _, setting = row.case.partition(", ")
             (by.setdefault(setting, []) if method in PLANS else rest).append(row)
         for setting, group in by.items():
-            bound = [row for row in group if row.goal is not None]
-            reached = f", {sum(row.ok for row in bound)} of {len(bound)} goals reached" if bound else ""
+            bound = _bound(group)
+            reached = f", {_reached(bound)} goals reached" if bound else ""
             label = f"({len(sources) + 1})"
             sources.append(f"- {label} {setting}: {_source(path, data)}{reached}.")
             groups[label] = group
@@ -475,9 +516,9 @@ def distributed(results: Path) -> str:
         data, rows = record.read(path)
         if data.get("quick"):
             continue
-        bound = [row for row in rows if row.goal is not None]
+        bound = _bound(rows)
         head = f"{_source(path, data)}, {data.get('processes')} GPUs"
-        blocks.append(f"{head}: {sum(row.ok for row in bound)} of {len(bound)} goals reached.\n\n{rows_table(bound)}")
+        blocks.append(f"{head}: {_reached(bound)} goals reached.\n\n{rows_table(bound)}")
         blocks += [f"### {case}\n\n{_ways_table(group)}" for case, group in _by_stack(rows).items()]
         other = [row for row in rows if row.goal is None and not _STACK.fullmatch(row.metric)]
         if other:
@@ -513,6 +554,7 @@ README_BLOCKS: dict[str, Callable[[Path], str]] = {
     "goals": goals,
     "training": training,
     "drop-in": drop_in,
+    "summary": summary,
 }
 """What stands between ``<!-- name:begin -->`` and ``<!-- name:end -->`` in the README, from the folder of records."""
 

@@ -68,6 +68,27 @@ def test_goals_show_misses_as_misses(tmp_path: Path) -> None:
     assert "only to inform" in report.goals(tmp_path, everything=True)
 
 
+def test_the_summary_counts_goals_and_shows_the_bars_with_their_conditions(tmp_path: Path) -> None:
+    record.write("goals", GOALS, {"quick": False}, tmp_path)
+    rows = [Row("a model", "tokens/s, Unsloth", 100.0), Row("a model", "tokens/s over Unsloth", 1.1, 1.2, True)]
+    rows.append(Row("a model", "error of the predicted peak memory, fastlora blocks", 0.05, 0.1))
+    path = record.write("train", rows, {"quick": False}, tmp_path)
+    path.write_text(path.read_text().replace('"gpu": null', '"gpu": "Some GPU"'))
+    record.write("train_loss", [Row("a model", "distance", 0.1, 0.5)], {"quick": False}, tmp_path)
+    text = report.summary(tmp_path)
+    assert f"](docs/plots/{path.parent.name}-train.png)\n\nSome GPU, torch " in text
+    assert text.endswith("Goals reached: one layer 1 of 3, training steps 0 of 1, loss of a training run 1 of 1.")
+
+
+def test_no_two_lines_of_a_picture_have_one_colour() -> None:
+    names = ["bare GEMMs", "fastlora", "fastlora cuda", "fastlora triton", "fastlora torch", "PEFT bf16", "PEFT fp32"]
+    names += ["dequant+mm+addmm", "naive PyTorch", "bitsandbytes base", "PEFT fp32 autocast", "compiled PEFT"]
+    colors = report._colors(names)
+    assert list(colors) == names
+    assert len(set(colors.values())) == len(names)
+    assert {colors[name] for name in names if name.startswith("fastlora")} <= set(report.OURS)
+
+
 def test_quick_runs_are_not_shown(tmp_path: Path) -> None:
     record.write("goals", GOALS, {"quick": True}, tmp_path)
     assert report.goals(tmp_path).startswith("Not measured yet")

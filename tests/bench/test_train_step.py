@@ -379,7 +379,7 @@ def test_report_of_training_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "tokens/s over HF + PEFT | 2 | >= 1.95 | pass | fastlora layers |" in text
     assert "**MISS** | Unsloth: unsloth is not installed" in text
     device = next(tmp_path.iterdir()).name
-    assert f"docs/plots/{device}-train.png" in text
+    assert f"docs/plots/{device}-train.png" in report.summary(tmp_path)
     page = report.benchmarks(tmp_path)
     assert "| HF + PEFT | 40960 | 200 | 1 |" in page
     assert "| Unsloth | - | - | - | - | - | unsloth is not installed |" in page
