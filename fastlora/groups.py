@@ -11,6 +11,7 @@ needs) -> (dx, [dA_i], [dB_i])``; ``kept`` are the tensors to hold for the backw
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ __all__ = ["Each", "Form", "Library", "Needs", "Projection", "Stacked", "as_one"
 Grads = tuple["torch.Tensor | None", list["torch.Tensor | None"], list["torch.Tensor | None"]]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Projection:
     """One linear layer of a group: W x + scale * B (A x) + bias."""
 
@@ -76,6 +77,7 @@ class Form(Protocol):
     ) -> Grads: ...
 
 
+@functools.cache
 def kernels(name: str) -> Any:
     """A module of `fastlora.kernels`, by name, so that importing this one never imports Triton."""
     return importlib.import_module(f"fastlora.kernels.{name}")
@@ -83,7 +85,7 @@ def kernels(name: str) -> Any:
 
 def columns(y: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
     """The parts of y (M, sum of sizes), as views."""
-    return list(y.split(list(sizes), dim=1))
+    return list(y.split_with_sizes(sizes, 1))
 
 
 def sizes(projections: Sequence[Projection]) -> list[int]:

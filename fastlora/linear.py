@@ -235,23 +235,30 @@ def kept_weight(owner: nn.Module, base: Any) -> Weight:
     A weight that FSDP2 gathers anew for each pass has one storage, which is emptied and filled again: the view of it
     that is kept sees each of them. Raises ValueError or AttributeError when there is no such weight.
     """
-    packed = base.weight
+    packed = base._parameters.get("weight")
+    packed = base.weight if packed is None else packed
     state = getattr(packed, "quant_state", None)
     if state is None:
         state = getattr(base, "quant_state", None)
-    if state is None or ops.must_dispatch(packed.data):
+    if state is None or ops.looked_at():
         return base_weight(base)
     known = owner.__dict__.get("fastlora_weight")
-    # The statistics are kept alive, so that no other object can pass for them.
-    if (
-        known is None
-        or known[0] is not state
-        or known[1] is not state.absmax
-        or known[2].w_packed.data_ptr() != packed.data_ptr()
-    ):
-        weight = NF4Weight.from_bitsandbytes(packed, state)
-        known = owner.__dict__["fastlora_weight"] = (state, state.absmax, weight)
-    return known[2]
+    # bitsandbytes' parameters would take the question of where their bytes are through Python.
+    with torch._C.DisableTorchFunctionSubclass():
+        # The statistics are kept alive, so that no other object can pass for them.
+        if (
+            known is not None
+            and known[0] is state
+            and known[1] is state.absmax
+            and known[2].w_packed.data_ptr() == packed.data_ptr()
+        ):
+            weight: NF4Weight = known[2]
+            return weight
+    if ops.must_dispatch(packed.data):
+        return base_weight(base)
+    weight = NF4Weight.from_bitsandbytes(packed, state)
+    owner.__dict__["fastlora_weight"] = (state, state.absmax, weight)
+    return weight
 
 
 def compute_type(

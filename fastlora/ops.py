@@ -337,14 +337,14 @@ def freed_after_use() -> bool:
     return keeps is not None and not keeps()
 
 
+def looked_at() -> bool:
+    """Whether a compiler, a dispatch mode or a transform is to see every operator itself."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
+
+
 def must_dispatch(x: torch.Tensor) -> bool:
-    """Whether somebody is to see the operator itself: a compiler, a dispatch mode, a transform, a tensor subclass."""
-    return (
-        torch.compiler.is_compiling()
-        or is_in_torch_dispatch_mode()
-        or torch._C._are_functorch_transforms_active()
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
-    )
+    """Whether somebody is to see the operator itself: as `looked_at`, or a tensor subclass."""
+    return type(x) not in (torch.Tensor, torch.nn.Parameter) or looked_at()
 
 
 def lora_linear(

@@ -69,6 +69,10 @@ class TileConfig:
 
     def launch(self) -> dict[str, int | bool]:
         """The options of a Triton launch. Nothing is fused: the 4-bit format rounds every product and sum."""
+        return self._options
+
+    @functools.cached_property
+    def _options(self) -> dict[str, int | bool]:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
@@ -444,6 +448,7 @@ def merged(r: int, blocksize: int) -> TileConfig:
     return TileConfig(16, 64, min(64, blocksize), power_of_two(max(r, 1), _MIN_DOT, 32), num_stages=1)
 
 
+@functools.cache
 @functools.cache
 def pack(block_r: int) -> TileConfig:
     """Tiles of the pass that packs the adapters of several projections: of A (R, K), and of B (N, R)."""

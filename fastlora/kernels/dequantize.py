@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -386,6 +386,59 @@ def dequantize_pair(
 _STACKED = 4
 
 
+class _Part(NamedTuple):
+    """Some of stacked weights: those that one launch decodes, or more than one where there are no arguments for it."""
+
+    weights: slice
+    rows: int
+    words: tuple[int, ...]
+    arguments: tuple[torch.Tensor | None, ...] | None
+    """The operands of the launch, which are the same in every call."""
+
+
+class _Stack(NamedTuple):
+    """What is to be known of stacked weights, kept with the first of them for the next call."""
+
+    others: tuple[NF4Weight, ...]
+    """All but the first, which would otherwise keep itself alive."""
+    rows: int
+    parts: tuple[_Part, ...]
+
+
+def _stack_of(weights: Sequence[NF4Weight]) -> _Stack:
+    """Raises ValueError for no weights, or weights of different K or devices."""
+    if weights:
+        known: _Stack | None = weights[0].__dict__.get("_stack")
+        if known is not None and known.others == tuple(weights[1:]):
+            return known
+    if len({(w.shape[1], w.device) for w in weights}) != 1:
+        raise ValueError(
+            f"stacked weights must have one K and one device, got {[(w.shape, str(w.device)) for w in weights]}"
+        )
+    alike = len({(w.blocksize, w.quant_type, w.nested) for w in weights}) == 1
+    parts = []
+    for i in range(0, len(weights), _STACKED):
+        group = weights[i : i + _STACKED]
+        launch = len(group) > 1 and alike and all(map(_in_words, group))
+        words = [w.w_packed.numel() // _WORD for w in group] + [0] * (_STACKED - len(group))
+        arguments = _stack_arguments(group) if launch else None
+        parts.append(_Part(slice(i, i + len(group)), sum(w.shape[0] for w in group), tuple(words), arguments))
+    made = _Stack(tuple(weights[1:]), sum(part.rows for part in parts), tuple(parts))
+    weights[0].__dict__["_stack"] = made  # as the node of `fastlora.node`: no part of the weight's value
+    return made
+
+
+def _stack_arguments(weights: Sequence[NF4Weight]) -> tuple[torch.Tensor | None, ...]:
+    # An absent weight has no programs: any pointer of the right type will do.
+    padded = [*weights, *[weights[0]] * (_STACKED - len(weights))]
+    statistics = ("absmax", "absmax_q", "absmax_scale", "absmax_code", "absmax_offset")
+    return (
+        *(w.w_packed.view(torch.int32) for w in padded),
+        *(getattr(w, name) for name in statistics for w in padded),
+        weights[0].code,
+    )
+
+
 def dequantize_stacked(
     weights: Sequence[NF4Weight], dtype: torch.dtype, out: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -395,11 +448,8 @@ def dequantize_stacked(
     weights, or weights of different K or devices.
     """
     check_dtype(dtype)
-    if len({(w.shape[1], w.device) for w in weights}) != 1:
-        raise ValueError(
-            f"stacked weights must have one K and one device, got {[(w.shape, str(w.device)) for w in weights]}"
-        )
-    n, k, first = sum(w.shape[0] for w in weights), weights[0].shape[1], weights[0]
+    stack = _stack_of(weights)
+    n, k, first = stack.rows, weights[0].shape[1], weights[0]
     if out is None:
         out = torch.empty(n, k, dtype=dtype, device=first.device)
     elif (out.shape, out.dtype, out.device) != ((n, k), dtype, first.device) or (k > 1 and out.stride(1) != 1):
@@ -407,39 +457,26 @@ def dequantize_stacked(
             f"out must be {(n, k)} of {dtype} on {first.device} with contiguous rows; "
             f"got {tuple(out.shape)}, strides {out.stride()}, {out.dtype}, {out.device}"
         )
-    alike = len({(w.blocksize, w.quant_type, w.nested) for w in weights}) == 1
-    row = 0
-    for i in range(0, len(weights), _STACKED):
-        group = weights[i : i + _STACKED]
-        rows = out[row : row + sum(w.shape[0] for w in group)]
-        row += rows.shape[0]
-        if len(group) > 1 and alike and all(map(_in_words, group)) and rows.is_contiguous():
-            _stack(group, rows)
+    row, tiles = 0, config.dequantize_words()
+    for part in stack.parts:
+        rows = out if part.rows == n else out[row : row + part.rows]
+        row += part.rows
+        if part.arguments is None or not rows.is_contiguous():
+            for w in weights[part.weights]:
+                dequantize(w, dtype, rows[: w.shape[0]])
+                rows = rows[w.shape[0] :]
             continue
-        for w in group:
-            dequantize(w, dtype, rows[: w.shape[0]])
-            rows = rows[w.shape[0] :]
+        with on_device(out):
+            dequantize_stacked_kernel[(sum(config.cdiv(count, tiles.block_n) for count in part.words),)](
+                *part.arguments,
+                rows,
+                *part.words,
+                FORMAT="nested" if first.nested else "flat",
+                BLOCKSIZE=first.blocksize,
+                WORDS=tiles.block_n,
+                **tiles.launch(),
+            )
     return out
-
-
-def _stack(weights: Sequence[NF4Weight], out: torch.Tensor) -> None:
-    padded = [*weights, *([None] * (_STACKED - len(weights)))]
-    words = [0 if w is None else w.w_packed.numel() // _WORD for w in padded]
-    statistics = ("absmax", "absmax_q", "absmax_scale", "absmax_code", "absmax_offset")
-    tiles = config.dequantize_words()
-    with on_device(out):
-        dequantize_stacked_kernel[(sum(config.cdiv(count, tiles.block_n) for count in words),)](
-            # An absent weight has no programs: any pointer of the right type will do.
-            *((w or weights[0]).w_packed.view(torch.int32) for w in padded),
-            *(getattr(w or weights[0], name) for name in statistics for w in padded),
-            weights[0].code,
-            out,
-            *words,
-            FORMAT="nested" if weights[0].nested else "flat",
-            BLOCKSIZE=weights[0].blocksize,
-            WORDS=tiles.block_n,
-            **tiles.launch(),
-        )
 
 
 def dequantize_merged(

@@ -180,9 +180,11 @@ _ALIGNMENT = 16
 
 def unaligned(*tensors: torch.Tensor) -> bool:
     """Whether any of the matrices has rows that the tensor memory accelerator cannot read."""
-    return any(
-        t.stride(1) != 1 or t.data_ptr() % _ALIGNMENT or t.stride(0) * t.element_size() % _ALIGNMENT for t in tensors
-    )
+    for t in tensors:  # asked for every operand of every product: `any` would take as long again
+        row, column = t.stride()
+        if column != 1 or t.data_ptr() % _ALIGNMENT or row * t.itemsize % _ALIGNMENT:
+            return True
+    return False
 
 
 def gemm(
@@ -210,8 +212,10 @@ def gemm(
         if missing := -r * narrow.element_size() % _ALIGNMENT // narrow.element_size():
             narrow = F.pad(narrow, (0, missing))
             adapter = F.pad(adapter, (0, missing) if transposed else (0, 0, 0, missing))
+        narrow, adapter = narrow.contiguous(), adapter.contiguous()
         # A view into a larger buffer of parameters may start anywhere.
-        narrow, adapter = (t.clone() if unaligned(t) else t for t in (narrow.contiguous(), adapter.contiguous()))
+        narrow = narrow.clone() if unaligned(narrow) else narrow
+        adapter = adapter.clone() if unaligned(adapter) else adapter
         r = narrow.shape[1]
     else:
         narrow, adapter, r = x, w, 0

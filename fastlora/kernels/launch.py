@@ -45,15 +45,10 @@ _WORTH_KEEPING = 4096
 
 
 def _kind(value: Any) -> Any:
-    """What Triton's specialization depends on in an argument that is neither an integer nor absent.
-
-    Raises AttributeError for what is none of tensor, descriptor of this module, float and bool.
-    """
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+    """What Triton's specialization depends on in a number that is not an int. Raises TypeError for anything else."""
     if type(value) in (float, bool):
         return type(value)
-    return value.kind
+    raise TypeError(f"{type(value).__name__} is no number")
 
 
 _LAUNCHER = """
@@ -82,16 +77,25 @@ def _launcher(kernel: Kernel) -> Callable[..., Any]:
     """A function of a grid, the kernel's parameters and its options, written out so that the call binds them once.
 
     The key that it looks a compiled kernel up by tells apart at least what Triton's specialization tells apart:
-    integers by their value (only by whether they fit in 32 bits, where they are not specialized), the rest by
-    `_kind`, constants as they are.
+    tensors (``..._ptr``) by their type and, where not all of them are aligned, by which are; descriptors (``..._desc``)
+    by what `describe` says; integers by their value (only by whether they fit in 32 bits, where they are not
+    specialized); constants as they are.
     """
-    keys = []
+    keys, addresses = [], []
     for p in kernel.params:
         if p.is_constexpr:
             keys.append(p.name)
+        elif p.name.endswith("_ptr"):
+            keys.append(f"None if {p.name} is None else {p.name}.dtype")
+            addresses.append(f"(0 if {p.name} is None else {p.name}.data_ptr())")
+        elif p.name.endswith("_desc"):
+            keys.append(f"{p.name}.kind")
         else:
             integer = f"{p.name} >> 31" if p.do_not_specialize else p.name
             keys.append(f"{integer} if type({p.name}) is int else None if {p.name} is None else _kind({p.name})")
+    if addresses:
+        each = ", ".join(f"{address} % 16 == 0" for address in addresses)
+        keys.append(f"None if ({' | '.join(addresses)}) % 16 == 0 else ({each},)")
     parameters = ", ".join(p.name for p in kernel.params)
     namespace: dict[str, Any] = {}
     exec(_LAUNCHER.format(parameters=parameters, key=", ".join(keys)), namespace)
@@ -147,12 +151,14 @@ def describe(t: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     takes longer than the rest.
     """
     descriptor: Any = object.__new__(TensorDescriptor)
-    descriptor.base = t
-    descriptor.shape = list(t.shape)
-    descriptor.strides = list(t.stride())
-    descriptor.block_shape = [rows, columns]
-    descriptor.padding = "zero"
-    descriptor.kind = (t.dtype, rows, columns)
+    descriptor.__dict__ = {
+        "base": t,
+        "shape": list(t.shape),
+        "strides": list(t.stride()),
+        "block_shape": [rows, columns],
+        "padding": "zero",
+        "kind": (t.dtype, rows, columns),
+    }
     return descriptor
 
 

@@ -8,8 +8,10 @@ dx = dy W + du A one product again.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +29,8 @@ from fastlora.stacking import as_one
 
 MOST = 4
 """Projections that one launch takes."""
+_ONES = (1.0,) * MOST
+"""Scales of projections that are not there."""
 
 
 @triton.jit
@@ -223,6 +227,26 @@ def gradients_stacked_kernel(
             tl.store(target, values, mask=(k[:, None] < K) & (s[None, :] < WIDTH))
 
 
+class _Layout(NamedTuple):
+    """How the adapters of a group are packed."""
+
+    span: int
+    """S"""
+    width: int
+    """P S"""
+    grid: tuple[int, int]
+    tiles: config.TileConfig
+
+
+@functools.lru_cache(maxsize=1024)
+def _layout(sizes: tuple[int, ...], k: int, rank: int) -> _Layout:
+    """For projections to N_i features from K, the largest rank of whose adapters is not 0."""
+    block = config.power_of_two(rank, 16, 64)
+    span, tiles = config.cdiv(rank, block) * block, config.pack(block)
+    grid = config.cdiv(k, tiles.block_k) + config.cdiv(max(sizes), tiles.block_n)
+    return _Layout(span, len(sizes) * span, (grid, len(sizes)), tiles)
+
+
 class Adapters:
     """The adapters of up to `MOST` projections, packed: ``a`` (P S, K) and ``b`` (sum N, P S), see above.
 
@@ -238,10 +262,10 @@ class Adapters:
         scales: Sequence[float],
         like: torch.Tensor,
     ) -> None:
-        sizes, k = [n for n, _ in shapes], shapes[0][1]
-        self.sizes, self.scales = tuple(sizes), tuple(float(scale) for scale in scales)
+        k = shapes[0][1]
+        self.sizes, self.scales = tuple([n for n, _ in shapes]), tuple(map(float, scales))
         self.ranks = [0 if a is None else a.shape[0] for a in lora_a]
-        rank, p = max(self.ranks), len(self.sizes)
+        rank = max(self.ranks)
         self.a: torch.Tensor | None = None
         self.b: torch.Tensor | None = None
         self.dense: torch.Tensor | None = None
@@ -249,34 +273,31 @@ class Adapters:
         self.span = self.width = 0
         if not rank:
             return
-        block = config.power_of_two(rank, 16, 64)
-        self.span = config.cdiv(rank, block) * block
-        self.width = p * self.span
-        self.a, self.b = like.new_empty(self.width, k), like.new_empty(sum(sizes), self.width)
-        tiles = config.pack(block)
-        pairs = [
-            (with_rows(a), with_rows(b)) if a is not None and b is not None else None
-            for a, b in zip(lora_a, lora_b, strict=True)
-        ]
-        some = next(pair for pair in pairs if pair is not None)
+        self.span, self.width, grid, tiles = _layout(self.sizes, k, rank)
+        self.a, self.b = like.new_empty(self.width, k), like.new_empty(sum(self.sizes), self.width)
         # An adapter that is absent has no columns, and a projection no programs: any pointer will do.
-        full = [pair or some for pair in pairs] + [some] * (MOST - p)
-        padding = (0,) * (MOST - p)
-        grid = config.cdiv(k, tiles.block_k) + config.cdiv(max(sizes), tiles.block_n)
+        some = self.ranks.index(rank)
+        any_a, any_b = lora_a[some], lora_b[some]
+        assert any_a is not None
+        assert any_b is not None
+        full_a = [with_rows(any_a if a is None else a) for a in lora_a]
+        full_b = [with_rows(any_b if b is None else b) for b in lora_b]
+        missing = MOST - len(self.sizes)
+        full_a, full_b, padding = full_a + full_a[:1] * missing, full_b + full_b[:1] * missing, (0,) * missing
         with on_device(like):
-            pack_kernel[(grid, p)](
-                *(a for a, _ in full),
-                *(b for _, b in full),
+            pack_kernel[grid](
+                *full_a,
+                *full_b,
                 self.a,
                 self.b,
                 *self.scales,
-                *(1.0 for _ in padding),
+                *_ONES[:missing],
                 *self.sizes,
                 *padding,
                 *self.ranks,
                 *padding,
-                *(a.stride(0) for a, _ in full),
-                *(b.stride(0) for _, b in full),
+                *[a.stride(0) for a in full_a],
+                *[b.stride(0) for b in full_b],
                 k,
                 self.span,
                 self.width,
@@ -392,7 +413,7 @@ def gradients(
             du,
             (da if da is not None else db) if partials is None else partials[:, numel_b:],
             *adapters.scales,
-            *(1.0 for _ in padding),
+            *_ONES[: len(padding)],
             m,
             *adapters.sizes,
             *padding,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -229,6 +231,34 @@ def test_stacked_weights_that_are_no_whole_words_or_lie_apart(kernel_device: str
     assert torch.equal(buffer[:, 8:72], torch.cat([w.dequantize(torch.float32) for w in weights]))
     assert (buffer[:, :8] == 7.0).all()
     assert (buffer[:, 72:] == 7.0).all()
+
+
+def test_what_is_kept_of_a_stack_is_that_of_its_weights(kernel_device: str) -> None:
+    first, second, third = stack([16, 8, 8], 64, kernel_device)
+    for weights in ([first, second], [first, third], [first, second, third], [first, third]):
+        expected = torch.cat([w.dequantize(torch.float32) for w in weights])
+        for _ in range(2):
+            assert torch.equal(dequantize_stacked(weights, torch.float32), expected)
+    assert pickle.loads(pickle.dumps(first)).__dict__.keys() == {field.name for field in dataclasses.fields(first)}
+    gone = weakref.ref(first)
+    del first, weights
+    assert gone() is None, "it keeps itself alive"
+
+
+def test_a_stack_sees_bytes_that_were_written_anew(kernel_device: str) -> None:
+    """As FSDP does: a storage is emptied, and filled again for the next pass, wherever it then lies."""
+    first, second = stack([16, 8], 64, kernel_device)
+    before = dequantize_stacked([first, second], torch.float32)
+    bytes_, storage = second.w_packed.clone(), second.w_packed.untyped_storage()
+    size = storage.size()
+    storage.resize_(0)
+    others = [torch.empty(size, dtype=torch.uint8, device=kernel_device) for _ in range(8)]
+    storage.resize_(size)
+    second.w_packed.copy_(bytes_.flip(0))
+    expected = torch.cat([first.dequantize(torch.float32), second.dequantize(torch.float32)])
+    assert torch.equal(dequantize_stacked([first, second], torch.float32), expected)
+    assert not torch.equal(before, expected)
+    del others
 
 
 def test_refuses_what_does_not_stack(kernel_device: str) -> None:

@@ -59,10 +59,12 @@ def _projection(layer: Any) -> str | Projection:
     dropout = modules["lora_dropout"]._modules[adapter]
     if state.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
         return "it has dropout, whose mask is each layer's own"
+    a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
+    # `_parameters`: as attributes, but without a module's search.
     return Projection(
         weight,
-        modules["lora_A"]._modules[adapter].weight,
-        modules["lora_B"]._modules[adapter].weight,
+        a._parameters["weight"],
+        b._parameters["weight"],
         modules["base_layer"].bias,
         state.scaling[adapter],
     )

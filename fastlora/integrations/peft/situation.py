@@ -73,7 +73,7 @@ def _base_reason(base: Any, weight: Weight) -> str | None:
 
 
 def _part_reason(name: str, part: Any) -> str | None:
-    weight = part.weight
+    weight = part._parameters["weight"]  # as `part.weight`, but without a module's search
     if type(weight) not in _PLAIN:
         return f"{name} is sharded or wrapped ({type(weight).__name__})"
     if hasattr(weight, "ds_id"):
@@ -138,8 +138,9 @@ def _fused_weight(layer: Any) -> str | Weight:
 
 def situation(layer: Any) -> str | Situation:
     """What the active adapters ask for, or why PEFT's forward runs at the moment."""
-    if (own := getattr(layer, "fastlora_situation", None)) is not None:
-        found: str | Situation = own()
+    # Of the class: a module's search for what it does not have takes longer than all of this.
+    if (own := getattr(type(layer), "fastlora_situation", None)) is not None:
+        found: str | Situation = own(layer)
         return found
     modules = layer._modules
     present = modules["lora_A"]._modules
