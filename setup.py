@@ -53,6 +53,20 @@ def cuda_major(nvcc: str) -> str:
     return found[1] if found else ""
 
 
+def architectures() -> str:
+    """The list of compute capabilities that torch is to build for."""
+    import torch
+
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if wanted == "native":
+        visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wanted = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+    # torch would read an empty list as "native".
+    wanted = wanted or "8.0;8.6;8.9;9.0;10.0+PTX"
+    # The tensor core products of 9.0 need the instructions of that architecture alone.
+    return re.sub(r"9\.0a?", "9.0a", wanted.replace("Hopper", "9.0+PTX"))
+
+
 def did_not_compile(what: str, error: Exception) -> str:
     message = " ".join(str(error).split())[:400]
     return f"the {what} did not compile ({message}): pip install -v shows the compiler's own words"
@@ -85,9 +99,7 @@ def plan() -> tuple[list, dict, str]:
     if with_cuda and (not nvcc or torch.version.cuda is None):
         raise SystemExit(f"FASTLORA_BUILD=cuda needs nvcc (found {nvcc}) and a CUDA torch (found {torch.__version__})")
     if with_cuda:
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;8.6;8.9;9.0;10.0+PTX")
-        # The tensor core product of 9.0 needs the instructions of that architecture alone.
-        os.environ["TORCH_CUDA_ARCH_LIST"] = re.sub(r"9\.0a?", "9.0a", wanted)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = architectures()
 
     # The name says which torch may load it: see fastlora.native.autograd.
     node = CppExtension(

@@ -191,6 +191,27 @@ def test_auto_leaves_cuda_code_out_where_nvcc_is_not_of_torchs_version(
     assert ("csrc/cuda/tiles.cu" in done.stdout) == cuda
 
 
+@pytest.mark.parametrize(
+    ("wanted", "built"),
+    [
+        ("8.6 9.0;12.0+PTX", "8.6 9.0a;12.0+PTX"),
+        ("Ampere;Hopper", "Ampere;9.0a+PTX"),
+        ("native", "8.9;9.0a"),
+        ("", "8.0;8.6;8.9;9.0a;10.0+PTX"),
+    ],
+)
+def test_the_code_of_9_0_is_built_with_the_instructions_of_9_0_alone(
+    source: Path, tmp_path: Path, wanted: str, built: str
+) -> None:
+    code = (
+        "capabilities = [(9, 0), (8, 9), (9, 0)]; torch.cuda.device_count = lambda: 3; "
+        "torch.cuda.get_device_capability = lambda i: capabilities[i]; "
+        "import os, runpy; runpy.run_path('setup.py'); print('built for', os.environ['TORCH_CUDA_ARCH_LIST'])"
+    )
+    done = with_cuda_torch(source, tmp_path, "12.8", code, "--version", TORCH_CUDA_ARCH_LIST=wanted)
+    assert f"built for {built}\n" in done.stdout, done.stderr
+
+
 def test_no_pin_keeps_a_cuda_build_of_torch_out() -> None:
     """Each of them needs one version of Triton and of NVIDIA's libraries."""
     pins = [line.partition("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()]
