@@ -10,6 +10,8 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <mutex>
 #include <type_traits>
 
 #include "../params.h"
@@ -514,37 +516,17 @@ __device__ __forceinline__ void store_as(void* base, int64_t index, float value,
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
+// What the kernels may use of a device, as they were compiled.
 struct DeviceLimits {
   int device;
   int multiprocessors;
   int shared_memory;  // bytes of a block
-  bool clusters;
-  bool hopper;  // compute capability 9.0
+  bool clusters;      // and launches that begin before the one before them has ended
+  bool hopper;        // compute capability 9.0
 };
 
-// Of the current device. Attributes are cached: the queries take longer than a launch.
-inline cudaError_t current_limits(DeviceLimits& limits) {
-  constexpr int kDevices = 64;
-  static DeviceLimits known[kDevices] = {};
-  int device = 0;
-  if (const cudaError_t status = cudaGetDevice(&device); status != cudaSuccess) return status;
-  if (device >= kDevices || known[device].multiprocessors == 0) {
-    DeviceLimits found{};
-    found.device = device;
-    int major = 0;
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&found.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    const cudaError_t status = cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (status != cudaSuccess) return status;
-    found.clusters = major >= 9;
-    found.hopper = major == 9;
-    limits = found;
-    if (device < kDevices) known[device] = found;  // two threads would write the same values
-    return cudaSuccess;
-  }
-  limits = known[device];
-  return cudaSuccess;
-}
+// Of the current device.
+cudaError_t current_limits(DeviceLimits& limits);
 
 // Into how many blocks of a cluster a sum over `length` is split for each of `tiles`: while the device has room for
 // them, and each of their `threads` an element.
@@ -591,17 +573,56 @@ struct LaunchConfig {
   cudaLaunchAttribute attributes[2];
 };
 
+// What is found once for each device and kept, since the queries take longer than a launch. Threads may ask at once.
+template <typename Value>
+class PerDevice {
+ public:
+  // `find(Value&)` where `device` has not been asked for.
+  template <typename Find>
+  cudaError_t get(int device, Find find, const Value*& value) {
+    if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+    Known& known = known_[device];
+    value = &known.value;
+    if (known.ready.load(std::memory_order_acquire)) return cudaSuccess;
+    const std::lock_guard<std::mutex> lock(finding_);
+    if (known.ready.load(std::memory_order_relaxed)) return cudaSuccess;
+    const cudaError_t status = find(known.value);
+    if (status == cudaSuccess) known.ready.store(true, std::memory_order_release);
+    return status;
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  struct Known {
+    std::atomic<bool> ready{false};
+    Value value{};
+  };
+  Known known_[kDevices];
+  std::mutex finding_;
+};
+
 // How many blocks of a kernel a device runs at once, by the blocks to a cluster: fewer for larger clusters, which must
-// lie in one part of the device. One object per kernel; kept, because the query takes longer than a launch.
+// lie in one part of the device. One object per kernel.
 class Slots {
  public:
   template <typename... Parameters>
   cudaError_t find(
       void (*kernel)(Parameters...), int threads, int shared, const DeviceLimits& limits, const int*& slots) {
-    if (limits.device < 0 || limits.device >= kDevices) return cudaErrorInvalidDevice;
-    Known& known = known_[limits.device];
-    slots = known.blocks;
-    if (known.ready) return cudaSuccess;
+    const Blocks* blocks = nullptr;
+    const cudaError_t status = known_.get(
+        limits.device, [&](Blocks& found) { return query(kernel, threads, shared, limits, found.of_ranks); }, blocks);
+    if (status == cudaSuccess) slots = blocks->of_ranks;
+    return status;
+  }
+
+ private:
+  struct Blocks {
+    int of_ranks[kMaxRanks + 1];
+  };
+
+  template <typename... Parameters>
+  static cudaError_t query(
+      void (*kernel)(Parameters...), int threads, int shared, const DeviceLimits& limits, int* found) {
     const void* function = reinterpret_cast<const void*>(kernel);
     cudaError_t status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
     if (status != cudaSuccess) return status;
@@ -612,24 +633,17 @@ class Slots {
     int blocks = 0;
     status = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, static_cast<size_t>(shared));
     if (status != cudaSuccess) return status;
-    known.blocks[1] = blocks * limits.multiprocessors;
+    found[1] = blocks * limits.multiprocessors;
     for (int ranks = 2; limits.clusters && ranks <= kMaxRanks; ++ranks) {
       const LaunchConfig launch(dim3(static_cast<unsigned>(ranks)), threads, shared, ranks, false, nullptr);
       int clusters = 0;
       if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) clusters = 0;
-      known.blocks[ranks] = clusters * ranks;
+      found[ranks] = clusters * ranks;
     }
-    known.ready = true;  // two threads would write the same values
     return cudaSuccess;
   }
 
- private:
-  static constexpr int kDevices = 64;
-  struct Known {
-    bool ready;
-    int blocks[kMaxRanks + 1];
-  };
-  Known known_[kDevices] = {};
+  PerDevice<Blocks> known_;
 };
 
 // Into how many blocks of a cluster the reduction of each tile is split: the split whose waves over the device take
