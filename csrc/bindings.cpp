@@ -292,7 +292,7 @@ class Launch {
   }
   void* stream() const { return stream_; }
   static void check(const char* name, int status) {
-    if (status != 0) throw std::runtime_error(std::string(name) + ": " + cuda_error_string(status));
+    if (status != 0) throw std::runtime_error(std::string(name) + ": " + take_cuda_error(status));
   }
 
  private:

@@ -167,6 +167,7 @@ int finish_cuda(const FinishParams& params, void* stream);
 int dropout_cuda(const DropoutParams& params, void* stream);
 int dropped_gradient_cuda(const DroppedGradient& params, void* stream);
 
-const char* cuda_error_string(int status);
+// What a status means. The runtime forgets it: the next launch, of whomever, would be said to have failed.
+const char* take_cuda_error(int status);
 
 }  // namespace fastlora

@@ -128,6 +128,4 @@ int dequantize_cuda(const DequantizeParams& p, void* stream) {
   return cudaErrorInvalidValue;
 }
 
-const char* cuda_error_string(int status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
-
 }  // namespace fastlora

@@ -1,4 +1,4 @@
-// What the launchers ask of the CUDA runtime: what they may use of a device. No torch.
+// What the launchers ask of the CUDA runtime: what they may use of a device, and what an error means. No torch.
 
 #include <algorithm>
 
@@ -38,6 +38,11 @@ cudaError_t current_limits(DeviceLimits& limits) {
   const cudaError_t status = known.get(device, [device](DeviceLimits& value) { return query(device, value); }, found);
   if (status == cudaSuccess) limits = *found;
   return status;
+}
+
+const char* take_cuda_error(int status) {
+  cudaGetLastError();
+  return cudaGetErrorString(static_cast<cudaError_t>(status));
 }
 
 }  // namespace fastlora

@@ -637,7 +637,10 @@ class Slots {
     for (int ranks = 2; limits.clusters && ranks <= kMaxRanks; ++ranks) {
       const LaunchConfig launch(dim3(static_cast<unsigned>(ranks)), threads, shared, ranks, false, nullptr);
       int clusters = 0;
-      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) clusters = 0;
+      if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
+        clusters = 0;
+        cudaGetLastError();  // or the next launch would be said to have failed
+      }
       found[ranks] = clusters * ranks;
     }
     return cudaSuccess;

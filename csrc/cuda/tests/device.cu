@@ -3,6 +3,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -71,6 +72,7 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cud
   *clusters = 3;
   return machine.last = machine.cluster_query_fails ? cudaErrorInvalidClusterSize : cudaSuccess;
 }
+const char* cudaGetErrorString(cudaError_t) { return "what it means"; }
 cudaError_t cudaGetLastError() {
   const cudaError_t last = machine.last;
   machine.last = cudaSuccess;
@@ -127,6 +129,11 @@ int main() {
     const DeviceLimits limits = limits_of(1, 9, 90);
     require(slots_of_kernel.find(some_kernel, 256, 0, limits, slots) == cudaSuccess, "slots are found");
     require(slots[1] == 264 && slots[8] == (fails ? 0 : 24), "by the blocks to a cluster");
+    require(cudaGetLastError() == cudaSuccess, "no error is left to the next launch");
   }
+  machine.last = cudaErrorInvalidConfiguration;
+  require(
+      std::strcmp(fastlora::take_cuda_error(cudaErrorInvalidConfiguration), "what it means") == 0, "an error is named");
+  require(cudaGetLastError() == cudaSuccess, "and not left to the next launch either");
   std::puts("ok");
 }
