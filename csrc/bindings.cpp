@@ -140,42 +140,70 @@ DType dtype_of(const char* name, const Tensor& t) {
   }
 }
 
-// The packed weight of an operator, checked; `beside` is a tensor on the device that it must be on.
-PackedWeight make_weight(
-    const Tensor& w_packed,
-    const std::optional<Tensor>& absmax,
-    const std::optional<Tensor>& absmax_q,
-    const std::optional<Tensor>& absmax_scale,
-    const std::optional<Tensor>& absmax_code,
-    const std::optional<Tensor>& absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    const Tensor& beside) {
+// The arguments of an operator as torch hands them over, in the order of its schema. Each is taken once. TORCH_BOX
+// would do the same for a function of as many parameters, and most operators here have twenty.
+class Stack {
+ public:
+  Stack(StableIValue* values, uint64_t count) : values_(values), count_(count) {}
+  template <typename T>
+  T take() {
+    if (taken_ == count_) fail("the schema of an operator has fewer arguments than it takes");
+    return torch::stable::detail::to<T>(values_[taken_++]);
+  }
+  std::optional<Tensor> take_optional() { return take<std::optional<Tensor>>(); }
+
+  // Puts the results where the arguments were.
+  template <typename... Tensors>
+  void put(const std::tuple<Tensors...>& results) {
+    if (taken_ != count_) fail("the schema of an operator has more arguments than it takes");
+    StableIValue* next = values_;
+    std::apply([&next](const auto&... result) { ((*next++ = torch::stable::detail::from(result)), ...); }, results);
+  }
+
+ private:
+  StableIValue* values_;
+  uint64_t count_, taken_ = 0;
+};
+
+// What an operator is given of a packed weight.
+struct WeightArguments {
+  Tensor w_packed;
+  std::optional<Tensor> absmax, absmax_q, absmax_scale, absmax_code, absmax_offset;
+  int64_t n, k, blocksize;
+  bool fp4;
+};
+
+WeightArguments take_weight(Stack& in) {
+  return {in.take<Tensor>(),  in.take_optional(), in.take_optional(), in.take_optional(), in.take_optional(),
+          in.take_optional(), in.take<int64_t>(), in.take<int64_t>(), in.take<int64_t>(), in.take<bool>()};
+}
+
+// The same, checked; `beside` is a tensor on the device that it must be on.
+PackedWeight make_weight(const WeightArguments& a, const Tensor& beside) {
+  const int64_t n = a.n, k = a.k, blocksize = a.blocksize;
   if (blocksize < 32 || blocksize > 4096 || (blocksize & (blocksize - 1)) != 0) {
     fail("blocksize must be a power of two from 32 to 4096, got ", blocksize);
   }
-  if (absmax.has_value() == absmax_q.has_value()) {
+  if (a.absmax.has_value() == a.absmax_q.has_value()) {
     fail("exactly one of absmax (flat statistics) and absmax_q (nested statistics) must be given");
   }
   const int64_t blocks = (n * k + blocksize - 1) / blocksize;
   const int64_t groups = (blocks + kNestedBlocksize - 1) / kNestedBlocksize;
   PackedWeight w{};
-  w.w_packed = checked<uint8_t>("w_packed", w_packed, beside, ScalarType::Byte, (n * k + 1) / 2);
-  w.nested = absmax_q.has_value();
+  w.w_packed = checked<uint8_t>("w_packed", a.w_packed, beside, ScalarType::Byte, (n * k + 1) / 2);
+  w.nested = a.absmax_q.has_value();
   if (w.nested) {
-    w.absmax_q = checked<uint8_t>("absmax_q", absmax_q, beside, ScalarType::Byte, blocks);
-    w.absmax_scale = checked<float>("absmax_scale", absmax_scale, beside, ScalarType::Float, groups);
-    w.absmax_code = checked<float>("absmax_code", absmax_code, beside, ScalarType::Float, 256);
-    w.absmax_offset = checked<float>("absmax_offset", absmax_offset, beside, ScalarType::Float, 1);
+    w.absmax_q = checked<uint8_t>("absmax_q", a.absmax_q, beside, ScalarType::Byte, blocks);
+    w.absmax_scale = checked<float>("absmax_scale", a.absmax_scale, beside, ScalarType::Float, groups);
+    w.absmax_code = checked<float>("absmax_code", a.absmax_code, beside, ScalarType::Float, 256);
+    w.absmax_offset = checked<float>("absmax_offset", a.absmax_offset, beside, ScalarType::Float, 1);
   } else {
-    w.absmax = checked<float>("absmax", absmax, beside, ScalarType::Float, blocks);
+    w.absmax = checked<float>("absmax", a.absmax, beside, ScalarType::Float, blocks);
   }
   w.n = n;
   w.k = k;
   w.blocksize = static_cast<int32_t>(blocksize);
-  w.quant_type = fp4 ? QuantType::kFP4 : QuantType::kNF4;
+  w.quant_type = a.fp4 ? QuantType::kFP4 : QuantType::kNF4;
   return w;
 }
 
@@ -200,24 +228,19 @@ CpuCapability checked_capability(int64_t capability) {
   return static_cast<CpuCapability>(capability);
 }
 
-void dequantize_cpu_op(
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    int64_t capability,
-    Tensor out) {
-  const DequantizeParams p = make_params(
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out),
-      out);
+template <void (*kRun)(const DequantizeParams&, int64_t capability, const Tensor& out)>
+void dequantize_operator(StableIValue* stack, uint64_t count, uint64_t) {
+  Stack in(stack, count);
+  const WeightArguments weight = take_weight(in);
+  const auto capability = in.take<int64_t>();
+  const auto out = in.take<Tensor>();
+  kRun(make_params(make_weight(weight, out), out), capability, out);
+  in.put(std::tuple<>());
+}
+
+void dequantize_on_cpu(const DequantizeParams& p, int64_t capability, const Tensor& /*out*/) {
   const CpuCapability path = checked_capability(capability);
-  const int64_t numel = n * k;
+  const int64_t numel = p.n * p.k, blocksize = p.blocksize;
   const int64_t blocks = (numel + blocksize - 1) / blocksize;
   torch::stable::parallel_for(0, blocks, kGrainElements / blocksize, [&](int64_t begin, int64_t end) {
     dequantize_cpu(p, path, begin * blocksize, std::min(end * blocksize, numel));
@@ -229,6 +252,15 @@ DropoutMask mask_of(const Tensor& seed, int64_t threshold, double gain, const Te
       checked<uint64_t>("seed", seed, beside, ScalarType::Long, 1), static_cast<uint32_t>(threshold),
       static_cast<float>(gain)};
 }
+
+// What an operator is given of a dropout: no seed, no dropout.
+struct DropoutArguments {
+  std::optional<Tensor> seed;
+  int64_t threshold;
+  double gain;
+};
+
+DropoutArguments take_dropout(Stack& in) { return {in.take_optional(), in.take<int64_t>(), in.take<double>()}; }
 
 DropoutParams make_dropout(const Tensor& x, const DropoutMask& mask, Tensor& out) {
   if (x.dim() != 2) fail("x must have two dimensions, got shape ", shape_of(x));
@@ -242,7 +274,7 @@ DropoutParams make_dropout(const Tensor& x, const DropoutMask& mask, Tensor& out
   return p;
 }
 
-void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
+void dropout_cpu_operator(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
   const DropoutParams p = make_dropout(x, mask_of(seed, threshold, gain, x), out);
   if (p.dtype == DType::kFloat16) fail("x must be float32 or bfloat16, got float16");
   const CpuCapability path = cpu_capability();
@@ -250,7 +282,7 @@ void dropout_cpu_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tenso
   torch::stable::parallel_for(0, p.m, grain, [&](int64_t begin, int64_t end) { dropout_cpu(p, path, begin, end); });
 }
 
-void cross_entropy_cpu_op(
+void cross_entropy_cpu_operator(
     Tensor logits,
     Tensor labels,
     Tensor scale,
@@ -280,7 +312,7 @@ void cross_entropy_cpu_op(
   torch::stable::parallel_for(0, m, grain, [&](int64_t begin, int64_t end) { cross_entropy_cpu(p, path, begin, end); });
 }
 
-int64_t cpu_capability_op() { return static_cast<int64_t>(cpu_capability()); }
+int64_t cpu_capability_operator() { return static_cast<int64_t>(cpu_capability()); }
 
 #if defined(FASTLORA_WITH_CUDA)
 
@@ -302,27 +334,12 @@ class Launch {
 };
 
 // `capability` speaks of the CPU; this twin ignores it so that both share one schema.
-void dequantize_cuda_op(
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    int64_t /*capability*/,
-    Tensor out) {
-  const DequantizeParams p = make_params(
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, out),
-      out);
+void dequantize_on_cuda(const DequantizeParams& p, int64_t /*capability*/, const Tensor& out) {
   const Launch launch(out);
   Launch::check("dequantize", dequantize_cuda(p, launch.stream()));
 }
 
-void dropout_cuda_op(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
+void dropout_cuda_operator(Tensor x, Tensor seed, int64_t threshold, double gain, Tensor out) {
   const DropoutParams p = make_dropout(x, mask_of(seed, threshold, gain, x), out);
   const Launch launch(x);
   Launch::check("dropout", dropout_cuda(p, launch.stream()));
@@ -392,33 +409,52 @@ void take_operands(
   }
 }
 
-// All that a forward pass reads.
-template <typename Params>
-void prepare_forward(
-    Params& p,
-    Tensor& x,
-    std::optional<Tensor>& lora_a,
-    std::optional<Tensor>& lora_b,
-    const std::optional<Tensor>& bias,
-    double scale,
-    bool float_out) {
-  take_operands(p, "x", x, p.k, lora_a, lora_b);
-  p.x = x.const_data_ptr();
-  p.scale = static_cast<float>(scale);
-  p.out_dtype = float_out ? DType::kFloat32 : p.dtype;
-  p.bias_dtype = p.dtype;
-  if (!bias.has_value()) return;
-  p.bias_dtype = narrow_or_wide("bias", *bias, x);
-  if (bias->dim() != 1 || bias->sizes()[0] != p.n || !bias->is_contiguous()) {
-    fail("bias must be contiguous, of shape (", p.n, "), got ", layout_of(*bias));
-  }
-  check_device("bias", *bias, x);
-  p.bias = bias->const_data_ptr();
+// What the operators of a forward pass are given. Some take a copy of a tensor, which is then kept here.
+struct ForwardArguments {
+  Tensor x;
+  WeightArguments weight;
+  std::optional<Tensor> lora_a, lora_b, bias;
+  double scale;
+  bool float_out;
+  int64_t capability;  // on a CPU
+  DropoutArguments dropout;
+};
+
+using Outputs = std::tuple<Tensor, Tensor>;  // y and u
+
+template <Outputs (*kRun)(ForwardArguments&), bool kOnCpu = false>
+void forward_operator(StableIValue* stack, uint64_t count, uint64_t) {
+  Stack in(stack, count);
+  ForwardArguments a{in.take<Tensor>(),  take_weight(in),   in.take_optional(), in.take_optional(),
+                     in.take_optional(), in.take<double>(), in.take<bool>(),    kOnCpu ? in.take<int64_t>() : 0,
+                     take_dropout(in)};
+  in.put(kRun(a));
 }
 
-// y and u, to be filled.
+// All that a forward pass reads, checked.
 template <typename Params>
-std::tuple<Tensor, Tensor> new_outputs(Params& p, const Tensor& x) {
+Params prepare_forward(ForwardArguments& a) {
+  Params p{};
+  static_cast<PackedWeight&>(p) = make_weight(a.weight, a.x);
+  take_operands(p, "x", a.x, p.k, a.lora_a, a.lora_b);
+  p.x = a.x.const_data_ptr();
+  p.scale = static_cast<float>(a.scale);
+  p.out_dtype = a.float_out ? DType::kFloat32 : p.dtype;
+  p.bias_dtype = p.dtype;
+  if (!a.bias.has_value()) return p;
+  const Tensor& bias = *a.bias;
+  p.bias_dtype = narrow_or_wide("bias", bias, a.x);
+  if (bias.dim() != 1 || bias.sizes()[0] != p.n || !bias.is_contiguous()) {
+    fail("bias must be contiguous, of shape (", p.n, "), got ", layout_of(bias));
+  }
+  check_device("bias", bias, a.x);
+  p.bias = bias.const_data_ptr();
+  return p;
+}
+
+// To be filled.
+template <typename Params>
+Outputs new_outputs(Params& p, const Tensor& x) {
   Tensor y = new_empty(x, {p.m, p.n}, p.out_dtype == DType::kFloat32 ? ScalarType::Float : x.scalar_type());
   Tensor u = new_empty(x, {p.m, p.r});
   p.y = y.mutable_data_ptr();
@@ -431,22 +467,48 @@ struct Needs {
   bool dx, da, db;
 };
 
-// All that a backward pass reads: x only for dA, u only for dB.
+// What the operators of a backward pass are given.
+struct BackwardArguments {
+  Tensor dy;
+  std::optional<Tensor> x, u;
+  WeightArguments weight;
+  std::optional<Tensor> lora_a, lora_b;
+  double scale;
+  Needs needs;
+  int64_t capability;  // on a CPU
+  DropoutArguments dropout;
+};
+
+using Results = std::tuple<Tensor, Tensor, Tensor>;  // dx, dA and dB
+
+template <Results (*kRun)(BackwardArguments&), bool kOnCpu = false>
+void backward_operator(StableIValue* stack, uint64_t count, uint64_t) {
+  Stack in(stack, count);
+  BackwardArguments a{
+      in.take<Tensor>(),
+      in.take_optional(),
+      in.take_optional(),
+      take_weight(in),
+      in.take_optional(),
+      in.take_optional(),
+      in.take<double>(),
+      Needs{in.take<bool>(), in.take<bool>(), in.take<bool>()},
+      kOnCpu ? in.take<int64_t>() : 0,
+      take_dropout(in)};
+  in.put(kRun(a));
+}
+
+// All that a backward pass reads, checked: x only for dA, u only for dB.
 template <typename Params>
-void prepare_backward(
-    Params& p,
-    Needs& needs,
-    Tensor& dy,
-    std::optional<Tensor>& x,
-    std::optional<Tensor>& u,
-    std::optional<Tensor>& lora_a,
-    std::optional<Tensor>& lora_b,
-    double scale) {
-  take_operands(p, "dy", dy, p.n, lora_a, lora_b);
+Params prepare_backward(BackwardArguments& a) {
+  Params p{};
+  static_cast<PackedWeight&>(p) = make_weight(a.weight, a.dy);
+  const Tensor& dy = a.dy;
+  take_operands(p, "dy", a.dy, p.n, a.lora_a, a.lora_b);
   p.dy = dy.const_data_ptr();
-  p.scale = static_cast<float>(scale);
-  needs.da = needs.da && p.r > 0;
-  needs.db = needs.db && p.r > 0;
+  p.scale = static_cast<float>(a.scale);
+  a.needs.da = a.needs.da && p.r > 0;
+  a.needs.db = a.needs.db && p.r > 0;
   const auto beside_dy = [&](const char* name, std::optional<Tensor>& t, int64_t columns) {
     if (!t.has_value()) fail(name, " is missing");
     if (t->scalar_type() != dy.scalar_type()) {
@@ -454,8 +516,9 @@ void prepare_backward(
     }
     return operand(name, *t, dy, p.m, columns);
   };
-  if (needs.da) p.x = beside_dy("x", x, p.k);
-  if (needs.db) p.u = beside_dy("u", u, p.r);
+  if (a.needs.da) p.x = beside_dy("x", a.x, p.k);
+  if (a.needs.db) p.u = beside_dy("u", a.u, p.r);
+  return p;
 }
 
 // A gradient that is not needed has no elements.
@@ -465,12 +528,8 @@ struct Gradients {
 
 // The gradients to be filled, and du where one of them is made from it.
 template <typename Params>
-Gradients new_gradients(
-    Params& p,
-    const Needs& needs,
-    const Tensor& dy,
-    const std::optional<Tensor>& lora_a,
-    const std::optional<Tensor>& lora_b) {
+Gradients new_gradients(Params& p, const BackwardArguments& a) {
+  const Needs& needs = a.needs;
   const auto make = [](bool needed, int64_t rows, int64_t columns, const Tensor& like, void*& data) {
     if (!needed) return new_empty(like, {0});
     Tensor t = new_empty(like, {rows, columns});
@@ -478,16 +537,16 @@ Gradients new_gradients(
     return t;
   };
   return {
-      make(needs.dx, p.m, p.k, dy, p.dx), make(needs.da, p.r, p.k, needs.da ? *lora_a : dy, p.da),
-      make(needs.db, p.n, p.r, needs.db ? *lora_b : dy, p.db),
-      make(p.r > 0 && (needs.dx || needs.da), p.m, p.r, dy, p.du)};
+      make(needs.dx, p.m, p.k, a.dy, p.dx), make(needs.da, p.r, p.k, needs.da ? *a.lora_a : a.dy, p.da),
+      make(needs.db, p.n, p.r, needs.db ? *a.lora_b : a.dy, p.db),
+      make(p.r > 0 && (needs.dx || needs.da), p.m, p.r, a.dy, p.du)};
 }
 
 // The dropout of an operator that was given a seed; of one without adapters there is none.
 class Dropping {
  public:
-  Dropping(const std::optional<Tensor>& seed, int64_t threshold, double gain, bool adapted, const Tensor& beside) {
-    if (seed.has_value() && adapted) mask_ = mask_of(*seed, threshold, gain, beside);
+  Dropping(const DropoutArguments& a, bool adapted, const Tensor& beside) {
+    if (a.seed.has_value() && adapted) mask_ = mask_of(*a.seed, a.threshold, a.gain, beside);
   }
   explicit operator bool() const { return mask_.seed != nullptr; }
   const DropoutMask& mask() const { return mask_; }
@@ -521,81 +580,33 @@ Tensor dropped_cpu(const Tensor& x, const Dropping& dropping, CpuCapability path
   });
 }
 
-void check_elements(int64_t n, int64_t k) {
-  if (n < 1 || k < 1) fail("the weight must have elements, got shape (", n, ", ", k, ")");
+void check_elements(const WeightArguments& w) {
+  if (w.n < 1 || w.k < 1) fail("the weight must have elements, got shape (", w.n, ", ", w.k, ")");
 }
 
-std::tuple<Tensor, Tensor> linear_forward_cpu_op(
-    Tensor x,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    std::optional<Tensor> bias,
-    double scale,
-    bool float_out,
-    int64_t capability,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  check_elements(n, k);
-  CpuForward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
-  const CpuCapability path = checked_capability(capability);
-  const auto outputs = new_outputs(p, x);
+Outputs linear_forward(ForwardArguments& a) {
+  check_elements(a.weight);
+  auto p = prepare_forward<CpuForward>(a);
+  const CpuCapability path = checked_capability(a.capability);
+  const auto outputs = new_outputs(p, a.x);
   const Threads threads = pool();
-  const Dropping dropping(seed, threshold, gain, p.r > 0, x);
+  const Dropping dropping(a.dropout, p.r > 0, a.x);
   std::optional<Tensor> dropped;
-  if (dropping) p.dropped = dropped.emplace(dropped_cpu(x, dropping, path, threads)).const_data_ptr();
+  if (dropping) p.dropped = dropped.emplace(dropped_cpu(a.x, dropping, path, threads)).const_data_ptr();
   linear_forward_cpu(p, path, threads);
   return outputs;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu_op(
-    Tensor dy,
-    std::optional<Tensor> x,
-    std::optional<Tensor> u,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    double scale,
-    bool need_dx,
-    bool need_da,
-    bool need_db,
-    int64_t capability,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  check_elements(n, k);
-  CpuBackward p{
-      {make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)}};
-  Needs needs{need_dx, need_da, need_db};
-  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
-  const CpuCapability path = checked_capability(capability);
-  const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
+Results linear_backward(BackwardArguments& a) {
+  check_elements(a.weight);
+  auto p = prepare_backward<CpuBackward>(a);
+  const CpuCapability path = checked_capability(a.capability);
+  const Gradients g = new_gradients(p, a);
   const Threads threads = pool();
-  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  const Dropping dropping(a.dropout, p.r > 0, a.dy);
   p.dropout = dropping.mask();
   std::optional<Tensor> dropped;
-  if (dropping && needs.da) p.x = dropped.emplace(dropped_cpu(*x, dropping, path, threads)).const_data_ptr();
+  if (dropping && a.needs.da) p.x = dropped.emplace(dropped_cpu(*a.x, dropping, path, threads)).const_data_ptr();
   linear_backward_cpu(p, path, threads);
   return {g.dx, g.da, g.db};
 }
@@ -644,35 +655,14 @@ void check_tiles(Params& p, const char* name, const Tensor& rows, Tensor& w_pack
   p.w_packed = static_cast<const uint8_t*>(w_packed.const_data_ptr());
 }
 
-std::tuple<Tensor, Tensor> few_rows_forward_op(
-    Tensor x,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    std::optional<Tensor> bias,
-    double scale,
-    bool float_out,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  FewRowsForward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
-  check_few_rows(p, "x", x, w_packed);
-  const auto outputs = new_outputs(p, x);
-  const Launch launch(x);
-  const Dropping dropping(seed, threshold, gain, p.r > 0, x);
+Outputs few_rows_forward(ForwardArguments& a) {
+  auto p = prepare_forward<FewRowsForward>(a);
+  check_few_rows(p, "x", a.x, a.weight.w_packed);
+  const auto outputs = new_outputs(p, a.x);
+  const Launch launch(a.x);
+  const Dropping dropping(a.dropout, p.r > 0, a.x);
   std::optional<Tensor> dropped;
-  if (dropping) p.dropped = dropped.emplace(dropped_cuda(x, dropping, launch)).const_data_ptr();
+  if (dropping) p.dropped = dropped.emplace(dropped_cuda(a.x, dropping, launch)).const_data_ptr();
   Launch::check("few_rows_forward", few_rows_forward_cuda(p, launch.stream()));
   return outputs;
 }
@@ -696,91 +686,53 @@ const void* take_packed(
   return values.const_data_ptr();
 }
 
-std::tuple<Tensor, Tensor> few_rows_packed_op(
-    Tensor x,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    Tensor lora_a,
-    Tensor lora_a_scales,
-    Tensor lora_b,
-    Tensor lora_b_scales,
-    int64_t r,
-    std::optional<Tensor> bias,
-    double scale,
-    bool float_out) {
-  FewRowsPacked p{
-      {{make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)}}};
-  std::optional<Tensor> none;
-  prepare_forward(p, x, none, none, bias, scale, float_out);
-  check_few_rows(p, "x", x, w_packed);
+void few_rows_packed_operator(StableIValue* stack, uint64_t count, uint64_t) {
+  Stack in(stack, count);
+  auto x = in.take<Tensor>();
+  WeightArguments weight = take_weight(in);
+  auto lora_a = in.take<Tensor>();
+  const auto lora_a_scales = in.take<Tensor>();
+  auto lora_b = in.take<Tensor>();
+  const auto lora_b_scales = in.take<Tensor>();
+  const auto r = in.take<int64_t>();
+  ForwardArguments a{x, weight, {}, {}, in.take_optional(), in.take<double>(), in.take<bool>(), 0, {}};
+  auto p = prepare_forward<FewRowsPacked>(a);
+  check_few_rows(p, "x", a.x, a.weight.w_packed);
   if (r < 1 || r > INT32_MAX) fail("r must be from 1 to ", int64_t{INT32_MAX}, ", got ", r);
   p.r = static_cast<int32_t>(r);
-  p.lora_a = take_packed("lora_a", lora_a, lora_a_scales, r, k, x, p.packed_a);
-  p.lora_b = take_packed("lora_b", lora_b, lora_b_scales, n, r, x, p.packed_b);
-  const auto outputs = new_outputs(p, x);
-  const Launch launch(x);
+  p.lora_a = take_packed("lora_a", lora_a, lora_a_scales, r, p.k, a.x, p.packed_a);
+  p.lora_b = take_packed("lora_b", lora_b, lora_b_scales, p.n, r, a.x, p.packed_b);
+  const auto outputs = new_outputs(p, a.x);
+  const Launch launch(a.x);
   Launch::check("few_rows_packed", few_rows_packed_cuda(p, launch.stream()));
-  return outputs;
+  in.put(outputs);
 }
 
-std::tuple<Tensor, Tensor> tile_forward_op(
-    Tensor x,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    std::optional<Tensor> bias,
-    double scale,
-    bool float_out,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  FewRowsForward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
-  check_tiles(p, "x", x, w_packed);
-  const auto outputs = new_outputs(p, x);
-  Tensor scaled_u = new_empty(x, {p.m, (p.r + 7) / 8 * 8});
-  const Launch launch(x);
-  const Dropping dropping(seed, threshold, gain, p.r > 0, x);
+Outputs tile_forward(ForwardArguments& a) {
+  auto p = prepare_forward<FewRowsForward>(a);
+  check_tiles(p, "x", a.x, a.weight.w_packed);
+  const auto outputs = new_outputs(p, a.x);
+  Tensor scaled_u = new_empty(a.x, {p.m, (p.r + 7) / 8 * 8});
+  const Launch launch(a.x);
+  const Dropping dropping(a.dropout, p.r > 0, a.x);
   std::optional<Tensor> dropped;
-  if (dropping) p.dropped = dropped.emplace(dropped_cuda(x, dropping, launch)).const_data_ptr();
+  if (dropping) p.dropped = dropped.emplace(dropped_cuda(a.x, dropping, launch)).const_data_ptr();
   Launch::check("tile_forward", tile_forward_cuda(p, scaled_u.mutable_data_ptr(), launch.stream()));
   return outputs;
 }
 
 // The gradients by one of the launches that decode W in the product.
-std::tuple<Tensor, Tensor, Tensor> fused_gradients(
+Results fused_gradients(
     FewRowsBackward& p,
-    const Needs& needs,
-    const Tensor& dy,
-    const std::optional<Tensor>& x,
-    const std::optional<Tensor>& lora_a,
-    const std::optional<Tensor>& lora_b,
+    const BackwardArguments& a,
     const Dropping& dropping,
     const char* name,
     int (*run)(const FewRowsBackward&, void*)) {
-  const Gradients g = new_gradients(p, needs, dy, lora_a, lora_b);
-  const Launch launch(dy);
+  const Gradients g = new_gradients(p, a);
+  const Launch launch(a.dy);
   std::optional<Tensor> dropped;
-  if (dropping && needs.da) p.x = dropped.emplace(dropped_cuda(*x, dropping, launch)).const_data_ptr();
-  if (dropping && needs.dx) {
+  if (dropping && a.needs.da) p.x = dropped.emplace(dropped_cuda(*a.x, dropping, launch)).const_data_ptr();
+  if (dropping && a.needs.dx) {
     FewRowsBackward base = p;  // dy W alone
     base.r = 0;
     base.du = base.da = base.db = nullptr;
@@ -788,44 +740,19 @@ std::tuple<Tensor, Tensor, Tensor> fused_gradients(
     Launch::check(name, run(base, launch.stream()));
   }
   Launch::check(name, run(p, launch.stream()));
-  if (dropping && needs.dx) {
+  if (dropping && a.needs.dx) {
     Tensor dx = g.dx;
     add_dropped(p, g.du, dx, dropping, launch);
   }
   return {g.dx, g.da, g.db};
 }
 
-std::tuple<Tensor, Tensor, Tensor> few_rows_backward_op(
-    Tensor dy,
-    std::optional<Tensor> x,
-    std::optional<Tensor> u,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    double scale,
-    bool need_dx,
-    bool need_da,
-    bool need_db,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  FewRowsBackward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
-  Needs needs{need_dx, need_da, need_db};
-  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
-  check_few_rows(p, "dy", dy, w_packed);
-  if (n % 8 != 0) fail("out_features must be a multiple of 8, got ", n);
-  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
-  return fused_gradients(p, needs, dy, x, lora_a, lora_b, dropping, "few_rows_backward", few_rows_backward_cuda);
+Results few_rows_backward(BackwardArguments& a) {
+  auto p = prepare_backward<FewRowsBackward>(a);
+  check_few_rows(p, "dy", a.dy, a.weight.w_packed);
+  if (p.n % 8 != 0) fail("out_features must be a multiple of 8, got ", p.n);
+  const Dropping dropping(a.dropout, p.r > 0, a.dy);
+  return fused_gradients(p, a, dropping, "few_rows_backward", few_rows_backward_cuda);
 }
 
 // Library products, called without Python in between.
@@ -870,44 +797,24 @@ Tensor dense_weight(const PackedWeight& w, const Tensor& like, const Launch& lau
   return out;
 }
 
-std::tuple<Tensor, Tensor> library_forward_op(
-    Tensor x,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    std::optional<Tensor> bias,
-    double scale,
-    bool float_out,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  LinearForward<int64_t> p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, x)};
-  prepare_forward(p, x, lora_a, lora_b, bias, scale, float_out);
+Outputs library_forward(ForwardArguments& a) {
+  const auto p = prepare_forward<LinearForward<int64_t>>(a);
+  const Tensor& x = a.x;
   const Launch launch(x);
   const Tensor dense = dense_weight(p, x, launch);
   Tensor u = new_empty(x, {p.m, p.r});
-  if (p.r == 0 && !bias.has_value() && !float_out) {
-    Tensor y = new_empty(x, {p.m, n});
+  if (p.r == 0 && !a.bias.has_value() && !a.float_out) {
+    Tensor y = new_empty(x, {p.m, p.n});
     add_product(y, x, transposed(dense), 1.0, 0.0);
     return {y, u};
   }
   if (p.r > 0) {
-    const Dropping dropping(seed, threshold, gain, true, x);
+    const Dropping dropping(a.dropout, true, x);
     const Tensor side = dropping ? dropped_cuda(x, dropping, launch) : x;
-    add_product(u, side, transposed(of_type(*lora_a, x.scalar_type())), 1.0, 0.0);
+    add_product(u, side, transposed(of_type(*a.lora_a, x.scalar_type())), 1.0, 0.0);
   }
   Tensor sums = wide_product(x, transposed(dense));
-  Tensor y = float_out ? sums : new_empty(x, {p.m, n});
+  Tensor y = a.float_out ? sums : new_empty(x, {p.m, p.n});
   FinishParams finish{};
   finish.sums = static_cast<const float*>(sums.const_data_ptr());
   finish.u = u.const_data_ptr();
@@ -915,7 +822,7 @@ std::tuple<Tensor, Tensor> library_forward_op(
   finish.bias = p.bias;
   finish.y = y.mutable_data_ptr();
   finish.m = p.m;
-  finish.n = n;
+  finish.n = p.n;
   finish.r = static_cast<int32_t>(p.r);
   finish.scale = p.scale;
   finish.dtype = p.dtype;
@@ -931,109 +838,56 @@ struct AdapterGradients {
   Tensor du, da, db;
 };
 
-AdapterGradients adapter_gradients(
-    const Needs& needs,
-    bool adapted,
-    const Tensor& dy,
-    const std::optional<Tensor>& x,
-    const std::optional<Tensor>& u,
-    const std::optional<Tensor>& lora_a,
-    const std::optional<Tensor>& lora_b,
-    double scale,
-    const Dropping& dropping,
-    const Launch& launch) {
+AdapterGradients adapter_gradients(const BackwardArguments& a, const Dropping& dropping, const Launch& launch) {
+  const Tensor& dy = a.dy;
+  const Needs& needs = a.needs;
   const Tensor nothing = new_empty(dy, {0});
   AdapterGradients g{nothing, nothing, nothing};
-  if (adapted && (needs.dx || needs.da)) g.du = gradient(dy, of_type(*lora_b, dy.scalar_type()), scale, dy);
-  if (needs.db) g.db = gradient(transposed(dy), *u, scale, *lora_b);
-  if (needs.da) g.da = gradient(transposed(g.du), dropping ? dropped_cuda(*x, dropping, launch) : *x, 1.0, *lora_a);
+  if (a.lora_b.has_value() && (needs.dx || needs.da)) {
+    g.du = gradient(dy, of_type(*a.lora_b, dy.scalar_type()), a.scale, dy);
+  }
+  if (needs.db) g.db = gradient(transposed(dy), *a.u, a.scale, *a.lora_b);
+  if (needs.da) {
+    g.da = gradient(transposed(g.du), dropping ? dropped_cuda(*a.x, dropping, launch) : *a.x, 1.0, *a.lora_a);
+  }
   return g;
 }
 
-std::tuple<Tensor, Tensor, Tensor> library_backward_op(
-    Tensor dy,
-    std::optional<Tensor> x,
-    std::optional<Tensor> u,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    double scale,
-    bool need_dx,
-    bool need_da,
-    bool need_db,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  LinearBackward<int64_t> p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
-  Needs needs{need_dx, need_da, need_db};
-  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
+Results library_backward(BackwardArguments& a) {
+  const auto p = prepare_backward<LinearBackward<int64_t>>(a);
+  const Tensor& dy = a.dy;
   const Launch launch(dy);
-  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
-  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
+  const Dropping dropping(a.dropout, p.r > 0, dy);
+  AdapterGradients g = adapter_gradients(a, dropping, launch);
   Tensor dx = new_empty(dy, {0});
-  if (needs.dx) {
-    dx = new_empty(dy, {p.m, k});
+  if (a.needs.dx) {
+    dx = new_empty(dy, {p.m, p.k});
     const bool joined = p.r > 0 && !dropping;
-    if (joined) add_product(dx, g.du, of_type(*lora_a, dy.scalar_type()), 1.0, 0.0);
+    if (joined) add_product(dx, g.du, of_type(*a.lora_a, dy.scalar_type()), 1.0, 0.0);
     add_product(dx, dy, dense_weight(p, dy, launch), 1.0, joined ? 1.0 : 0.0);
     if (dropping) add_dropped(p, g.du, dx, dropping, launch);
   }
   return {dx, g.da, g.db};
 }
 
-std::tuple<Tensor, Tensor, Tensor> tile_backward_op(
-    Tensor dy,
-    std::optional<Tensor> x,
-    std::optional<Tensor> u,
-    Tensor w_packed,
-    std::optional<Tensor> absmax,
-    std::optional<Tensor> absmax_q,
-    std::optional<Tensor> absmax_scale,
-    std::optional<Tensor> absmax_code,
-    std::optional<Tensor> absmax_offset,
-    int64_t n,
-    int64_t k,
-    int64_t blocksize,
-    bool fp4,
-    std::optional<Tensor> lora_a,
-    std::optional<Tensor> lora_b,
-    double scale,
-    bool need_dx,
-    bool need_da,
-    bool need_db,
-    std::optional<Tensor> seed,
-    int64_t threshold,
-    double gain) {
-  FewRowsBackward p{
-      make_weight(w_packed, absmax, absmax_q, absmax_scale, absmax_code, absmax_offset, n, k, blocksize, fp4, dy)};
-  Needs needs{need_dx, need_da, need_db};
-  prepare_backward(p, needs, dy, x, u, lora_a, lora_b, scale);
-  check_tiles(p, "dy", dy, w_packed);
+Results tile_backward(BackwardArguments& a) {
+  auto p = prepare_backward<FewRowsBackward>(a);
+  check_tiles(p, "dy", a.dy, a.weight.w_packed);
   if (p.r % 8 != 0) fail("the rank must be a multiple of 8, got ", int64_t{p.r});
-  const Dropping dropping(seed, threshold, gain, p.r > 0, dy);
+  const Dropping dropping(a.dropout, p.r > 0, a.dy);
   // Of more rows library products are faster than launches that read narrow strips of dy and x.
   constexpr int32_t kMostSideRows = 512;
   if (p.m <= kMostSideRows) {
     const auto run = [](const FewRowsBackward& params, void* stream) {
       return tile_backward_cuda(params, true, stream);
     };
-    return fused_gradients(p, needs, dy, x, lora_a, lora_b, dropping, "tile_backward", run);
+    return fused_gradients(p, a, dropping, "tile_backward", run);
   }
-  const Launch launch(dy);
-  AdapterGradients g = adapter_gradients(needs, p.r > 0, dy, x, u, lora_a, lora_b, scale, dropping, launch);
-  Tensor dx = new_empty(dy, {0});
-  if (needs.dx) {
-    dx = new_empty(dy, {p.m, k});
+  const Launch launch(a.dy);
+  AdapterGradients g = adapter_gradients(a, dropping, launch);
+  Tensor dx = new_empty(a.dy, {0});
+  if (a.needs.dx) {
+    dx = new_empty(a.dy, {p.m, p.k});
     p.dx = dx.mutable_data_ptr();
     p.du = g.du.mutable_data_ptr();
     FewRowsBackward product = p;
@@ -1078,28 +932,28 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CPU, m) {
-  m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cpu_op));
-  m.impl("cross_entropy", TORCH_BOX(&fastlora::cross_entropy_cpu_op));
-  m.impl("dropout", TORCH_BOX(&fastlora::dropout_cpu_op));
-  m.impl("linear_forward", TORCH_BOX(&fastlora::linear_forward_cpu_op));
-  m.impl("linear_backward", TORCH_BOX(&fastlora::linear_backward_cpu_op));
+  m.impl("dequantize", &fastlora::dequantize_operator<fastlora::dequantize_on_cpu>);
+  m.impl("cross_entropy", TORCH_BOX(&fastlora::cross_entropy_cpu_operator));
+  m.impl("dropout", TORCH_BOX(&fastlora::dropout_cpu_operator));
+  m.impl("linear_forward", &fastlora::forward_operator<fastlora::linear_forward, true>);
+  m.impl("linear_backward", &fastlora::backward_operator<fastlora::linear_backward, true>);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CompositeExplicitAutograd, m) {
-  m.impl("cpu_capability", TORCH_BOX(&fastlora::cpu_capability_op));
+  m.impl("cpu_capability", TORCH_BOX(&fastlora::cpu_capability_operator));
 }
 
 #if defined(FASTLORA_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
-  m.impl("dequantize", TORCH_BOX(&fastlora::dequantize_cuda_op));
-  m.impl("dropout", TORCH_BOX(&fastlora::dropout_cuda_op));
-  m.impl("few_rows_forward", TORCH_BOX(&fastlora::few_rows_forward_op));
-  m.impl("few_rows_packed", TORCH_BOX(&fastlora::few_rows_packed_op));
-  m.impl("tile_forward", TORCH_BOX(&fastlora::tile_forward_op));
-  m.impl("tile_backward", TORCH_BOX(&fastlora::tile_backward_op));
-  m.impl("few_rows_backward", TORCH_BOX(&fastlora::few_rows_backward_op));
-  m.impl("library_forward", TORCH_BOX(&fastlora::library_forward_op));
-  m.impl("library_backward", TORCH_BOX(&fastlora::library_backward_op));
+  m.impl("dequantize", &fastlora::dequantize_operator<fastlora::dequantize_on_cuda>);
+  m.impl("dropout", TORCH_BOX(&fastlora::dropout_cuda_operator));
+  m.impl("few_rows_forward", &fastlora::forward_operator<fastlora::few_rows_forward>);
+  m.impl("few_rows_packed", &fastlora::few_rows_packed_operator);
+  m.impl("tile_forward", &fastlora::forward_operator<fastlora::tile_forward>);
+  m.impl("tile_backward", &fastlora::backward_operator<fastlora::tile_backward>);
+  m.impl("few_rows_backward", &fastlora::backward_operator<fastlora::few_rows_backward>);
+  m.impl("library_forward", &fastlora::forward_operator<fastlora::library_forward>);
+  m.impl("library_backward", &fastlora::backward_operator<fastlora::library_backward>);
 }
 #endif
 
