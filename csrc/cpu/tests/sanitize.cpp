@@ -275,6 +275,38 @@ void check(
   compare("db", db, want, where);
 }
 
+// The dense matrix, block by block in parts of any size, into rows with a gap between them, which nobody may touch.
+template <typename T>
+void check_dequantize(
+    int64_t n,
+    int64_t k,
+    int32_t blocksize,
+    QuantType type,
+    bool nested,
+    DType dtype,
+    T (*round)(float),
+    CpuCapability capability) {
+  const Weight weight(n, k, blocksize, type, nested);
+  const int64_t stride = k + random_integer(0, 3), count = n * k, blocks = (count + blocksize - 1) / blocksize;
+  const T untouched = 77;
+  Buffer<T> out(stride * (n - 1) + k, untouched);
+  const DequantizeParams p{weight.params, out.data(), stride, dtype};
+  for (int64_t block = 0, next; block < blocks; block = next) {
+    next = std::min(blocks, block + random_integer(1, 5));
+    dequantize_cpu(p, capability, block * blocksize, std::min(next * blocksize, count));
+  }
+  const Values want = weight.values(DType::kFloat32);
+  for (int64_t i = 0; i < static_cast<int64_t>(out.size()); ++i) {
+    const int64_t row = i / stride, column = i % stride;
+    if (out[i] == (column < k ? round(static_cast<float>(want[row * k + column])) : untouched)) continue;
+    std::printf(
+        "dequantize %lld x %lld, blocksize %d, path %d, type %d: wrong at %lld, %lld\n", static_cast<long long>(n),
+        static_cast<long long>(k), blocksize, static_cast<int>(capability), static_cast<int>(dtype),
+        static_cast<long long>(row), static_cast<long long>(column));
+    std::exit(1);
+  }
+}
+
 // Dropout against the definition of Philox, one element at a time.
 void check_dropout(int64_t m, int64_t k, DType dtype, CpuCapability capability) {
   const std::string where = " in dropout of " + std::to_string(m) + " x " + std::to_string(k);
@@ -354,6 +386,15 @@ int main(int argc, char** argv) {
       check(1027, 3, 5, 2, 32, QuantType::kFP4, true, dtype, dtype, static_cast<CpuCapability>(path));
       checks += 3;
       for (int i = 0; i < count; ++i) {
+        const auto dequantize = [&](DType to, auto round) {
+          check_dequantize(
+              random_integer(1, 20), random_integer(1, 300), 32 << random_integer(0, 7),
+              i % 2 == 0 ? QuantType::kNF4 : QuantType::kFP4, random_integer(0, 1) == 0, to, +round,
+              static_cast<CpuCapability>(path));
+        };
+        dequantize(DType::kFloat32, [](float x) { return x; });
+        dequantize(DType::kBFloat16, [](float x) { return to_bfloat16(x); });
+        dequantize(DType::kFloat16, [](float x) { return to_float16(x); });
         check_dropout(random_integer(1, 9), random_integer(1, 200), dtype, static_cast<CpuCapability>(path));
         check_cross_entropy(
             random_integer(1, 4), random_integer(2, 200), i % 2 == 0 ? 0.0f : 0.1f, dtype,
