@@ -88,8 +88,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 template <typename T>
 cudaError_t launch_dropout(const DropoutParams& p, cudaStream_t stream) {
-  const int64_t groups = (p.k + kVector - 1) / kVector;
-  const int64_t blocks = (p.m * groups + kThreads - 1) / kThreads;
+  const int64_t blocks = cut(p.m * cut(p.k, kVector), kThreads);
   if (blocks == 0) return cudaSuccess;
   const bool vectorized = p.k % kVector == 0 && aligned(p.x) && aligned(p.out);
   const auto kernel = vectorized ? dropout_kernel<T, true> : dropout_kernel<T, false>;
@@ -150,8 +149,7 @@ __global__ void __launch_bounds__(kThreads) dropped_gradient_kernel(const Droppe
 
 template <typename T>
 cudaError_t launch_dropped_gradient(const DroppedGradient& p, cudaStream_t stream) {
-  const int64_t tiles_k = (p.k + kWarps * kSpan - 1) / (kWarps * kSpan);
-  const int64_t tiles_m = (p.m + kFragment - 1) / kFragment;
+  const int64_t tiles_k = cut(p.k, kWarps * kSpan), tiles_m = cut(p.m, kFragment);
   if (tiles_m * tiles_k > kMostBlocks) return cudaErrorInvalidConfiguration;
   const auto kernel = p.k % kVector == 0 ? dropped_gradient_kernel<T, true> : dropped_gradient_kernel<T, false>;
   kernel<<<static_cast<unsigned>(tiles_m * tiles_k), kThreads, 0, stream>>>(p);

@@ -516,6 +516,9 @@ __device__ __forceinline__ void store_as(void* base, int64_t index, float value,
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
+// Of how many parts: the last one may be smaller.
+inline int64_t cut(int64_t size, int64_t part) { return (size + part - 1) / part; }
+
 // What the kernels may use of a device, as they were compiled.
 struct DeviceLimits {
   int device;
@@ -529,10 +532,10 @@ struct DeviceLimits {
 cudaError_t current_limits(DeviceLimits& limits);
 
 // Into how many blocks of a cluster a sum over `length` is split for each of `tiles`: while the device has room for
-// them, and each of their `threads` an element.
+// them, and each of their `threads` an element. One where there are no tiles.
 inline int sharers_of(int64_t tiles, int64_t length, int threads, const DeviceLimits& limits) {
   int sharers = 1;
-  while (limits.clusters && sharers < kMaxRanks && 2 * sharers * tiles <= limits.multiprocessors &&
+  while (limits.clusters && tiles > 0 && sharers < kMaxRanks && 2 * sharers * tiles <= limits.multiprocessors &&
          int64_t{sharers} * threads < length) {
     sharers *= 2;
   }
@@ -656,8 +659,7 @@ inline int split_of(int64_t tiles, int64_t chunks, const int* slots, int overhea
   int64_t best_steps = INT64_MAX;
   for (int ranks = 1; ranks <= kMaxRanks && ranks <= chunks; ranks *= 2) {
     if (slots[ranks] == 0) continue;
-    const int64_t waves = (tiles * ranks + slots[ranks] - 1) / slots[ranks];
-    const int64_t steps = waves * ((chunks + ranks - 1) / ranks + overhead);
+    const int64_t steps = cut(tiles * ranks, slots[ranks]) * (cut(chunks, ranks) + overhead);
     if (steps < best_steps) {
       best = ranks;
       best_steps = steps;
@@ -701,7 +703,7 @@ cudaError_t launch_split(
   const int ranks = split_of(tiles, chunks, slots, 2);
   return launch_few_rows(
       kernel, dim3(static_cast<unsigned>(tiles * ranks)), kThreads, shared, ranks, p.r > 0 && limits.clusters, stream,
-      p, ranks, static_cast<int>((chunks + ranks - 1) / ranks), log2_of(p.blocksize));
+      p, ranks, static_cast<int>(cut(chunks, ranks)), log2_of(p.blocksize));
 }
 
 }  // namespace fastlora

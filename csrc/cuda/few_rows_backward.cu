@@ -213,8 +213,7 @@ template <typename T, int kTiles>
 cudaError_t launch_input_gradient(const FewRowsBackward& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = Shape<kTiles>;
   static Slots slots;
-  const int64_t tiles = (p.k + kColumns - 1) / kColumns;
-  const int64_t chunks = (p.n + kChunk - 1) / kChunk;
+  const int64_t tiles = cut(p.k, kColumns), chunks = cut(p.n, kChunk);
   return launch_split(slots, input_gradient_kernel<T, kTiles>, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 

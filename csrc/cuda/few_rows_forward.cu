@@ -383,8 +383,7 @@ template <typename T, int kTiles, typename Params>
 cudaError_t launch_linear(const Params& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = Shape<kTiles>;
   static Slots slots;
-  const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
-  const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
+  const int64_t tiles = cut(p.n, Layout::kRows), chunks = cut(p.k, Layout::kChunk);
   return launch_split(slots, linear_kernel<T, kTiles, Params>, Layout::kShared, tiles, chunks, p, limits, stream);
 }
 
@@ -392,8 +391,7 @@ template <typename T, int kTiles, int kTileGroups, typename Params>
 cudaError_t launch_decode_groups(const Params& p, const DeviceLimits& limits, cudaStream_t stream) {
   using Layout = DecodeShape<kTiles, kTileGroups>;
   static Slots slots;
-  const int64_t tiles = (p.n + Layout::kRows - 1) / Layout::kRows;
-  const int64_t chunks = (p.k + Layout::kChunk - 1) / Layout::kChunk;
+  const int64_t tiles = cut(p.n, Layout::kRows), chunks = cut(p.k, Layout::kChunk);
   const auto kernel = decode_kernel<T, kTiles, kTileGroups, Params>;
   return launch_split(slots, kernel, Layout::kShared, tiles, chunks, p, limits, stream);
 }
@@ -412,7 +410,7 @@ template <typename T, int kBlockThreads, Storage kStorage, typename Params>
 cudaError_t launch_project(const Params& p, bool shared, const DeviceLimits& limits, cudaStream_t stream) {
   Params side = p;
   if (p.dropped != nullptr) side.x = p.dropped;
-  const unsigned ranks = (p.r + kFragment - 1) / kFragment, tokens = (p.m + kTokens - 1) / kTokens;
+  const auto ranks = static_cast<unsigned>(cut(p.r, kFragment)), tokens = static_cast<unsigned>(cut(p.m, kTokens));
   const int sharers = shared ? sharers_of(int64_t{ranks} * tokens, p.k, kBlockThreads, limits) : 1;
   return launch_few_rows(
       project_kernel<T, kBlockThreads, kStorage, Params>, dim3(ranks * sharers, tokens), kBlockThreads, 0, sharers,

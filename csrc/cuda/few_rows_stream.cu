@@ -36,11 +36,9 @@ static_assert(kFragment == 2 * Plan::kSegments && Plan::kSlice == 32 * 2 * kPair
 __device__ __forceinline__ float code_factor(QuantType type) { return type == QuantType::kFP4 ? 1.5f : 1.3662109375f; }
 
 __device__ __forceinline__ void copy_bulk(uint32_t target, const void* source, int bytes, uint32_t barrier) {
-#if defined(FASTLORA_HOPPER)
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(target),
                "l"(source), "r"(bytes), "r"(barrier)
                : "memory");
-#endif
 }
 
 // 16 neighbours of a row of x as they lie in memory.
@@ -155,7 +153,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const Params 
       if (again) {
         for (int i = 0; i < plan.slots; ++i) init_barrier(empty + i * 8, plan.groups * plan.row_groups);
       }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      publish_barriers();
       for (int i = 0; i < plan.slots && row < rows; ++i, row += plan.piece_rows) ask(row, i);
     }
     __syncthreads();

@@ -65,8 +65,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const FinishParams p) 
 
 template <typename T>
 cudaError_t launch(const FinishParams& p, cudaStream_t stream) {
-  const int64_t columns = static_cast<int64_t>(kWarps) * kSpan;
-  const int64_t rows = (p.m + kFragment - 1) / kFragment;
+  const int64_t columns = cut(p.n, kWarps * kSpan), rows = cut(p.m, kFragment);
   constexpr int64_t kMostRows = 65535;  // of a grid
   const auto kernel = p.n % 8 == 0 ? finish_kernel<T, true> : finish_kernel<T, false>;
   for (int64_t first = 0; first < rows; first += kMostRows) {
@@ -78,8 +77,7 @@ cudaError_t launch(const FinishParams& p, cudaStream_t stream) {
     part.y = p.out_dtype == DType::kFloat32 ? static_cast<void*>(static_cast<float*>(p.y) + m * p.n)
                                             : static_cast<void*>(static_cast<T*>(p.y) + m * p.n);
     const dim3 grid(
-        static_cast<unsigned>((p.n + columns - 1) / columns),
-        static_cast<unsigned>(rows - first < kMostRows ? rows - first : kMostRows));
+        static_cast<unsigned>(columns), static_cast<unsigned>(rows - first < kMostRows ? rows - first : kMostRows));
     kernel<<<grid, kThreads, 0, stream>>>(part);
     if (const cudaError_t status = cudaGetLastError(); status != cudaSuccess) return status;
   }

@@ -19,6 +19,13 @@ __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
+// What was initialized is there for the copies that this thread asks for, and for the block behind its next barrier.
+__device__ __forceinline__ void publish_barriers() {
+#if defined(FASTLORA_HOPPER)
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
@@ -271,8 +278,6 @@ template <typename T>
 constexpr CUtensorMapDataType tensor_map_type() {
   return Numeric<T>::kType == DType::kBFloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
 }
-
-inline int64_t cut(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
 // Either product with W decoded inside of it. The side of the result that is no token is n, forward, or k; the other
 // one is the reduced side.

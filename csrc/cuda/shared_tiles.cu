@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_kernel(
       init_barrier(full_packed(i), 1);
       init_barrier(empty_packed(i), kWarpgroup / 32);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   if (kNested && threadIdx.x < 256) statistics[threadIdx.x] = __ldg(p.absmax_code + threadIdx.x);
   __syncthreads();

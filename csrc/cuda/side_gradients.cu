@@ -158,7 +158,6 @@ __global__ void __launch_bounds__(kSideThreads) adapter_gradient_kernel(const Fe
 
 template <typename T>
 cudaError_t launch(const FewRowsBackward& p, const DeviceLimits& limits, cudaStream_t stream) {
-  const auto cut = [](int64_t size, int64_t part) { return (size + part - 1) / part; };
   int splits = 1;
   while (splits < kSideWarps && splits * kFragment < p.m) splits *= 2;
   const int64_t columns = kSideWarps / splits * kSpan;  // of a block
@@ -166,7 +165,7 @@ cudaError_t launch(const FewRowsBackward& p, const DeviceLimits& limits, cudaStr
   constexpr int kManyRows = 256;  // from here on blocks of more rows, which read B less often, keep the device busy
   const bool many = p.m >= kManyRows;
   const int64_t tiles = p.du == nullptr ? 0 : cut(p.r, kFragment) * cut(p.m, kTokens * (many ? kMostGroups : 1));
-  const int ranks = tiles > 0 ? sharers_of(tiles, p.n, kSideThreads, limits) : 1;
+  const int ranks = sharers_of(tiles, p.n, kSideThreads, limits);
   const int64_t projections = tiles * ranks;
   const int64_t blocks = projections + (p.db == nullptr ? 0 : cut(cut(p.n, columns), ranks) * ranks);
   if (blocks > INT32_MAX || cut(p.k, columns) > INT32_MAX) return cudaErrorInvalidConfiguration;

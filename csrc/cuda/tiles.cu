@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(TileShape<kTokensTile>::kThreads, 1) tile_kern
       init_barrier(full_weight(i), 1);
       init_barrier(empty_weight(i), kRows / 16);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
   }
   if (warp < Layout::kWarps) {
     fill_lane_table<Layout::kWarps * 32>(
@@ -186,8 +186,8 @@ __global__ void __launch_bounds__(TileShape<kTokensTile>::kThreads, 1) tile_kern
     }
     __syncwarp();
     if (ranks > 1) {
-      asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-      asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+      meet_cluster();
+      meet_cluster();
     }
     return;
   }
@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(TileShape<kTokensTile>::kThreads, 1) tile_kern
         each_pair(put);
       }
       if (ranks > 1) {
-        asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+        meet_cluster();
         const int share_tokens = (kTokensTile + ranks - 1) / ranks;
         const int stop_token = min(kTokensTile, (rank + 1) * share_tokens);
         for (int i = static_cast<int>(threadIdx.x);; i += Layout::kWarps * 32) {
@@ -416,7 +416,7 @@ __global__ void __launch_bounds__(TileShape<kTokensTile>::kThreads, 1) tile_kern
           store(local, token_in_tile, sum.x, sum.y);
         }
         // No block may leave while another still reads its memory.
-        asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+        meet_cluster();
       }
     }
     if constexpr (Layout::kTeams == 1) {

@@ -122,6 +122,11 @@ int main() {
   for (std::thread& thread : threads) thread.join();
   require(machine.queries == 3, "one of the threads has asked for all");
 
+  const DeviceLimits hopper = limits_of(1, 9, 90);
+  require(
+      fastlora::sharers_of(4, 1 << 20, 512, hopper) == fastlora::kMaxRanks, "few tiles are shared by whole clusters");
+  require(fastlora::sharers_of(0, 1 << 20, 512, hopper) == 1, "and none by nobody");
+
   for (const bool fails : {false, true}) {
     machine.cluster_query_fails = fails;
     fastlora::Slots slots_of_kernel;
