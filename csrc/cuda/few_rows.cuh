@@ -309,20 +309,28 @@ __device__ __forceinline__ float element_of_b(const Params& p, int64_t row, int 
   }
 }
 
+// Bits of r elements of `factor`, A or B.
+template <typename Params>
+__device__ __forceinline__ int64_t bits_of_ranks(const Params& p, PackedFactor FewRowsPacked::* factor, bool wide) {
+  if constexpr (kArePacked<Params>) {
+    return p.r * ((p.*factor).nf4 ? 4 : 8);
+  } else {
+    return p.r * (wide ? 32 : 16);
+  }
+}
+
 // Asks for what a block will read of B: `rows` of its rows.
-template <typename T, typename Params>
+template <typename Params>
 __device__ __forceinline__ void prefetch_b(const Params& p, int64_t row0, int64_t rows, bool wide) {
-  int64_t bits = p.r * (wide ? 32 : 16);
-  if constexpr (kArePacked<Params>) bits = p.r * (p.packed_b.nf4 ? 4 : 8);
+  const int64_t bits = bits_of_ranks(p, &FewRowsPacked::packed_b, wide);
   prefetch(static_cast<const char*>(p.lora_b) + row0 * bits / 8, rows * bits / 8);
 }
 
 // Of all of A, what falls to a block of the first axis of the grid.
 template <typename Params>
 __device__ __forceinline__ void prefetch_a(const Params& p, bool wide) {
-  int64_t bits = p.r * (wide ? 32 : 16);
-  if constexpr (kArePacked<Params>) bits = p.r * (p.packed_a.nf4 ? 4 : 8);
-  const int64_t bytes = bits * p.k / 8, first = blockIdx.x * bytes / gridDim.x;
+  const int64_t bytes = bits_of_ranks(p, &FewRowsPacked::packed_a, wide) * p.k / 8;
+  const int64_t first = blockIdx.x * bytes / gridDim.x;
   prefetch(static_cast<const char*>(p.lora_a) + first, (blockIdx.x + 1) * bytes / gridDim.x - first);
 }
 

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks)
   const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
   fill_tables(p, reinterpret_cast<float2*>(table), statistics);
   const bool wide = p.adapter_dtype == DType::kFloat32;
-  if (p.r > 0) prefetch_b<T>(p, row0, min(p.n - row0, static_cast<int64_t>(Layout::kRows)), wide);
+  if (p.r > 0) prefetch_b(p, row0, min(p.n - row0, static_cast<int64_t>(Layout::kRows)), wide);
 
   float acc[kGroups][kTiles][4] = {};
   const auto copy = static_cast<uint32_t>(lane % kCopies) * static_cast<uint32_t>(sizeof(float2));
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const float offset = p.nested ? __ldg(p.absmax_offset) : 0.0f;
   fill_tables(p, reinterpret_cast<float2*>(table), statistics);
   const bool wide = p.adapter_dtype == DType::kFloat32;
-  if (p.r > 0) prefetch_b<T>(p, row0, min(p.n - row0, static_cast<int64_t>(Layout::kRows)), wide);
+  if (p.r > 0) prefetch_b(p, row0, min(p.n - row0, static_cast<int64_t>(Layout::kRows)), wide);
   __syncthreads();
 
   float acc[kTileGroups][kTiles][4] = {};
