@@ -73,7 +73,7 @@ struct Dropout {
     const bool on = seed.defined();
     stack.emplace_back(on ? c10::IValue(seed) : c10::IValue());
     stack.emplace_back(on ? std::min<int64_t>(std::llrint(p * 4294967296.0), 0xffffffff) : int64_t{0});
-    stack.emplace_back(!on || p >= 1.0 ? (on ? 0.0 : 1.0) : 1.0 / (1.0 - p));
+    stack.emplace_back(!on ? 1.0 : p >= 1.0 ? 0.0 : 1.0 / (1.0 - p));
   }
 };
 
