@@ -253,7 +253,8 @@ inline cudaError_t make_map(
   using Encode = CUresult (*)(
       CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
       const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
-  static Encode encode = nullptr;
+  static std::atomic<Encode> known{nullptr};  // threads would find the same one
+  Encode encode = known.load(std::memory_order_relaxed);
   if (encode == nullptr) {
     // Through the runtime, so that nothing links against the driver.
     void* function = nullptr;
@@ -263,6 +264,7 @@ inline cudaError_t make_map(
     if (status != cudaSuccess) return status;
     if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
     encode = reinterpret_cast<Encode>(function);
+    known.store(encode, std::memory_order_relaxed);
   }
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * static_cast<cuuint64_t>(element_bytes)};
