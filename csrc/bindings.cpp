@@ -368,7 +368,8 @@ const void* operand(const char* name, Tensor& t, const Tensor& beside, int64_t r
 DType narrow_or_wide(const char* name, const Tensor& t, const Tensor& rows) {
   const auto type = t.scalar_type(), compute = rows.scalar_type();
   if (type != compute && type != ScalarType::Float) {
-    fail(name, " must be float32 or ", name_of(compute), ", the type computed in; got ", name_of(type));
+    const char* either = compute == ScalarType::Float ? "" : "float32 or ";
+    fail(name, " must be ", either, name_of(compute), ", the type computed in; got ", name_of(type));
   }
   return dtype_of(name, t);
 }

@@ -218,6 +218,7 @@ def call_forward(**changes: object) -> None:
             {"lora_a": torch.zeros(8, 64).half()},
             "lora_a must be float32 or bfloat16, the type computed in; got float16$",
         ),
+        ({"x": torch.zeros(4, 64)}, "lora_a must be float32, the type computed in; got bfloat16$"),
         ({"lora_b": torch.zeros(40, 8)}, "lora_b must have the type of lora_a, bfloat16, got float32$"),
         ({"bias": torch.zeros(41)}, r"bias must be contiguous, of shape \(40\), got \(41\)$"),
         ({"bias": torch.zeros(40).double()}, "bias must be float32 or bfloat16, the type computed in; got float64$"),
