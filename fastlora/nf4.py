@@ -18,9 +18,11 @@ import dataclasses
 import functools
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -44,30 +46,44 @@ CODES = {"nf4": _NF4, "fp4": _FP4 + tuple(0.0 - v for v in _FP4)}  # both zeros 
 # Elements that the portable dequantizer handles at once: it bounds the float32 temporaries to 16 MiB.
 _CHUNK = 1 << 22
 
+_Table = TypeVar("_Table", bound=Callable[..., torch.Tensor])
 
-@functools.cache
+
+def _kept(make: _Table) -> _Table:
+    """`functools.cache`, but within a dispatch mode, whose tensors, fake ones for instance, are its own."""
+    known = functools.cache(make)
+
+    @functools.wraps(make)
+    def table(*args: Any) -> torch.Tensor:
+        return make(*args) if is_in_torch_dispatch_mode() else known(*args)
+
+    return table  # type: ignore[return-value]
+
+
+@_kept
 def code_table(quant_type: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The 16 float32 values of ``quant_type`` on ``device``."""
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
-@functools.cache
+@_kept
 def _byte_table(quant_type: str, device: torch.device) -> torch.Tensor:
     """(256, 2) float32: the two values that each byte stands for."""
     code, byte = code_table(quant_type, device), torch.arange(256, device=device)
     return torch.stack((code[byte >> 4], code[byte & 15]), dim=1)
 
 
-@functools.cache
+@_kept
 def absmax_code_table(device: torch.device | str = "cpu") -> torch.Tensor:
     """The 256 float32 values of the signed dynamic 8-bit type that nested statistics are stored in.
 
     For each exponent e in 0..6 the type has 2**e values of either sign, the midpoints of 2**e equal parts of
     [0.1, 1], times 10**(e - 6); zero and one complete it (Dettmers, "8-bit approximations", 2015).
     """
-    values = [torch.tensor([0.0, 1.0])]
+    # Whatever the default device and type are: another device may round otherwise.
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float32, device="cpu")]
     for e in range(7):
-        edges = torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**e + 1, dtype=torch.float32, device="cpu")
         mid = 10 ** (e - 6) * ((edges[:-1] + edges[1:]) / 2.0)
         values += [mid, -mid]
     return torch.cat(values).sort().values.to(device)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from make_golden import GOLDEN, dequantize
 from safetensors.torch import load_file
 from tolerance import DTYPES
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastlora import nf4
 from fastlora.nf4 import BLOCKSIZES, QUANT_TYPES, NF4Weight, absmax_code_table, code_table
@@ -312,6 +313,33 @@ def test_absmax_code_table() -> None:
     assert len(code.unique()) == 256
     assert code[-1] == 1
     assert (code == 0).sum() == 1
+
+
+@pytest.mark.parametrize("default", ["float64", "meta"])
+def test_tables_do_not_depend_on_defaults(default: str) -> None:
+    expected = absmax_code_table()
+    make = absmax_code_table.__wrapped__  # type: ignore[attr-defined]
+    if default == "float64":
+        torch.set_default_dtype(torch.float64)
+        try:
+            table = make()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    else:
+        with torch.device(default):
+            table = make()
+    assert table.dtype == torch.float32
+    assert torch.equal(table, expected)
+
+
+def test_tables_of_a_mode_stay_in_it() -> None:
+    device = torch.device("cpu", 0)  # another key than that of any other test
+    for _ in range(2):  # before a table of real numbers is known, and after
+        with FakeTensorMode():
+            assert type(code_table("nf4", device)) is FakeTensor
+            assert type(NF4Weight.quantize(torch.randn(4, 64)).dequantize()) is FakeTensor
+        assert type(code_table("nf4", device)) is torch.Tensor
+        assert type(NF4Weight.quantize(torch.randn(4, 64)).dequantize()) is torch.Tensor
 
 
 def test_nest_and_flatten() -> None:
