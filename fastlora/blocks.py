@@ -316,6 +316,7 @@ def _operator(
     x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, backend: str
 ) -> torch.Tensor:
     """y (..., sum of N_i) by the registered operator."""
+    ops.refuse_tangents(x, *(t for p in projections for t in (p.lora_a, p.lora_b, p.bias)))
     rows = x.reshape(-1, x.shape[-1])
     args = [ops.weight_args(p.w) for p in projections]
     adapters: list[torch.Tensor] = []

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from fastlora import backends, node, tables
@@ -347,6 +348,12 @@ def must_dispatch(x: torch.Tensor) -> bool:
     return type(x) not in (torch.Tensor, torch.nn.Parameter) or looked_at()
 
 
+def refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """Raise RuntimeError where forward-mode differentiation goes through an operator, which would lose it silently."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError("a fused LoRA layer has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad")
+
+
 def lora_linear(
     x: torch.Tensor,
     w: Weight,
@@ -361,6 +368,7 @@ def lora_linear(
 ) -> torch.Tensor:
     """y (M, N) for arguments that `fastlora.linear.lora_linear` has checked; x is a matrix (M, K)."""
     if must_dispatch(x):
+        refuse_tangents(x, lora_a, lora_b, bias)
         args = (x, *weight_args(w), lora_a, lora_b, bias, out_dtype, scale, dropout_p, seed, backend)
         return torch.ops.fastlora.lora_linear(*args)[0]
     if torch.is_grad_enabled():

@@ -259,6 +259,22 @@ def test_no_second_derivative(device: str) -> None:
             dx.float().sum().backward()
 
 
+@pytest.mark.parametrize("which", ["x", "lora_a", "lora_b"])
+def test_no_forward_mode_derivative(which: str, device: str) -> None:
+    x, inner, down = small(device, torch.float32)
+
+    def changed(t: torch.Tensor) -> tuple[torch.Tensor, list[Projection]]:
+        if which == "x":
+            return t, inner
+        return x, [inner[0], dataclasses.replace(inner[1], **{which: t})]
+
+    at = (x if which == "x" else getattr(inner[1], which)).detach()
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda t: lora_linears(*changed(t))[1], (at,), (at,))
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda t: gated_mlp(*changed(t), down), (at,), (at,))
+
+
 @pytest.mark.parametrize("shape", [(2, 5, 64), (64,), (0, 64), (3, 0, 64)], ids=str)
 def test_shapes(shape: tuple[int, ...], backend: str, device: str) -> None:
     _, inner, down = small(device)

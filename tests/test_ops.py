@@ -592,6 +592,27 @@ def test_second_derivative_raises_one_clear_error() -> None:
         dx.sum().backward()
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("which", ["x", "lora_a", "lora_b", "bias"])
+def test_a_forward_mode_derivative_is_refused(which: str, compiled: bool) -> None:
+    """PyTorch would go on without the tangent, as if it were zero."""
+    problem = make_problem(bias=True)
+    kept = {name: getattr(problem, name) for name in ("x", "lora_a", "lora_b", "bias")}
+    at = kept.pop(which)
+
+    def tangent(t: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda t: lora_linear(w=problem.w, **{which: t}, **kept), (t,), (t,))[1]
+
+    run = torch.compile(tangent, backend="aot_eager") if compiled else tangent
+    with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+        run(at)
+    if not compiled:
+        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
+            torch.func.jacfwd(lambda t: lora_linear(w=problem.w, **{which: t}, **kept))(at)
+        # Whoever differentiates something else is not in the way.
+        assert torch.func.jvp(lambda t: t + lora_linear(w=problem.w, **{which: at}, **kept).sum(), (at,), (at,))
+
+
 def test_a_base_weight_that_learns_is_refused() -> None:
     with pytest.raises(RuntimeError, match="base weight of a fused LoRA layer is frozen"):
         lora_linear(torch.randn(5, 11), torch.randn(7, 11, requires_grad=True))
