@@ -23,7 +23,7 @@ import torch
 from fastlora import activation as plain
 from fastlora import backends, groups, ops, recomputed
 from fastlora.groups import Each, Form, Needs, Projection, Stacked, kernels
-from fastlora.linear import _autocast, lora_linear
+from fastlora.linear import _autocast, check_out_dtype, lora_linear
 from fastlora.nf4 import QUANT_TYPES
 
 __all__ = ["Projection", "gated_mlp", "lora_linears", "stacks"]
@@ -501,6 +501,7 @@ def lora_linears(
     """
     _check(x, projections, projections[0].w.shape[1] if projections else 0)
     x = _autocast(x)
+    check_out_dtype(out_dtype, x.dtype)
     if ops.must_dispatch(x):
         return tuple(_operator(x, projections, out_dtype, backend).split(groups.sizes(projections), dim=-1))
     if x.numel() == 0:
@@ -543,6 +544,7 @@ def gated_mlp(
         )
     _check(x.new_empty(0, down.w.shape[1]), [down], down.w.shape[1])
     x = _autocast(x)
+    check_out_dtype(out_dtype, x.dtype)
     if ops.must_dispatch(x) or x.numel() == 0:
         gate, up = _operator(x, inner, None, backend).chunk(2, dim=-1)
         return _operator(plain.forward(gate, up, activation), [down], out_dtype, backend)

@@ -31,7 +31,8 @@ def lora_linear(
     lora_a: (R, K), lora_b: (N, R), of any floating type: the products run in the type of x (under autocast: in its
     type), the gradients come back in the adapters' own type. Without them the layer is the base product alone.
     bias: (N,). scale: a number or a tensor without dimensions. dropout_p: probability, 0 for evaluation.
-    out_dtype: type of the result, by default the type computed in; a wider one is filled from the accumulator.
+    out_dtype: type of the result, by default the type computed in; float32 is filled from the accumulator of narrower
+    types.
     backend: "auto", or a name of `fastlora.backends.BACKENDS`.
 
     Returns (..., N). Raises ValueError for shapes, types or devices that do not fit, RuntimeError when the named
@@ -64,9 +65,17 @@ def lora_linear(
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     x = _autocast(x)
-    if out_dtype is not None and out_dtype != x.dtype and out_dtype.itemsize <= x.dtype.itemsize:
-        raise ValueError(f"out_dtype must be wider than {x.dtype}, the type computed in; got {out_dtype}")
+    check_out_dtype(out_dtype, x.dtype)
     return _run(x, w, lora_a, lora_b, bias, scale, dropout_p, out_dtype, backend)
+
+
+def check_out_dtype(out_dtype: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Raise ValueError unless a layer computed in ``dtype`` has results of ``out_dtype``."""
+    narrow = dtype.itemsize < torch.float32.itemsize
+    if out_dtype in (None, dtype) or (out_dtype == torch.float32 and narrow):
+        return
+    others = ", or torch.float32" if narrow else ""
+    raise ValueError(f"out_dtype must be {dtype}, the type computed in{others}; got {out_dtype}")
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -264,7 +273,8 @@ def kept_weight(owner: nn.Module, base: Any) -> Weight:
 def compute_type(
     base: nn.Module, weight: Weight, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.dtype | None, torch.dtype]:
-    """x in the type that a layer on ``base`` computes in, the wider type to write or None, and the type to return.
+    """x in the type that a layer on ``base`` computes in, float32 where that is to be written or None, and the type to
+    return.
 
     bitsandbytes computes in the layer's ``compute_dtype`` and returns the type of x, in or out of autocast; every
     other base computes as ``nn.Linear`` does. ``weight``: `base_weight` of ``base``.
@@ -276,7 +286,9 @@ def compute_type(
     compute_dtype = getattr(base, "compute_dtype", None) or dtype
     if compute_dtype == dtype:
         return x, None, dtype
-    return x.to(compute_dtype), dtype if dtype.itemsize > compute_dtype.itemsize else None, dtype
+    # The accumulators are float32.
+    wide = torch.float32 if dtype.itemsize > compute_dtype.itemsize < torch.float32.itemsize else None
+    return x.to(compute_dtype), wide, dtype
 
 
 def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, backend: str) -> torch.Tensor:

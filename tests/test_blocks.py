@@ -563,6 +563,11 @@ def test_refused(device: str) -> None:
         lora_linears(x, [dataclasses.replace(p, bias=torch.zeros(3, device=device))])
     with pytest.raises(ValueError, match="unknown activation 'relu'"):
         gated_mlp(x, inner, down, "relu")
+    for wide in (torch.float64, torch.float16):
+        with pytest.raises(ValueError, match=r"out_dtype must be torch\.bfloat16, the type computed in"):
+            lora_linears(x, inner, out_dtype=wide)
+        with pytest.raises(ValueError, match=r"out_dtype must be torch\.bfloat16, the type computed in"):
+            gated_mlp(x, inner, down, out_dtype=wide)
     for wrong in ([*inner, p], [p], [make(40, 64, 8, torch.bfloat16, device), p]):
         with pytest.raises(ValueError, match="down takes 48 features"):
             gated_mlp(x, wrong, down)

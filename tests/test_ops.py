@@ -364,6 +364,14 @@ def test_out_dtype_of_any_number_of_rows(shape: tuple[int, int]) -> None:
     assert (y.dtype, x.grad.dtype) == (torch.float32, torch.bfloat16)
 
 
+@pytest.mark.parametrize("out_dtype", [torch.float64, torch.int64, torch.complex64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_out_dtype_that_no_accumulator_fills_is_refused(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    problem = make_problem(dtype=dtype)
+    with pytest.raises(ValueError, match=f"out_dtype must be {dtype}, the type computed in.*; got {out_dtype}"):
+        lora_linear(problem.x, problem.w, problem.lora_a, problem.lora_b, out_dtype=out_dtype)
+
+
 # -- autocast ------------------------------------------------------------------------------------------------------
 
 

@@ -193,6 +193,19 @@ def test_compute_dtype_holds_under_autocast(dtype: torch.dtype, device: str) -> 
     assert torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_x_in_float64_over_16_bits(how: str, device: str) -> None:
+    model = lora_layer("4bit", dtype=BF16).to(device)
+    accelerate(model)
+    layer = model["layer"]
+    run = torch.compile(layer, backend="aot_eager") if how == "compiled" else layer
+    x = torch.randn(5, 64, dtype=torch.float64, device=device, requires_grad=True)
+    y = run(x)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype) == (torch.float64, torch.float64)
+    assert torch.equal(y, layer(x.float()).double())  # which the accumulator fills
+
+
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_bias_of_the_base_keeps_its_type(dtype: torch.dtype, base: str, device: str) -> None:

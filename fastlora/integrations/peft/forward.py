@@ -134,7 +134,7 @@ def dora_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, back
     base = modules["base_layer"]
     x, wide, dtype = compute_type(base, weight, x)
     if x.is_cuda and _stays_wide(layer, weight):
-        wide = dtype = torch.promote_types(dtype, torch.float32)
+        wide, dtype = (torch.promote_types(kind, torch.float32) for kind in (x.dtype, dtype))
     lora_a, lora_b = _factors(modules, adapter)
     magnitude, scale = modules["lora_magnitude_vector"]._modules[adapter], layer.scaling[adapter]
     norms, norm = _row_norms(layer, base.weight, weight), None
