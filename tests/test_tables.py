@@ -71,6 +71,8 @@ class TestFile:
             (("choices", 0, "points", 0, "us"), {}, r"us should be the times of one candidate"),
             (("choices", 0, "points", 0, "us"), {"torch": -1}, r"us\.torch should be a positive number"),
             (("choices", 0, "points", 0, "us"), {"torch": float("nan")}, r"us\.torch should be a positive number"),
+            (("choices", 0, "points", 0, "us"), {"torch": 10**400}, r"us\.torch should be a positive number"),
+            (("made",), "yesterday", r"table\.made should be of type dict"),
             (("choices", 0, "points", 0), 7, r"choices\[0\]\.points\[0\] should be an object"),
             (("tiles", "project"), 7, r"tiles\.project should be of type list"),
             (("tiles", "project", 0, "at", "m"), 1.5, r"tiles\.project\[0\]\.at\.m should be a size or a word"),
@@ -105,6 +107,7 @@ class TestFile:
         (tmp_path / "broken.json").write_text("{")
         (tmp_path / "list.json").write_text("[]")
         (tmp_path / "binary.json").write_bytes(b"\xff\xfe")
+        (tmp_path / "deep.json").write_text("[" * 100_000)
         monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
         monkeypatch.setattr(tables, "_SHIPPED", tmp_path / "none")
         tables.reload()
@@ -115,8 +118,8 @@ class TestFile:
         assert only.user
         assert only.path == tmp_path / "good.json"
         messages = [str(warning.message) for warning in caught]
-        assert len(messages) == 3
-        for name in ("broken", "list", "binary"):
+        assert len(messages) == 4
+        for name in ("broken", "list", "binary", "deep"):
             assert sum(f"{name}.json is ignored" in message for message in messages) == 1
 
     def test_merging_keeps_what_was_not_measured_again(self) -> None:

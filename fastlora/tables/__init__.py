@@ -24,6 +24,7 @@ import functools
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -254,7 +255,8 @@ def _times(record: Any, name: str, where: str) -> dict[str, float]:
     times = _field(record, name, dict, where)
     for key, value in times.items():
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        _expect(number and math.isfinite(value) and value > 0, f"{where}.{name}.{key}", "a positive number")
+        # An integer may be larger than any float.
+        _expect(number and 0 < value <= sys.float_info.max, f"{where}.{name}.{key}", "a positive number")
     return times
 
 
@@ -290,12 +292,17 @@ def parse(record: Any, path: Path | None = None, user: bool = False) -> Table:
             sizes = {name: _size(fields, name, f"{where}.tiles") for name in fields}
             made.append(Tiles(at, sizes, _times(entry, "us", where) if "us" in entry else {}))
         tiles[kernel] = tuple(made)
-    return Table(about, choices, tiles, record.get("made", {}), path, user)
+    notes = _field(record, "made", dict, "table") if "made" in record else {}
+    return Table(about, choices, tiles, notes, path, user)
 
 
 def read(path: Path, user: bool = False) -> Table:
     """The table in a file. Raises OSError and ValueError."""
-    return parse(json.loads(path.read_text(encoding="utf-8")), path, user)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return parse(record, path, user)
 
 
 def folder() -> Path:
