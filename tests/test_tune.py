@@ -142,6 +142,14 @@ class TestAsking:
 
 
 class TestMeasuring:
+    def test_fewer_weights_take_turns_where_x_is_larger(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(timing, "copies_past_cache", lambda nbytes, device: max(1, 60_000 // nbytes))
+        tune._layers.cache_clear()
+        layers = tune._layers(48, 64, 4, torch.bfloat16, "cpu", None)  # 6144 bytes
+        tune._layers.cache_clear()
+        assert len(layers) == 9
+        assert [len(tune._rotated(layers, m, torch.bfloat16)) for m in (1, 32, 256, 8192)] == [9, 4, 1, 1]
+
     def test_the_table_decides_afterwards(
         self, cache: Path, clock: dict[str, float], capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -226,7 +226,7 @@ def _dequantization(n: int, k: int) -> Callable[[Run], Iterator[Row]]:
         variants["fastlora"](0)
         if not torch.equal(outs[0], truth):
             raise RuntimeError("the result differs from the format's definition")
-        times = timing.measure_graph(variants, calls=max(copies, 20), rounds=run.size.rounds)
+        times = timing.measure_graph(variants, calls=timing.whole_rotations(20, copies), rounds=run.size.rounds)
         run.keep(case, "dequantize, gpu", times)
         ours, copy = times["fastlora"], times["copy"]
         note = _launched(ours, copy)

@@ -180,7 +180,7 @@ def _compare(
             absent[name] = Measured(absent=why(error))
     del truth
     # A call of much work fills a graph alone, little ones must be so many that the gaps between graphs vanish.
-    in_graph = max(copies, 3 if m >= 1024 else 20)
+    in_graph = timing.whole_rotations(3 if m >= 1024 else 20, copies)
     times = timing.measure_graph(calls, calls=in_graph, rounds=rounds) if gpu else {}
     uneven = len({each.launches for each in times.values()}) > 1
     walls = timing.measure(calls, device, rounds=min(rounds, 5)) if wall or uneven else {}

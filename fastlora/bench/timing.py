@@ -37,13 +37,22 @@ def _times(samples: list[float], launches: bool) -> Times:
     return Times(cuts[1], statistics.median(samples), cuts[7], launches)
 
 
+_MOST_COPIES = 64
+
+
 def copies_past_cache(nbytes: int, device: torch.device) -> int:
     """How many copies of inputs to rotate among so that none is found in the last-level cache, where one call moves
-    ``nbytes``."""
+    ``nbytes``; at most `_MOST_COPIES`, so that of the smallest inputs some are."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(1, min(64, -(-3 * cache // max(nbytes, 1))))
+    return max(1, min(_MOST_COPIES, -(-3 * cache // max(nbytes, 1))))
+
+
+def whole_rotations(calls: int, copies: int) -> int:
+    """At least so many calls that each of the copies has as many: replays of a graph of other numbers of calls would
+    come back to a copy too soon, and find it in the cache."""
+    return -(-calls // copies) * copies
 
 
 @functools.cache

@@ -214,6 +214,12 @@ def _layers(n: int, k: int, r: int, dtype: torch.dtype, device_type: str, quant_
     return [_Layer(w, a, b), *(_Layer(_copy(w), a, b) for _ in range(copies - 1))]
 
 
+def _rotated(layers: list[_Layer], m: int, dtype: torch.dtype) -> list[_Layer]:
+    """Those of `_layers` that calls of m rows rotate among: the larger x and dy are, the sooner W leaves the cache."""
+    w = layers[0].w
+    return layers[: timing.copies_past_cache(w.nbytes + m * sum(w.shape) * dtype.itemsize, w.device)]
+
+
 def _distance(results: Sequence[Any], truth: Sequence[Any]) -> float:
     """The largest relative Frobenius distance, infinite for anything that is not finite."""
     worst = 0.0
@@ -246,6 +252,7 @@ def measure_problem(problem: Problem, names: Sequence[str], rounds: int, absent:
         torch.randn(problem.m, columns, device=device, generator=generator).to(problem.dtype)
         for columns in (problem.k, problem.n)
     )
+    layers = _rotated(layers, problem.m, problem.dtype)
     a, b = layers[0].lora_a, layers[0].lora_b
     a32, b32 = (None if t is None else t.float() for t in (a, b))
     w = layers[0].w if isinstance(layers[0].w, NF4Weight) else layers[0].w.float()
@@ -295,7 +302,7 @@ def measure_problem(problem: Problem, names: Sequence[str], rounds: int, absent:
             us |= {name: times.p50 for name, times in timed.items()}
             graph: dict[str, float] = {}
             if device.type == "cuda":
-                in_graph = max(2, min(20, int(4e3 / min(us.values()))))
+                in_graph = timing.whole_rotations(max(2, min(20, int(4e3 / min(us.values())))), len(layers))
                 try:
                     replayed = timing.measure_graph(close, calls=in_graph, rounds=rounds)
                     graph = {name: times.p50 for name, times in replayed.items()}
@@ -324,6 +331,7 @@ def _runners(n: int, k: int, m: int, r: int, plan: Plan) -> dict[str, Callable[[
     device = torch.device(plan.device_type)
     generator = torch.Generator(device).manual_seed(1)
     x, dy, u = (torch.randn(m, size, device=device, generator=generator).to(plan.dtype) for size in (k, n, r))
+    layers = _rotated(layers, m, plan.dtype)
 
     @functools.cache
     def sums() -> torch.Tensor:
@@ -428,6 +436,9 @@ def measure_tiles(job: TileJob, plan: Plan, absent: dict[str, str]) -> tables.Ti
             if device.type == "cuda":
                 # Tiles change nothing for the host: the time of the GPU alone decides.
                 calls = max(2, min(20, int(4e-3 / _seconds(variants[""], device))))
+                if kernel in _FORM:
+                    layers = _layers(job.n, job.k, r, plan.dtype, plan.device_type, plan.quant_type)
+                    calls = timing.whole_rotations(calls, len(_rotated(layers, m, plan.dtype)))
                 times = timing.measure_graph(variants, calls=calls, rounds=plan.rounds)
             else:
                 times = timing.measure(variants, device, rounds=plan.rounds, budget_ms=4.0)

@@ -106,6 +106,20 @@ def test_copies_share_nothing() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("copies", [1, 7, 19])
+def test_graphs_hold_whole_rotations(copies: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def measured(variants: dict[str, timing.Call], *, calls: int, **options: Any) -> dict[str, timing.Times]:
+        seen.append(calls)
+        return {}
+
+    monkeypatch.setattr(timing, "copies_past_cache", lambda nbytes, device: copies)
+    monkeypatch.setattr(timing, "measure_graph", measured)
+    compare((FLOOR,), "decode")
+    assert seen == [{1: 20, 7: 21, 19: 38}[copies]]
+
+
 def test_what_does_not_fit_is_skipped_with_the_reason() -> None:
     found = layer.compare((2**20, 2**20), 1, 4, "fwd", ("fastlora",), device=DEVICE)
     assert "GiB are free" in (found["fastlora"].absent or "")

@@ -27,6 +27,15 @@ def test_calls_are_counted_so_that_copies_rotate() -> None:
     assert times["a"].p50 > 0
 
 
+def test_a_graph_comes_back_to_a_copy_only_after_all_others() -> None:
+    for copies in range(1, 65):
+        for calls in (2, 3, 20):
+            found = timing.whole_rotations(calls, copies)
+            assert calls <= found < calls + copies
+            replayed = [i % copies for _ in range(3) for i in range(found)]
+            assert all(len(set(replayed[i : i + copies])) == copies for i in range(len(replayed) - copies))
+
+
 def test_quantiles() -> None:
     times = timing._times([float(i) for i in range(11)], False)
     assert (times.p20, times.p50, times.p80, times.launches) == (2.0, 5.0, 8.0, False)
