@@ -108,11 +108,15 @@ def methods(parts: Iterable[str], *, quick: bool = False, out: Path | None = Non
 
 
 def tasks(parts: Iterable[str], *, quick: bool = False, out: Path | None = None) -> tuple[str, Path]:
-    """Measure the examples' tasks; the table and the record's path. What the record has of other parts stays."""
+    """Measure the examples' tasks; the table and the record's path. What the record has of other parts stays, unless
+    one of the two runs is quick."""
     from fastlora.bench import tasks as suite
 
     path = (out or record.RESULTS) / record.device_name() / "tasks.json"
-    rows = [row for row in record.read(path)[1] if not quick] if path.is_file() else []
+    rows: list[record.Row] = []
+    if path.is_file() and not quick:
+        data, before = record.read(path)
+        rows = [] if data.get("quick") else before
     for part in tracked(parts, "tasks"):
         rows = [row for row in rows if row.case.split(",")[0] != part]
         for found in suite.PARTS[part](quick):

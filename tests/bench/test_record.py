@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastlora.bench import record
+from fastlora.bench import record, run
 from fastlora.bench.record import Row
 
 
@@ -101,3 +101,19 @@ def test_table_shows_a_miss_and_its_reason() -> None:
     assert "MISS" in lines[1]
     assert "pass" in lines[2]
     assert "RuntimeError: no" in lines[3]
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["whole", "quick"])
+@pytest.mark.parametrize("now", [False, True], ids=["then whole", "then quick"])
+def test_quick_rows_do_not_mix_with_others(
+    before: bool, now: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastlora.bench import tasks
+
+    for part in ("one", "two"):
+        monkeypatch.setitem(tasks.PARTS, part, lambda quick, part=part: iter([[record.Row(part, "metric", 1.0)]]))
+    run.tasks(["one"], quick=before, out=tmp_path)
+    _, path = run.tasks(["two"], quick=now, out=tmp_path)
+    extra, rows = record.read(path)
+    assert extra["quick"] is now
+    assert [row.case for row in rows] == (["two"] if before or now else ["one", "two"])
