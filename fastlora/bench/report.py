@@ -185,8 +185,8 @@ def training(results: Path) -> str:
             others.append((path, data, rows))
             continue
         blocks.append(f"{_source(path, data)}: {_reached(bound)} goals reached.\n\n{rows_table(bound)}")
-    if others:
-        blocks.append(_speed_ups(others))
+    # Of one device each: another one's speed says nothing of this one's peers.
+    blocks += [_speed_ups(list(group)) for _, group in itertools.groupby(others, lambda found: found[0].parent)]
     if errors:
         worst = max(row.value or 0.0 for row in errors)
         text = (
@@ -209,7 +209,9 @@ def _speed_ups(records: list[tuple[Path, dict[str, Any], list[Row]]]) -> str:
             for stack, speed in speeds.items():
                 if stack.startswith("fastlora"):
                     continue
-                if speed:
+                if speed and not best:
+                    cell = "none of ours was measured"
+                elif speed:
                     cell = f"{best / speed:.2f}x" if best >= speed else f"**{best / speed:.2f}x**"
                 else:
                     cell = stacks[stack]["tokens/s"].note.replace("|", "/").rstrip(": ")

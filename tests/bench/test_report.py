@@ -185,3 +185,21 @@ def test_speed_ups_of_training_steps_without_goals(tmp_path: Path) -> None:
     assert "| a model, 2 blocks | HF + PEFT + Liger | liger_kernel is not installed |  |" in text
     assert "(train_some.json)" in text
     assert "of 2 of these steps within 12.0% (1 within the goal of 10%)" in text
+
+
+def test_speed_ups_are_those_of_one_device(tmp_path: Path) -> None:
+    case = "a model, 2 blocks, 1 x 8"
+    for device, ours in (("one-gpu", 200.0), ("other-gpu", 300.0)):
+        rows = [Row(case, "tokens/s, HF + PEFT", 100.0), Row(case, "tokens/s, fastlora blocks", ours)]
+        path = record.write("train_some", rows, {"quick": False}, tmp_path)
+        (tmp_path / device).mkdir()
+        path.rename(tmp_path / device / path.name)
+    text = report.training(tmp_path)
+    assert text.count("| a model, 2 blocks | HF + PEFT | 2.00x |") == 1
+    assert text.count("| a model, 2 blocks | HF + PEFT | 3.00x |") == 1
+
+
+def test_peers_alone_are_no_speed_up(tmp_path: Path) -> None:
+    rows = [Row("a model, 2 blocks, 1 x 8", "tokens/s, HF + PEFT", 100.0)]
+    record.write("train_some", rows, {"quick": False}, tmp_path)
+    assert "| a model, 2 blocks | HF + PEFT | none of ours was measured |" in report.training(tmp_path)
