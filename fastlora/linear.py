@@ -30,7 +30,7 @@ def lora_linear(
     x: (..., K), of one dimension or more, any strides. w: an `NF4Weight` or a dense tensor (N, K), frozen.
     lora_a: (R, K), lora_b: (N, R), of any floating type: the products run in the type of x (under autocast: in its
     type), the gradients come back in the adapters' own type. Without them the layer is the base product alone.
-    bias: (N,). scale: a number or a tensor without dimensions. dropout_p: probability, 0 for evaluation.
+    bias: (N,). scale: a number or a tensor of one. dropout_p: probability, 0 for evaluation.
     out_dtype: type of the result, by default the type computed in; float32 is filled from the accumulator of narrower
     types.
     backend: "auto", or a name of `fastlora.backends.BACKENDS`.
@@ -42,6 +42,8 @@ def lora_linear(
     y = node.call(x, w, lora_a, lora_b, bias, out_dtype, scale, backend, True, dropout_p)
     if y is not None:
         return y
+    if len(w.shape) != 2:
+        raise ValueError(f"the base weight must be a matrix (N, K), got shape {tuple(w.shape)}")
     n, k = w.shape
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"the last dimension of x must be in_features = {k}, got shape {tuple(x.shape)}")
@@ -62,6 +64,8 @@ def lora_linear(
             )
     if bias is not None and tuple(bias.shape) != (n,):
         raise ValueError(f"bias must have shape ({n},), got {tuple(bias.shape)}")
+    if isinstance(scale, torch.Tensor) and scale.numel() != 1:
+        raise ValueError(f"scale must be a number or a tensor of one, got shape {tuple(scale.shape)}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must lie in [0, 1], got {dropout_p}")
     x = _autocast(x)

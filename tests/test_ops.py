@@ -767,12 +767,19 @@ _X, _A, _B = torch.zeros(5, 11), torch.zeros(3, 11), torch.zeros(7, 3)
         (r"bias must have shape \(7,\), got \(8,\)", _X, {"bias": torch.zeros(8)}),
         (r"dropout_p must lie in \[0, 1\], got 1\.5", _X, {"dropout_p": 1.5}),
         (r"dropout_p must lie in \[0, 1\], got -0\.1", _X, {"dropout_p": -0.1}),
+        (r"scale must be a number or a tensor of one, got shape \(7, 1\)", _X, {"scale": torch.ones(7, 1)}),
         (r"unknown backend 'gpu'; choose from auto, ", _X, {"backend": "gpu"}),
     ],
 )  # fmt: skip
 def test_errors(message: str, x: torch.Tensor, kwargs: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=message):
         lora_linear(x, make_problem().w, **kwargs)
+
+
+@pytest.mark.parametrize("shape", [(11,), (2, 7, 11)], ids=str)
+def test_a_base_weight_is_a_matrix(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="the base weight must be a matrix"):
+        lora_linear(_X, torch.zeros(shape))
 
 
 @pytest.mark.parametrize("where", ["lora_a", "lora_b", "bias"])
