@@ -37,7 +37,8 @@ class Int8Matrix:
         """Each value of a matrix to the nearest multiple of its row's scale, which is the largest of the row / 127."""
         wide = w.detach().float()
         scales = wide.abs().amax(1, keepdim=True) / LEVELS
-        values = torch.where(scales > 0, wide / scales, 0).round().to(torch.int8)
+        # The scale of subnormal values is rounded so much that more of it may fit in one of them.
+        values = torch.where(scales > 0, wide / scales, 0).round().clamp(-LEVELS, LEVELS).to(torch.int8)
         return cls(values, scales, w.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> torch.Tensor:

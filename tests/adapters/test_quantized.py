@@ -33,6 +33,12 @@ def test_int8_is_the_literal_rounding(shape: Any, dtype: torch.dtype) -> None:
     assert ((q.weight.float() - w.float()).abs() <= largest / 254 + 2 ** (-8 if dtype != torch.float32 else -20)).all()
 
 
+def test_int8_of_subnormal_values_keeps_their_signs() -> None:
+    smallest = 2.0**-149
+    w = torch.tensor([[190.0, -190.0, 1.0]]) * smallest  # over a scale that is rounded to the smallest number itself
+    assert QuantizedFactor(w, "int8").values.tolist() == [[127, -127, 1]]
+
+
 @pytest.mark.parametrize("shape", [(4, 64), (96, 4), (7, 11)])
 def test_nf4_is_the_format_of_the_base(shape: Any) -> None:
     w = torch.randn(shape)
