@@ -251,3 +251,11 @@ def test_unknown_build_mode(source: Path) -> None:
     assert "FASTLORA_BUILD must be auto, cpu, cuda or none, got 'gpu'" in failure(
         source, "--version", FASTLORA_BUILD="gpu"
     )
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_builds_again_after_a_change_of_any_source() -> None:
+    said = run("make", "-pn", "lint", cwd=ROOT)
+    (names,) = re.findall(r"^SOURCES := (.*)$", said, re.M)
+    wanted = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert set(names.split()) == wanted
