@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import nn
+
+from fastlora.linear import NF4Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,18 +27,22 @@ class Line:
     trainable: int
 
 
-def _count(module: nn.Module) -> tuple[int, int]:
-    """Own parameters of ``module``, and those of them that learn."""
+def _count(module: nn.Module, counted: set[int]) -> tuple[int, int]:
+    """Own parameters of ``module`` that are not ``counted`` yet, and those of them that learn."""
     total = learn = 0
     for parameter in module.parameters(recurse=False):
+        if id(parameter) in counted:
+            continue
+        counted.add(id(parameter))
         state = getattr(parameter, "quant_state", None)
         n = parameter.numel()
         if state is not None and getattr(state, "shape", None) is not None:
-            n = 1
-            for side in state.shape:
-                n *= side
+            n = math.prod(state.shape)
         total += n
         learn += n if parameter.requires_grad else 0
+    if isinstance(module, NF4Linear) and id(module.weight) not in counted:  # whose packed weight is a buffer
+        counted.add(id(module.weight))
+        total += module.nf4.numel()
     return total, learn
 
 
@@ -57,12 +64,13 @@ def lines(model: nn.Module, *inputs: Any, **named: Any) -> list[Line]:
 
     if inputs or named:
         handles = [module.register_forward_hook(seen) for module in model.modules()]
-        training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         try:
             with torch.no_grad():
                 model.eval()(*inputs, **named)
         finally:
-            model.train(training)
+            for module, training in modes:  # parts of a model that trains may be in evaluation mode
+                module.training = training
             for handle in handles:
                 handle.remove()
     counted: set[int] = set()
@@ -70,9 +78,7 @@ def lines(model: nn.Module, *inputs: Any, **named: Any) -> list[Line]:
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleDict | nn.ParameterDict) and not len(module):
             continue  # PEFT keeps some for forms of an adapter that this one has not
-        shared = all(id(p) in counted for p in module.parameters(recurse=False))
-        total, learn = (0, 0) if shared else _count(module)
-        counted |= {id(p) for p in module.parameters(recurse=False)}
+        total, learn = _count(module, counted)
         depth = name.count(".") + 1 if name else 0
         found.append(Line(name, type(module).__name__, depth, shapes.get(id(module)), total, learn))
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import parameters
+from fastlora import FastLoRALinear, parameters
 
 
 class Shared(nn.Module):
@@ -45,6 +45,18 @@ def test_tied_weights_count_once() -> None:
     assert sum(line.parameters for line in parameters.lines(model)) == 28
 
 
+def test_a_tied_weight_beside_an_own_bias_counts_once() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7))
+    model[1].weight = model[0].weight
+    assert [line.parameters for line in parameters.lines(model)] == [0, 28, 7]
+
+
+def test_parts_in_evaluation_mode_stay_in_it() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout()).eval())
+    parameters.lines(model, torch.ones(3, 2))
+    assert [module.training for module in model.modules()] == [True, True, False, False]
+
+
 def test_table() -> None:
     model = Shared()
     model.one.requires_grad_(False)
@@ -70,3 +82,10 @@ def test_a_weight_of_four_bits_counts_as_what_it_stands_for() -> None:
     assert layer.weight.numel() < 64 * 128
     (line,) = parameters.lines(layer)
     assert (line.parameters, line.trainable) == (64 * 128, 0)
+
+
+def test_a_packed_weight_that_is_a_buffer_counts_too() -> None:
+    layer = FastLoRALinear(64, 32, r=4, bias=True)
+    counts = {line.name: (line.parameters, line.trainable) for line in parameters.lines(layer)}
+    assert counts["base_layer"] == (32 * 64 + 32, 0)
+    assert sum(learn for _, learn in counts.values()) == 4 * (32 + 64)
