@@ -392,7 +392,10 @@ class NF4Weight:
 
     @classmethod
     def from_state_dict(cls, w_packed: torch.Tensor, state: dict[str, torch.Tensor]) -> NF4Weight:
-        """The inverse of ``state_dict``; reads what bitsandbytes saved, too. Raises ValueError if keys are missing."""
+        """The inverse of ``state_dict``; reads what bitsandbytes saved, too.
+
+        Raises ValueError for what is not the state of one weight, KeyError for a part of it that is missing.
+        """
         packed_keys = [key for key in state if key.startswith("quant_state.bitsandbytes__")]
         if len(packed_keys) != 1 or "absmax" not in state:
             raise ValueError(f"not the state of one 4-bit weight: {sorted(state)}")
@@ -405,8 +408,10 @@ class NF4Weight:
                 "absmax_code": state["nested_quant_map"],
                 "absmax_offset": torch.tensor(meta["nested_offset"], dtype=torch.float32, device=w_packed.device),
             }
-        n, k = meta["shape"]
-        dtype = getattr(torch, meta["dtype"])
+        shape, dtype = meta["shape"], getattr(torch, str(meta["dtype"]), None)
+        if not isinstance(shape, list) or len(shape) != 2 or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"a 4-bit weight has a shape (N, K) and a type, got {shape} and {meta['dtype']!r}")
+        n, k = shape
         packed = w_packed.view(torch.uint8).reshape(-1)
         return cls(packed, (n, k), meta["blocksize"], meta["quant_type"], dtype, **statistics)
 

@@ -498,6 +498,19 @@ def test_from_state_dict_refuses() -> None:
         NF4Weight.from_state_dict(w.w_packed, both)
 
 
+@pytest.mark.parametrize(
+    "change", [{"dtype": "float99"}, {"dtype": "load"}, {"dtype": None}, {"shape": [7, 5, 7]}, {"shape": None}], ids=str
+)
+def test_from_state_dict_refuses_what_is_no_type_or_shape(change: dict[str, Any]) -> None:
+    w = NF4Weight.quantize(torch.randn(7, 35))
+    state = w.state_dict()
+    key = "quant_state.bitsandbytes__nf4"
+    meta = json.loads(bytes(state[key].tolist())) | change
+    state[key] = torch.tensor(list(json.dumps(meta).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"a 4-bit weight has a shape \(N, K\) and a type"):
+        NF4Weight.from_state_dict(w.w_packed, state)
+
+
 # --- bitsandbytes itself ----------------------------------------------------------------------------------------------
 
 
