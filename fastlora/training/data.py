@@ -310,8 +310,16 @@ def tokenize(example: Example, tokenizer: PreTrainedTokenizerBase, config: Train
     return {"input_ids": ids, "labels": labels}
 
 
+def _learns(labels: list[int]) -> bool:
+    """Whether a block has a label that some token before it predicts."""
+    return any(label != IGNORED for label in labels[1:])
+
+
 def pack(rows: Iterator[dict[str, list[int]]], length: int, pad: int) -> Iterator[dict[str, list[int]]]:
-    """Joins examples end to end and cuts them into blocks of ``length``; the last block is padded."""
+    """Joins examples end to end and cuts them into blocks of ``length``; the last block is padded.
+
+    A block without a label, of nothing but a long prompt, is left out: a mean over no label is no number.
+    """
     ids: list[int] = []
     labels: list[int] = []
     for row in rows:
@@ -319,9 +327,10 @@ def pack(rows: Iterator[dict[str, list[int]]], length: int, pad: int) -> Iterato
         # The first token of an example does not follow from the example before it.
         labels += [IGNORED, *row["labels"][1:]]
         while len(ids) >= length:
-            yield {"input_ids": ids[:length], "attention_mask": [1] * length, "labels": labels[:length]}
+            if _learns(labels[:length]):
+                yield {"input_ids": ids[:length], "attention_mask": [1] * length, "labels": labels[:length]}
             ids, labels = ids[length:], labels[length:]
-    if any(label != IGNORED for label in labels[1:]):
+    if _learns(labels):
         padding = length - len(ids)
         yield {
             "input_ids": ids + [pad] * padding,
@@ -360,7 +369,7 @@ def _prepare(rows: Dataset, key: str, tokenizer: PreTrainedTokenizerBase, config
             return
         for row in rows:
             row = {name: values[: config.max_length] for name, values in row.items()}
-            if any(label != IGNORED for label in row["labels"][1:]):
+            if _learns(row["labels"]):
                 yield {"attention_mask": [1] * len(row["input_ids"]), **row}
 
     if next(finished(), None) is None:

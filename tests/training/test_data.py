@@ -83,6 +83,15 @@ def test_pack_keeps_every_token_and_pads_the_end() -> None:
     assert blocks[-1]["input_ids"][-1] == 99
 
 
+def test_blocks_of_a_prompt_alone_are_left_out(tmp_path: Path) -> None:
+    rows = [{"prompt": LINES[0] * 4, "completion": "yes"}] * 6
+    found = data.prepare(configuration(write_rows(tmp_path / "d.jsonl", rows), eval_fraction=0.3), TOKENIZER)
+    assert found.evaluation is not None
+    for block in (*found.train, *found.evaluation):
+        assert any(label != data.IGNORED for label in block["labels"][1:])
+    assert any("yes" in learned(block) for block in found.train)
+
+
 def test_split_is_a_function_of_the_seed(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "d.jsonl", [{"text": str(i)} for i in range(50)])
     one, two = (data.read_splits(configuration(path, eval_fraction=0.2, seed=3)) for _ in range(2))
