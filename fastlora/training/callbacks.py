@@ -212,6 +212,20 @@ class FiniteLoss(TrainerCallback):
             raise UserError(f"the loss is {loss} at step {state.global_step}: {advice}")
 
 
+class NoStepsLeft(Exception):
+    """The checkpoint that a run resumes from is its last one."""
+
+
+class Complete(TrainerCallback):
+    """Ends a resumed run that has no step left before the trainer, which looks after a step only, takes one more."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise NoStepsLeft
+
+
 class StopOnSignal(TrainerCallback):
     """Turns Ctrl-C and SIGTERM into a checkpoint at the end of the running step, after which training stops.
 

@@ -77,8 +77,9 @@ class TrainResult:
                 lines.append(f"perplexity       {before:.4g} before, {after:.4g} after")
         for name, after in self.metrics_after.items():
             lines.append(f"{name:<15}  {self.metrics_before.get(name, math.nan):.4f} before, {after:.4f} after")
-        lines.append(f"speed            {self.step_ms:.1f} ms a step, {self.tokens_per_second:,.0f} tokens/s")
-        lines.append(f"peak memory      {self.peak_memory / 2**30:.2f} GiB")
+        if not math.isnan(self.step_ms):  # a resumed run may have had no step left
+            lines.append(f"speed            {self.step_ms:.1f} ms a step, {self.tokens_per_second:,.0f} tokens/s")
+            lines.append(f"peak memory      {self.peak_memory / 2**30:.2f} GiB")
         lines.append(f"adapter          {self.adapter_path}")
         return "\n".join(lines)
 
@@ -181,7 +182,7 @@ def _run(
     method: methods.Method,
     callbacks: list[Any],
 ) -> TrainResult:
-    from fastlora.training.callbacks import FiniteLoss, LogFile, Meter, Reporter, StopOnSignal
+    from fastlora.training.callbacks import Complete, FiniteLoss, LogFile, Meter, NoStepsLeft, Reporter, StopOnSignal
 
     meter, reporter, stop = Meter(device), Reporter(), StopOnSignal()
     trainer = make_trainer(config, model, tokenizer, examples, device, bf16, checkpoint is not None)
@@ -193,11 +194,13 @@ def _run(
         trainer.add_callback(OffloadCheckpoints())
     # The meter measures the step without what the callbacks after it do.
     log = LogFile(config.output_dir)
-    for callback in (meter, log, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter):
+    for callback in (meter, log, FiniteLoss(), methods.callback(method), *callbacks, stop, reporter, Complete()):
         trainer.add_callback(callback)
     try:
         with reporter if world.main else contextlib.nullcontext(), stop, disk_errors(config.output_dir):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except NoStepsLeft:
+        trainer.is_in_train = False
     except KeyboardInterrupt:
         stop.requested = True
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:

@@ -156,6 +156,17 @@ def test_interrupted_and_resumed_is_uninterrupted(options: dict[str, Any], tmp_p
     assert resumed.eval_loss_after == whole.eval_loss_after
 
 
+@pytest.mark.parametrize("values", [{}, {"max_steps": None, "epochs": 0.1}, {"max_steps": 2}])
+def test_a_finished_run_takes_no_further_step(options: dict[str, Any], values: dict[str, Any]) -> None:
+    whole = run({**options, **values} if "epochs" in values else options)
+    resumed = run({**options, **values}, resume=True)
+    assert resumed.steps == whole.steps
+    assert resumed.losses == whole.losses
+    assert_same_weights(adapter(resumed), adapter(whole))
+    assert resumed.eval_loss_after == whole.eval_loss_after
+    assert "nan" not in resumed.summary()
+
+
 def test_a_crash_loses_nothing_since_the_last_checkpoint(options: dict[str, Any], tmp_path: Path) -> None:
     whole = run(options, output_dir=str(tmp_path / "whole"))
 
