@@ -219,7 +219,14 @@ def quantize(
     from fastlora.adapters import quantized
 
     _one_of("type", kind, quantized.KINDS)
-    print(_converted(adapter, output_dir, lambda folder: quantized.quantize_file(folder, output_dir, kind)))
+    print(
+        _converted(
+            adapter,
+            output_dir,
+            (quantized.PLAIN_FILE, "it may be quantized already"),
+            lambda folder: quantized.quantize_file(folder, output_dir, kind),
+        )
+    )
     print(f"quantized adapter  {output_dir}")
 
 
@@ -230,16 +237,26 @@ def dequantize(
     """Turn a quantized adapter back into one that PEFT reads."""
     from fastlora.adapters import quantized
 
-    print(f"adapter  {_converted(adapter, output_dir, lambda folder: quantized.dequantize_file(folder, output_dir))}")
+    file = _converted(
+        adapter,
+        output_dir,
+        (quantized.FILE, "it is not quantized"),
+        lambda folder: quantized.dequantize_file(folder, output_dir),
+    )
+    print(f"adapter  {file}")
 
 
-def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
+def _converted(adapter: str, output_dir: Path, needs: tuple[str, str], convert: Any) -> Any:
+    """What ``convert`` makes of the folder of an adapter. needs: the file to be there, and what it means if not."""
     from fastlora.training import checkpoints
     from fastlora.training import model as models
     from fastlora.training.errors import disk_errors
 
     require("safetensors")
     folder = models.find_adapter(adapter)
+    if not (folder / needs[0]).is_file():
+        raise UserError(f"adapter: {folder} has no {needs[0]}: {needs[1]}")
+    checkpoints.check_adapter_files(folder)
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(f"output_dir: {output_dir} is not empty: name a new folder")
     checkpoints.make_writable(output_dir, "output_dir")
@@ -248,6 +265,8 @@ def _converted(adapter: str, output_dir: Path, convert: Any) -> Any:
             return convert(folder)
     except UserError:
         raise
+    except ValueError as error:
+        raise UserError(f"adapter: {first_line(error)}: use another adapter") from error
     except Exception as error:
         raise UserError(f"adapter: cannot read {folder} ({first_line(error)}): use another copy") from error
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastlora import ops
+from fastlora.adapters import starts
 from fastlora.adapters.variant import require_layers
 from fastlora.backends import dense
 from fastlora.int8 import Int8Matrix
@@ -29,7 +30,7 @@ from fastlora.nf4 import NF4Weight
 
 KINDS = ("int8", "nf4")
 FILE = "adapter_quantized.safetensors"
-_PLAIN_FILE = "adapter_model.safetensors"
+PLAIN_FILE = "adapter_model.safetensors"
 
 
 class QuantizedFactor(nn.Module):
@@ -185,7 +186,7 @@ def quantize_file(adapter: str | Path, output_dir: str | Path, kind: str = "int8
     from safetensors.torch import load_file, save_file
 
     adapter, output_dir = Path(adapter), Path(output_dir)
-    weights = load_file(adapter / _PLAIN_FILE)
+    weights = load_file(adapter / PLAIN_FILE)
     if not any(_is_factor(key) for key in weights):
         raise ValueError(f"{adapter} has no LoRA factors of linear layers to quantize")
     tensors, types = {}, {}
@@ -203,7 +204,7 @@ def quantize_file(adapter: str | Path, output_dir: str | Path, kind: str = "int8
             errors[name] = _relative_error(t, b, q.weight, QuantizedFactor(b, kind).weight)
     output_dir.mkdir(parents=True, exist_ok=True)
     save_file(tensors, output_dir / FILE, {"kind": kind, "factors": json.dumps(types)})
-    shutil.copy(adapter / "adapter_config.json", output_dir)
+    _copy_the_rest(adapter, output_dir)
     sizes = [sum(t.nbytes for t in state.values()) for state in (weights, tensors)]
     return Quality(sizes[0], sizes[1], errors)
 
@@ -241,9 +242,16 @@ def dequantize_file(adapter: str | Path, output_dir: str | Path) -> Path:
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    save_file(weights_of_file(adapter), output_dir / _PLAIN_FILE, {"format": "pt"})
-    shutil.copy(Path(adapter) / "adapter_config.json", output_dir)
-    return output_dir / _PLAIN_FILE
+    save_file(weights_of_file(adapter), output_dir / PLAIN_FILE, {"format": "pt"})
+    _copy_the_rest(Path(adapter), output_dir)
+    return output_dir / PLAIN_FILE
+
+
+def _copy_the_rest(adapter: Path, output_dir: Path) -> None:
+    """The configuration, and the base weights that the start of the adapter has changed, without which it is wrong."""
+    shutil.copy(adapter / "adapter_config.json", output_dir)
+    if (adapter / starts.FILE).is_file():
+        shutil.copy(adapter / starts.FILE, output_dir)
 
 
 def load(model: nn.Module, adapter: str | Path) -> Any:

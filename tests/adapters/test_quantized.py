@@ -141,12 +141,14 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["quantize", str(tmp_path / "plain"), str(tmp_path / "x"), "--type", "int9"], "did you mean int8"),
         (["quantize", str(tmp_path / "plain"), str(tmp_path / "small")], "not empty"),
         (["quantize", str(tmp_path / "nowhere"), str(tmp_path / "x")], "no such folder"),
-        (["dequantize", str(tmp_path / "plain"), str(tmp_path / "x")], "use another copy"),
+        (["dequantize", str(tmp_path / "plain"), str(tmp_path / "x")], "it is not quantized"),
+        (["quantize", str(tmp_path / "small"), str(tmp_path / "x")], "it may be quantized already"),
     ):
         assert main(arguments) == 2
         line = capsys.readouterr().err
         assert words in line
         assert line.count("\n") == 1
+    assert not (tmp_path / "x").exists()
 
 
 def test_what_cannot_be() -> None:
