@@ -37,6 +37,7 @@ class Sampling:
             ("temperature", 0, 100),
             ("top_p", 0, 1),
             ("top_k", 0, 2**20),
+            ("seed", 0, 2**32 - 1),
             ("beams", 1, 256),
         ):
             value = getattr(self, name)
@@ -139,14 +140,20 @@ def generate(
     models.check_backend(backend)
     target = models.pick_device(device)
     source = models.find(models.base_of(folder, model))
+    if (method := models.own_method(folder)) is not None:
+        raise UserError(
+            f"adapter: {folder} is of method {method}, no adapter that can be taken off: only PEFT's and LoRA's are "
+            "compared"
+        )
     models.check_adapter(folder, source, models.skeleton(source))
     tokenizer = models.load_tokenizer(source)
     dtype = torch.bfloat16 if models.pick_bf16("auto", target) else torch.float32
     base = models.load_base(source, quantization=quantization, device=target, dtype=dtype)
     peft_model = models.load_adapter(base, folder)
-    if not hasattr(peft_model, "disable_adapter"):
-        raise UserError(f"adapter: {folder} is no adapter that can be taken off: only PEFT's and LoRA's are compared")
-    models.accelerate(peft_model, backend)
+    if peft_model.active_peft_config.is_prompt_learning:
+        models.fuse_base(peft_model, backend)
+    else:
+        models.accelerate(peft_model, backend)
     return compare(peft_model, tokenizer, prompts, sampling, chat)
 
 

@@ -57,6 +57,11 @@ def merge(
         data.check_source(calibration, "calibration")
     output_dir = Path(output_dir).expanduser()
     folder = models.find_adapter(adapter)
+    if (method := models.own_method(folder)) is not None:
+        raise UserError(
+            f"adapter: {folder} cannot be merged: method {method} has no factors; "
+            "fastlora.training.methods.load_own puts it into a model"
+        )
     source = models.find(models.base_of(folder, model))
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(f"output_dir: {output_dir} is not empty: name a new folder")

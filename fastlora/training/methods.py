@@ -343,10 +343,10 @@ class _FusedBase(Method):
     """Methods that leave the linear layers without adapters."""
 
     def accelerate(self, model: nn.Module) -> Any:
-        if self.config.backend != "peft" and self.config.quantization != "none":
-            from fastlora.integrations import bitsandbytes
+        from fastlora.training import model as models
 
-            print(f"{bitsandbytes.fuse(model, self.config.backend)} 4-bit layers fused", flush=True)
+        if self.config.backend != "peft" and self.config.quantization != "none":
+            print(f"{models.fuse_base(model, self.config.backend)} 4-bit layers fused", flush=True)
 
 
 class Prompt(_FusedBase):

@@ -355,6 +355,15 @@ def accelerate(
         raise UserError(f"liger: {first_line(error)}") from error
 
 
+def fuse_base(model: nn.Module, backend: str) -> int:
+    """Fuses the 4-bit layers of a model whose adapter has no factors in them; how many, none with backend peft."""
+    if backend == "peft":
+        return 0
+    from fastlora.integrations import bitsandbytes
+
+    return bitsandbytes.fuse(model, backend)
+
+
 def find_adapter(adapter: str | Path) -> Path:
     """The folder of an adapter: ``adapter`` itself, or the one in the output folder of a run."""
     path = Path(adapter).expanduser()
@@ -366,6 +375,12 @@ def find_adapter(adapter: str | Path) -> Path:
     raise UserError(f"adapter: {adapter} holds no adapter_config.json: name the adapter folder of a finished run")
 
 
+def own_method(adapter: Path) -> str | None:
+    """The method of an adapter in a file of our own, which PEFT does not know; None for one of PEFT's."""
+    values = _read_json(adapter / "adapter_config.json").get("fastlora")
+    return None if values is None else str(values["method"])
+
+
 def base_of(adapter: Path, model: str | None) -> str:
     """The base model to use with ``adapter``: ``model``, or else the one that the adapter names."""
     base = model or _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
@@ -375,11 +390,18 @@ def base_of(adapter: Path, model: str | None) -> str:
 
 
 def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None:
-    """Raises UserError for files that were changed, and for a layer that ``model`` has not or in another shape."""
+    """Raises UserError for files that were changed, for an adapter that scores labels where ``model`` continues texts,
+    and for a layer that ``model`` has not or in another shape."""
     from fastlora.training.checkpoints import check_adapter_files
 
     check_adapter_files(adapter)
-    trained_on = _read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    config = _read_json(adapter / "adapter_config.json")
+    if config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        raise UserError(
+            f"adapter: {adapter} scores labels ({config['task_type']}), and only adapters of models that continue "
+            "texts are generated with or merged: load it with PEFT"
+        )
+    trained_on = config.get("base_model_name_or_path")
     advice = f"the adapter was trained on {trained_on!r}: pass --model with that model"
     from fastlora.adapters import quantized
 
@@ -431,13 +453,14 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
 
     peft = require("peft")
     try:
-        if "fastlora" in _read_json(adapter / "adapter_config.json"):
+        if own_method(adapter) is not None:
             from fastlora.training.methods import load_own
 
             return load_own(model, adapter)
         if (adapter / quantized.FILE).is_file():
-            return quantized.load(model, adapter)
-        adapted = peft.PeftModel.from_pretrained(model, str(adapter))
+            adapted = quantized.load(model, adapter)
+        else:
+            adapted = peft.PeftModel.from_pretrained(model, str(adapter))
         if (adapter / starts.FILE).is_file():
             starts.load_base(adapted, adapter)
         return adapted

@@ -47,7 +47,13 @@ def test_table_has_the_texts_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("values", "word"),
-    [({"temperature": -1.0}, "temperature"), ({"top_p": 2.0}, "top_p"), ({"max_new_tokens": 0}, "max_new_tokens")],
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+    ],
 )
 def test_sampling_out_of_range(values: dict[str, Any], word: str) -> None:
     with pytest.raises(UserError, match=word):

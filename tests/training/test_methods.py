@@ -218,12 +218,44 @@ def test_layers_that_are_not_there(options: dict[str, Any]) -> None:
         run(options, method="bottleneck", target_modules="out_proj")
 
 
-def test_bottlenecks_are_not_compared_by_generate(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", ["bottleneck", "full"])
+def test_files_of_our_own_are_neither_compared_nor_merged(method: str, options: dict[str, Any]) -> None:
     from fastlora.training.generate import generate
+    from fastlora.training.merge import merge
 
-    result = run(options, method="bottleneck", max_steps=1)
-    with pytest.raises(UserError, match="no adapter that can be taken off"):
+    result = run(options, method=method, max_steps=1, quantization="none")
+    with pytest.raises(UserError, match=f"method {method}, no adapter that can be taken off"):
         generate(result.adapter_path, ["the sky"], device="cpu")
+    with pytest.raises(UserError, match=f"method {method} has no factors"):
+        merge(result.adapter_path, result.output_dir / "merged")
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix"])
+@pytest.mark.parametrize("backend", ["auto", "peft"])
+def test_virtual_tokens_are_compared_by_generate(method: str, backend: str, options: dict[str, Any]) -> None:
+    from fastlora.training.generate import Sampling, generate
+
+    result = run(options, method=method, virtual_tokens=8, lr=0.3, max_steps=12)
+    sampling = Sampling(max_new_tokens=12)
+    (row,) = generate(result.adapter_path, ["the sky"], sampling=sampling, backend=backend, device="cpu")
+    assert row.before != row.after
+
+
+def test_a_quantized_adapter_keeps_the_base_that_its_start_changed(options: dict[str, Any], tmp_path: Path) -> None:
+    from fastlora.adapters import quantized
+
+    result = run(options, init="pissa", max_steps=1, lr=1e-3)
+    quantized.quantize_file(result.adapter_path, tmp_path / "small")
+    quantized.dequantize_file(tmp_path / "small", tmp_path / "back")
+    source, ids = models.find(options["model"]), torch.arange(12)[None] + 5
+
+    def logits(folder: Path) -> torch.Tensor:
+        base = models.load_base(source, device=torch.device("cpu"), dtype=torch.float32)
+        return models.load_adapter(base, folder).eval()(input_ids=ids).logits
+
+    want = logits(result.adapter_path)
+    for folder in ("small", "back"):
+        assert (logits(tmp_path / folder) - want).norm() < 0.05 * want.norm()
 
 
 def test_a_start_needs_the_rank(options: dict[str, Any]) -> None:

@@ -224,6 +224,18 @@ def test_settings_that_do_not_go_together(classify: dict[str, Any], values: dict
         run(classify, **values)
 
 
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_adapters_that_score_labels_are_not_for_text(classify: dict[str, Any], tmp_path: Path, method: str) -> None:
+    from fastlora.training.generate import generate
+    from fastlora.training.merge import merge
+
+    result = run(classify, method=method, max_steps=1)
+    with pytest.raises(UserError, match="scores labels"):
+        generate(result.adapter_path, ["a"], device="cpu")
+    with pytest.raises(UserError, match="scores labels"):
+        merge(result.adapter_path, tmp_path / "merged")
+
+
 def test_scores_of_a_hand_made_case() -> None:
     truth, predicted = np.array([0, 0, 1, 1, 2]), np.array([0, 1, 1, 1, 0])
     found = tasks.scores(predicted, truth, range(4))
