@@ -78,11 +78,13 @@ def read(source: str, key: str, config: TrainConfig, split: str) -> Dataset:
 
 def _read_file(path: Path, config: TrainConfig) -> Dataset:
     datasets = require("datasets")
+    _check_encoding(path)
     options: dict[str, Any] = {}
     if READERS[path.suffix.lower()] == "text":
         options["sample_by"] = config.text_split
-    elif path.suffix.lower() == ".tsv":
-        options["sep"] = "\t"
+    elif READERS[path.suffix.lower()] == "csv":
+        # Only an empty field is missing: None, NA and null are words, and labels.
+        options |= {"sep": _separator(path), "keep_default_na": False, "na_values": [""]}
     try:
         return datasets.load_dataset(
             READERS[path.suffix.lower()], data_files={"train": str(path)}, split="train", **options
@@ -90,7 +92,28 @@ def _read_file(path: Path, config: TrainConfig) -> Dataset:
     except Exception as error:
         if is_disk_full(error):
             raise UserError("the disk of the data set cache is full: free space or set HF_DATASETS_CACHE") from error
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{path} has no rows: put at least one example into it") from error
         raise UserError(f"cannot read {path}: {_bad_line(path) or first_line(error.__cause__ or error)}") from error
+
+
+def _check_encoding(path: Path) -> None:
+    """Raises UserError for what is not UTF-8, which the readers notice late or not at all."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while file.read(2**20):
+                pass
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path}: it is not UTF-8 text ({error.reason}): convert it") from error
+
+
+def _separator(path: Path) -> str:
+    """What stands between the fields of a CSV or TSV file: a semicolon where the names of the columns have no comma."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8") as file:
+        names = file.readline()
+    return ";" if ";" in names and "," not in names else ","
 
 
 def _bad_line(path: Path) -> str | None:
@@ -103,8 +126,6 @@ def _bad_line(path: Path) -> str | None:
         if path.suffix.lower() == ".json":
             number = 0
             json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        return f"it is not UTF-8 text ({error.reason}): convert it"
     except json.JSONDecodeError as error:
         where = number if path.suffix.lower() == ".jsonl" else error.lineno
         return f"line {where} is not valid JSON ({error.msg}): mend or remove it"
@@ -186,13 +207,24 @@ def _find_columns(rows: Dataset, config: TrainConfig) -> tuple[str, list[str]]:
     )
 
 
-def _as_text(value: Any) -> str:
+def as_text(value: Any, column: str) -> str:
+    """A value of a column as text. Raises UserError for a list or a mapping, whose text nobody wants to learn."""
+    if isinstance(value, list | dict):
+        raise UserError(
+            f"{column}: a row holds {_short(value)}, where a text is wanted: name a column of texts, or put "
+            "conversations into a column called messages, each content a text"
+        )
     return "" if value is None else str(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _plain_text(column: str) -> Formatter:
     def example(row: dict[str, Any]) -> Example | None:
-        text = _as_text(row[column])
+        text = as_text(row[column], column)
         return Example(text, [(0, len(text))], True) if text.strip() else None
 
     return example
@@ -200,7 +232,7 @@ def _plain_text(column: str) -> Formatter:
 
 def _plain_pair(prompt: str, completion: str) -> Formatter:
     def example(row: dict[str, Any]) -> Example | None:
-        before, after = _as_text(row[prompt]), _as_text(row[completion])
+        before, after = as_text(row[prompt], prompt), as_text(row[completion], completion)
         return Example(before + after, [(len(before), len(before + after))], True) if after.strip() else None
 
     return example
@@ -222,7 +254,7 @@ def _by_format_string(rows: Dataset, template: str) -> Formatter:
             text += literal
             if name is not None:
                 start = len(text)
-                text += _as_text(row[name])
+                text += as_text(row[name], name)
         return Example(text, [(start if len(columns) > 1 else 0, len(text))], True) if text[start:].strip() else None
 
     return example
@@ -238,18 +270,22 @@ def _messages_of(column: str) -> Messages:
             return []
         if not isinstance(turns, list) or not all(isinstance(t, dict) and {"role", "content"} <= set(t) for t in turns):
             raise UserError(f"messages_column: {column!r} does not hold lists of messages with role and content")
-        return [{"role": _as_text(t["role"]), "content": _as_text(t["content"])} for t in turns]
+        if any(t.get("tool_calls") for t in turns):
+            raise UserError(
+                f"messages_column: {column!r} has calls of tools, which are not learned: write them as content"
+            )
+        return [{part: as_text(t[part], f"{column}, {part}") for part in ("role", "content")} for t in turns]
 
     return messages
 
 
 def _messages_of_pair(prompt: str, completion: str) -> Messages:
     def messages(row: dict[str, Any]) -> list[dict[str, str]]:
-        if not _as_text(row[completion]).strip():
+        if not as_text(row[completion], completion).strip():
             return []
         return [
-            {"role": "user", "content": _as_text(row[prompt])},
-            {"role": "assistant", "content": _as_text(row[completion])},
+            {"role": "user", "content": as_text(row[prompt], prompt)},
+            {"role": "assistant", "content": as_text(row[completion], completion)},
         ]
 
     return messages
@@ -397,6 +433,12 @@ def prepare(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenize
 
 def read_splits(config: TrainConfig) -> tuple[Dataset, Dataset | None]:
     """The rows to train on and the rows to evaluate on, before tokenization."""
+    if is_file(config.data):
+        for key in ("split", "data_config"):
+            if key in config.model_fields_set and getattr(config, key) not in (None, "train"):
+                raise UserError(
+                    f"{key}: a file has no splits or configurations, only a data set of the hub: leave it out"
+                )
     train = read(config.data, "data", config, config.split)
     if config.eval_data is not None:
         return train, read(config.eval_data, "eval_data", config, config.eval_split or config.split)

@@ -121,7 +121,7 @@ class SequenceClassification(Task):
         numbers = {name: i for i, name in enumerate(labels)}
 
         def batch(columns: dict[str, list[Any]]) -> dict[str, Any]:
-            texts = [_as_text(value) for value in columns[text]]
+            texts = [data.as_text(value, text) for value in columns[text]]
             encoded = tokenizer(texts, truncation=True, max_length=self.config.max_length)
             return {
                 "input_ids": encoded["input_ids"],
@@ -249,10 +249,6 @@ def _reader(rows: Dataset, column: str) -> Callable[[Any], str]:
         return str(names[value]) if names is not None and isinstance(value, int) else str(value)
 
     return read
-
-
-def _as_text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 def best_labels(logits: Any, labels: Any) -> Any:

@@ -110,6 +110,7 @@ def test_split_is_a_function_of_the_seed(tmp_path: Path) -> None:
         ("d.txt", "a fox\n\nthe sky\nis blue\n", {}, 2),
         ("d.txt", "a fox\nthe sky\nis blue\n", {"text_split": "line"}, 3),
         ("d.csv", 'q,a\n"x, y",z\n1,2\n', {"template": "{q} {a}"}, 2),
+        ("d.csv", 'q;a\n"x, y; w";z\n1;2\n', {"template": "{q} {a}"}, 2),
         ("d.json", '[{"text": "one"}, {"text": "two"}]', {}, 2),
     ],
 )
@@ -118,6 +119,14 @@ def test_file_kinds(tmp_path: Path, name: str, text: str, values: dict[str, Any]
     path.write_text(text)
     rows = data.read(str(path), "data", configuration(path, **values), "train")
     assert len(rows) == count
+
+
+def test_words_of_a_csv_file_are_words(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("text,label\nNA,None\nnull,\n")
+    rows = data.read(str(path), "data", configuration(path), "train")
+    assert rows["text"][:] == ["NA", "null"]
+    assert rows["label"][:] == ["None", None]
 
 
 def test_prepare_gives_blocks_of_one_length(tmp_path: Path) -> None:
@@ -168,6 +177,30 @@ def test_limits_of_samples(tmp_path: Path) -> None:
             ["raise max_length"],
         ),
         ("d.parquet", "x", {}, [".jsonl"]),
+        ("d.csv", "text\n", {}, ["d.csv has no rows"]),
+        ("d.jsonl", "\n", {}, ["d.jsonl has no rows"]),
+        ("d.jsonl", '{"text": ["a", "b"]}\n' * 2, {}, ["text: a row holds ['a', 'b'], where a text is wanted"]),
+        (
+            "d.jsonl",
+            '{"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}\n'
+            * 2,
+            {},
+            ["where a text is wanted", "messages"],
+        ),
+        (
+            "d.jsonl",
+            '{"messages": [{"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}\n' * 2,
+            {},
+            ["messages, content: a row holds [{'type'", "each content a text"],
+        ),
+        (
+            "d.jsonl",
+            '{"messages": [{"role": "assistant", "content": null, "tool_calls": [{"name": "f"}]}]}\n' * 2,
+            {},
+            ["calls of tools"],
+        ),
+        ("d.jsonl", '{"text": "a"}\n' * 2, {"split": "test"}, ["split: a file has no splits"]),
+        ("d.jsonl", '{"text": "a"}\n' * 2, {"data_config": "en"}, ["data_config: a file has no"]),
     ],
 )
 def test_bad_data_says_what_to_change(
@@ -182,9 +215,10 @@ def test_bad_data_says_what_to_change(
 
 def test_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
-    path.write_bytes(b"\xff\xfe\x00garbage")
-    with pytest.raises(UserError, match="UTF-8"):
-        data.prepare(configuration(path), TOKENIZER)
+    for content in (b"\xff\xfe\x00garbage", b'{"text": "caf\xe9"}\n' * 4):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="UTF-8"):
+            data.prepare(configuration(path), TOKENIZER)
 
 
 def test_missing_file_names_the_near_one(tmp_path: Path) -> None:
