@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from fastlora import recomputed
 from fastlora.linear import NF4Linear, to_linear4bit
 from fastlora.nf4 import NF4Weight
+from fastlora.training import model as models
 from fastlora.training.step import checkpoint_blocks
 
 _GRAIN = 512
@@ -374,9 +375,11 @@ def predict(
     """The memory of a training step of a transformers configuration on ``batch`` sequences of ``length`` tokens.
 
     chunked_loss: head and loss by `fastlora.loss`. kept_blocks: with ``checkpointing``, the last so many blocks are not
-    computed again.
+    computed again. Raises UserError for an encoder, and for more tokens than the model has positions.
     """
+    models.check_causal(config, getattr(config, "name_or_path", "") or "it")
     model = meta_model(config, r=r, quantized=quantized, blocks=blocks, chunked_loss=chunked_loss)
+    models.check_length(model, length, "seq")
     if checkpointing:
         checkpoint_blocks(model.get_base_model(), keep=kept_blocks)
     return predict_model(model, batch, length, eight_bit_optimizer=eight_bit_optimizer)

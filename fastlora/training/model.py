@@ -165,6 +165,31 @@ def load_config(model: str) -> Any:
     return _config(find(model))
 
 
+def check_causal(config: Any, name: str) -> None:
+    """Raises UserError for an encoder, which reads in both directions and would see the token that it is to predict."""
+    both = require("transformers.models.auto.modeling_auto").MODEL_FOR_MASKED_LM_MAPPING
+    if type(config) in both and not getattr(config, "is_decoder", False):
+        raise UserError(
+            f"model: {name} is an encoder ({config.model_type}), which sees the token that it is to predict: set task "
+            "sequence-classification or token-classification, or name a causal model"
+        )
+
+
+POSITIONS = ("position_embeddings", "embed_positions", "wpe")
+"""What models call their learned positions, of which there are so many and no more."""
+
+
+def check_length(model: nn.Module, tokens: int, key: str) -> None:
+    """Raises UserError when ``model`` has learned fewer than ``tokens`` positions; key: the setting that has them."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in POSITIONS:
+            # Positions begin after that of padding in RoBERTa's kind, after an offset in OPT's.
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            limit = module.num_embeddings - max(first, getattr(module, "offset", 0))
+            if tokens > limit:
+                raise UserError(f"{key}: {tokens} tokens, and the model has positions for {limit}: set {key} {limit}")
+
+
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Name to (out_features, in_features) of every linear layer, transformers' Conv1D included."""
     shapes = {}

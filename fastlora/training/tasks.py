@@ -123,13 +123,16 @@ class SequenceClassification(Task):
         def batch(columns: dict[str, list[Any]]) -> dict[str, Any]:
             texts = [data.as_text(value, text) for value in columns[text]]
             encoded = tokenizer(texts, truncation=True, max_length=self.config.max_length)
-            return {
-                "input_ids": encoded["input_ids"],
-                "attention_mask": encoded["attention_mask"],
-                "labels": [numbers[read(value)] for value in columns[label]],
-            }
+            return _learnable(encoded, [numbers[read(value)] for value in columns[label]])
 
-        return rows.map(batch, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+        return self._map(rows, batch)
+
+    @staticmethod
+    def _map(rows: Dataset, batch: Callable[[dict[str, list[Any]]], dict[str, Any]]) -> Dataset:
+        found = rows.map(batch, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+        if len(found) == 0:
+            raise UserError("text_column: every row is empty: check the column that it reads")
+        return found
 
     def model_options(self, examples: data.TokenizedData, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         return {
@@ -192,16 +195,12 @@ class TokenClassification(SequenceClassification):
                 learned.append(
                     [
                         data.IGNORED if word is None or word == before else numbers[read(tags[word])]
-                        for word, before in zip(words, [None, *words[:-1]], strict=True)
+                        for word, before in zip(words, [None, *words], strict=False)
                     ]
                 )
-            return {
-                "input_ids": encoded["input_ids"],
-                "attention_mask": encoded["attention_mask"],
-                "labels": learned,
-            }
+            return _learnable(encoded, learned)
 
-        return rows.map(batch, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+        return self._map(rows, batch)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, **padding: Any) -> Any:
         import transformers
@@ -244,11 +243,24 @@ def _reader(rows: Dataset, column: str) -> Callable[[Any], str]:
     names = getattr(feature, "names", None)
 
     def read(value: Any) -> str:
-        if value is None or isinstance(value, float | list | dict):
+        if isinstance(value, float) and value.is_integer():  # pandas makes them of whole numbers in a column with gaps
+            value = int(value)
+        if value is None or value == "" or isinstance(value, float | list | dict):
             raise UserError(f"label_column: {value!r} in {column!r} is no label: labels are texts or whole numbers")
         return str(names[value]) if names is not None and isinstance(value, int) else str(value)
 
     return read
+
+
+def _learnable(encoded: Any, labels: list[Any]) -> dict[str, list[Any]]:
+    """The examples that have a token, and of labels for words one that is learned: a loss over nothing is no number."""
+
+    def learns(ids: list[int], label: Any) -> bool:
+        return bool(ids) and (not isinstance(label, list) or any(one != data.IGNORED for one in label))
+
+    kept = [i for i, (ids, label) in enumerate(zip(encoded["input_ids"], labels, strict=True)) if learns(ids, label)]
+    columns = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+    return {name: [values[i] for i in kept] for name, values in columns.items()}
 
 
 def best_labels(logits: Any, labels: Any) -> Any:
@@ -277,5 +289,7 @@ def check(config: TrainConfig) -> None:
         return
     if config.step != "eager":
         raise UserError(f"step: {config.step} is for causal-lm: set step eager")
+    if config.method in ("prompt", "prefix"):
+        raise UserError(f"method: {config.method} is for causal-lm: set another method")
     if config.trainer == "trl":
         raise UserError(f"trainer: TRL's SFTTrainer has no {config.task}: set trainer transformers")

@@ -126,11 +126,14 @@ def _train(config: TrainConfig, world: distributed.World, callbacks: list[Any]) 
     checkpoint = distributed.on_main(world, lambda: checkpoints.prepare(config))
 
     skeleton = models.skeleton(source, task.auto_class)
+    if config.task == "causal-lm":
+        models.check_causal(skeleton.config, config.model)
     parameters = models.adapter_parameters(skeleton, config.target_modules, config.r)
     needed = checkpoints.needed_bytes(config, parameters)
     distributed.on_main(world, lambda: checkpoints.check_space(config.output_dir, needed, "output_dir"))
     tokenizer = models.load_tokenizer(source)
     examples = distributed.main_first(world, lambda: task.prepare(tokenizer))
+    _check_length(config, skeleton, examples)
     if world.main:
         print(f"data: {len(examples.train)} blocks with {examples.tokens:,} tokens", flush=True)
         if examples.labels:
@@ -167,6 +170,19 @@ def _train(config: TrainConfig, world: distributed.World, callbacks: list[Any]) 
             distributed.shard(model, world, device)
         distributed.on_main(world, lambda: checkpoints.write_config(config))
         return _run(config, world, model, tokenizer, examples, device, bf16, checkpoint, report, method, callbacks)
+
+
+def _check_length(config: TrainConfig, skeleton: Any, examples: data.TokenizedData) -> None:
+    """Raises UserError for an example of more tokens than the model has positions."""
+    virtual = config.virtual_tokens if config.method in ("prompt", "prefix") else 0
+    try:
+        models.check_length(skeleton, config.max_length + virtual, "max_length")
+    except UserError:
+        if config.step != "eager":
+            raise
+        parts = (part for part in (examples.train, examples.evaluation) if part is not None)
+        longest = max(len(ids) for part in parts for ids in part["input_ids"])
+        models.check_length(skeleton, longest + virtual, "max_length")
 
 
 def _run(

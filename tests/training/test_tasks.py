@@ -194,6 +194,14 @@ def test_the_first_token_of_a_word_carries_its_label(classify: dict[str, Any], b
         ([{"text": "a", "label": 1}], {"label_column": "stars"}, "no column 'stars'"),
         ([{"text": "a", "label": 0.5}, {"text": "b", "label": 1.5}], {}, "0.5 in 'label' is no label"),
         ([{"text": "a", "label": "x"}, {"text": "b", "label": None}], {}, "None in 'label' is no label"),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": ""}], {}, "'' in 'label' is no label"),
+        ([{"text": "a", "label": 1.0}, {"text": "b", "label": None}], {}, "None in 'label' is no label"),
+        ([{"text": "", "label": "x"}, {"text": None, "label": "y"}], {}, "every row is empty"),
+        (
+            [{"tokens": [], "labels": []}, {"tokens": [""], "labels": ["X"]}, {"tokens": [""], "labels": ["O"]}],
+            {"task": "token-classification"},
+            "every row is empty",
+        ),
         ([{"tokens": ["a"], "labels": "O"}], {"task": "token-classification"}, "a list of labels"),
         (
             [{"tokens": ["a", "b"], "labels": ["O"]}, {"tokens": ["a"], "labels": ["X"]}],
@@ -217,11 +225,52 @@ def test_data_that_does_not_fit(
         ({"method": "full"}, "set quantization none"),
         ({"method": "head", "task": "causal-lm"}, "set a task of classification"),
         ({"task": "regression"}, "task should be one of causal-lm"),
+        ({"task": "causal-lm"}, r"is an encoder \(bert\)"),
+        ({"method": "prompt"}, "method: prompt is for causal-lm"),
+        ({"method": "prefix"}, "method: prefix is for causal-lm"),
     ],
 )
 def test_settings_that_do_not_go_together(classify: dict[str, Any], values: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         run(classify, **values)
+
+
+def test_rows_without_a_token_are_left_out(classify: dict[str, Any], bert: Path, tmp_path: Path) -> None:
+    rows = [{"text": "" if i % 3 == 0 else f"fox {i}", "label": i % 2} for i in range(12)]
+    examples = prepared(classify, bert, rows, tmp_path)
+    assert len(examples.train) == 8
+    rows = [
+        {"tokens": [] if i % 3 == 0 else ["the", "fox"], "tags": [] if i % 3 == 0 else ["O", "X"]} for i in range(12)
+    ]
+    examples = prepared(classify, bert, rows, tmp_path, task="token-classification")
+    assert len(examples.train) == 8
+
+
+def test_an_example_longer_than_the_positions_of_the_model(classify: dict[str, Any], tmp_path: Path) -> None:
+    assert run(classify, max_length=1024, max_steps=1).steps == 1, "no example is as long as that"
+    long = [{"text": " ".join([row["text"]] * 9), "label": row["label"]} for row in reviews(8)]
+    source = str(tiny.write_rows(tmp_path / "long.jsonl", long))
+    with pytest.raises(UserError, match=r"max_length: \d+ tokens.* positions for 64: set max_length 64"):
+        run(classify, data=source, max_length=1024, overwrite=True)
+    assert run(classify, data=source, max_length=64, max_steps=1, overwrite=True).steps == 1
+
+
+def test_an_encoder_takes_no_step_of_a_causal_model(bert: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--model", str(bert), "--seq", "16"]) == 2
+    assert "is an encoder" in capsys.readouterr().err
+
+
+def test_positions_that_begin_later() -> None:
+    from transformers import OPTConfig, OPTForCausalLM, RobertaConfig, RobertaModel
+
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    roberta = RobertaModel(RobertaConfig(**small, intermediate_size=16, max_position_embeddings=34))
+    opt = OPTForCausalLM(OPTConfig(**small, ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=32))
+    for model in (roberta, opt):
+        model(input_ids=torch.full((1, 32), 5))
+        models.check_length(model, 32, "max_length")
+        with pytest.raises(UserError, match="positions for 32"):
+            models.check_length(model, 33, "max_length")
 
 
 @pytest.mark.parametrize("method", ["lora", "vera"])
