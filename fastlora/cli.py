@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import os
 import re
 import sys
@@ -12,7 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from fastlora.training.errors import EXIT_INTERRUPTED, EXIT_LOST, UserError, first_line, is_out_of_memory, near, require
+from fastlora.training.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_LOST,
+    UserError,
+    first_line,
+    is_out_of_memory,
+    one_of,
+    require,
+)
 
 try:
     import typer
@@ -26,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 2 for a bad input, 130 when interrupted. Ends the
     process with 3 where another process of the run is gone."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # It reports an optional kernel package at import, which no one asked for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         if arguments == ["info"]:  # says what is missing, so that it needs nothing itself
             info()
@@ -172,8 +183,8 @@ def generate(
     from fastlora.training import generate as generation
 
     require("rich")
-    _one_of("quantization", quantization, ("nf4", "fp4", "none"))
-    _one_of("device", device, ("auto", "cpu", "cuda"))
+    one_of("quantization", quantization, ("nf4", "fp4", "none"))
+    one_of("device", device, ("auto", "cpu", "cuda"))
     from rich.console import Console
 
     with _quiet():
@@ -204,7 +215,7 @@ def merge(
     """Merge an adapter into its base model and save the model."""
     from fastlora.training.merge import merge as run
 
-    _one_of("device", device, ("auto", "cpu", "cuda"))
+    one_of("device", device, ("auto", "cpu", "cuda"))
     with _quiet():
         folder = run(adapter, output_dir, model=model, dtype=dtype, device=device, mode=mode, calibration=calibration)
         print(f"merged model  {folder}")
@@ -218,7 +229,7 @@ def quantize(
     """Quantize the factors of a LoRA adapter for serving; report its size and the error of its output."""
     from fastlora.adapters import quantized
 
-    _one_of("type", kind, quantized.KINDS)
+    one_of("type", kind, quantized.KINDS)
     print(
         _converted(
             adapter,
@@ -320,7 +331,7 @@ def bench(
         print(*written, sep="\n")
         return
     assert suite is not None
-    _one_of("suite", suite, SUITES)
+    one_of("suite", suite, SUITES)
     given = {"shapes": shapes, "tokens": tokens, "ranks": ranks, "modes": modes, "providers": providers}
     strange = [f"--{name}" for name, value in given.items() if value is not None and suite != "layer"]
     strange += ["--only"] * (only is not None and suite not in ("drop-in", "train", "methods", "tasks"))
@@ -420,7 +431,7 @@ def _listed(name: str, text: str | None, default: tuple[str, ...], choices: tupl
     """The comma-separated words of an option."""
     words = default if text is None else tuple(word.strip() for word in text.split(","))
     for word in words:
-        _one_of(name, word, choices)
+        one_of(name, word, choices)
     return words
 
 
@@ -471,9 +482,9 @@ def explain(
 
     from fastlora import backends
 
-    _one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
-    _one_of("device", device, ("auto", "cpu", "cuda"))
-    _one_of("quant", quant, ("nf4", "fp4", "none"))
+    one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
+    one_of("device", device, ("auto", "cpu", "cuda"))
+    one_of("quant", quant, ("nf4", "fp4", "none"))
     machine = backends.this_machine()
     if arch is not None:
         match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", arch)
@@ -553,9 +564,9 @@ def tune(
     from fastlora.bench import tune as tuning
 
     require("rich")
-    _one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
-    _one_of("quant", quant, ("nf4", "fp4", "none"))
-    _one_of("device", device, ("auto", "cpu", "cuda"))
+    one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
+    one_of("quant", quant, ("nf4", "fp4", "none"))
+    one_of("device", device, ("auto", "cpu", "cuda"))
     plan = tuning.plan(
         shapes=shapes or (),
         model=model,
@@ -571,12 +582,6 @@ def tune(
     )
     with _quiet():
         tuning.run(plan, out)
-
-
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        hint = near(value, choices)
-        raise UserError(f"{name} should be one of {', '.join(choices)}, not {value!r}" + (f"; {hint}" if hint else ""))
 
 
 def _lines(path: Path | None) -> list[str]:

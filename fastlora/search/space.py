@@ -138,7 +138,9 @@ def _problem(error: Any) -> str:
 def check_dimension(config: TrainConfig, name: str, dimension: Choices | Range) -> None:
     """Raises UserError for a setting that there is not, that cannot be searched, or that cannot have such a value."""
     if name not in TrainConfig.model_fields:
-        raise UserError(f"search.space: unknown setting {name!r}; {near(name, TrainConfig.model_fields)}")
+        raise UserError(
+            f"search.space: unknown setting {name!r}; {near(name, TrainConfig.model_fields) or 'see docs/search.md'}"
+        )
     if name in FIXED:
         raise UserError(f"search.space: {name} must be the same in all trials: take it out")
     for value in dimension.samples():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,10 +45,29 @@ FREE_ON_RESUME = frozenset(
 """Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""
 
 
+ELSEWHERE = {
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "max_seq_length": "max_length",
+    "lora_r": "r",
+    "rank": "r",
+    "learning_rate": "lr",
+    "lr_scheduler_type": "scheduler",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "load_in_4bit": "quantization",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "resume_from_checkpoint": "resume",
+}
+"""What other programs call our fields, where the names are not near."""
+
+
 class TrainConfig(BaseModel):
     """Everything a training run depends on. Sizes are in tokens, rates per optimizer step."""
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=(), allow_inf_nan=False)
 
     model: str = Field(description="hub id, or path of a model folder or .gguf file", min_length=1)
     task: TaskName = Field("causal-lm", description="what is learned: the next token, or labels; see docs/tasks.md")
@@ -197,6 +217,8 @@ class TrainConfig(BaseModel):
         if (self.blocks or self.liger or self.chunked_loss) and self.backend == "peft":
             raise ValueError("blocks, liger and chunked_loss belong to fastlora's layers: backend peft has none")
         self._check_method()
+        if self.eval_steps is not None and self.eval_fraction == 0 and not (self.eval_data or self.eval_split):
+            raise ValueError("eval_steps needs data to evaluate on: set eval_fraction, eval_data or eval_split")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: set one of them")
         if self.template not in ("auto", "chat", "plain") and "{" not in self.template:
@@ -211,6 +233,10 @@ class TrainConfig(BaseModel):
             raise ValueError("method head trains what scores the labels: set a task of classification")
         if (self.method == "layers") != (self.trained_layers is not None):
             raise ValueError("method layers and trained_layers go together: set both or neither")
+        try:
+            re.compile(self.trained_layers or "")
+        except re.error as error:
+            raise ValueError(f"trained_layers {self.trained_layers!r} is no regular expression: {error}") from error
         if self.init != "default" and not lora:
             raise ValueError(
                 f"init {self.init} is a start of LoRA's factors, which {self.method} has not: leave it out"
@@ -295,10 +321,13 @@ def _problem(error: Any) -> str:
     """One pydantic error as a clause that names the key, its value and what is wanted."""
     key = str(error["loc"][0]) if error["loc"] else ""
     if error["type"] == "extra_forbidden":
-        return f"unknown key {key!r}; {near(key, TrainConfig.model_fields) or 'fastlora train --help lists all'}"
+        hint = f"did you mean {ELSEWHERE[key]}?" if key in ELSEWHERE else near(key, TrainConfig.model_fields)
+        return f"unknown key {key!r}; {hint or 'fastlora train --help lists all'}"
     if error["type"] == "missing":
         return f"{key} is missing: set '{key}:' in the YAML file or pass --{key.replace('_', '-')}"
     message = error["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    if error["type"] == "path_type":
+        message = "should be a path"
     if not key:
         return message
     if error["type"] == "literal_error":

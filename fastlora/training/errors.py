@@ -40,6 +40,14 @@ def near(word: str, choices: Iterable[str], limit: int = 5) -> str:
     return f"did you mean {' or '.join(by_folded[match] for match in matches)}?" if matches else ""
 
 
+def one_of(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raises UserError, with the near ones, for a value of the setting ``name`` that is not among ``choices``."""
+    names = list(choices)
+    if value not in names:
+        hint = near(value, names)
+        raise UserError(f"{name} should be one of {', '.join(names)}, not {value!r}" + (f"; {hint}" if hint else ""))
+
+
 def require(package: str, extra: str = "train") -> ModuleType:
     """Imports an optional package. Raises UserError, which names the extra that installs it, when it is missing."""
     try:

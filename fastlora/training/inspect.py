@@ -8,7 +8,7 @@ from fastlora import parameters
 from fastlora.training import methods, tasks
 from fastlora.training import model as models
 from fastlora.training.config import TaskName, load
-from fastlora.training.errors import UserError, near
+from fastlora.training.errors import one_of
 
 
 def describe(
@@ -18,9 +18,7 @@ def describe(
 
     Raises UserError for a model that is not found and for layers that it has not.
     """
-    if task not in get_args(TaskName):
-        names = get_args(TaskName)
-        raise UserError(f"task should be one of {', '.join(names)}, not {task!r}; {near(task, names)}")
+    one_of("task", task, get_args(TaskName))
     found = models.skeleton(models.find(model), tasks.TASKS[task].auto_class)
     if r == 0:
         return parameters.table(found, depth=depth)

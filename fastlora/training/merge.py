@@ -13,7 +13,7 @@ import fastlora
 from fastlora.training import checkpoints, data
 from fastlora.training import model as models
 from fastlora.training.config import load
-from fastlora.training.errors import UserError, disk_errors, first_line, near, require
+from fastlora.training.errors import UserError, disk_errors, first_line, one_of, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,10 +47,8 @@ def merge(
     a full disk.
     """
     dtype = ALIASES.get(dtype, dtype)
-    if dtype not in DTYPES:
-        raise UserError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}; {near(dtype, DTYPES)}")
-    if mode not in MODES:
-        raise UserError(f"mode: {mode!r} is not one of {', '.join(MODES)}; {near(mode, MODES)}")
+    one_of("dtype", dtype, DTYPES)
+    one_of("mode", mode, MODES)
     if calibration is not None:
         if mode != "error-aware":
             raise UserError(f"calibration: mode {mode} does not use data: set mode error-aware")

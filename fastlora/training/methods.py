@@ -498,11 +498,15 @@ class MethodTrainer:
     def create_optimizer(self: Any, model: Any = None) -> Any:
         method, optimizer = self.method, self.optimizer
         groups = method.groups(self.model) if method is not None and optimizer is None else None
-        if groups is not None:
-            kind, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer = kind(groups, **options)
-        else:
-            super().create_optimizer(model)  # type: ignore[misc]
+        try:
+            if groups is not None:
+                given = self.optimizer_cls_and_kwargs
+                kind, options = given or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+                self.optimizer = kind(groups, **options)
+            else:
+                super().create_optimizer(model)  # type: ignore[misc]
+        except (ImportError, ValueError) as error:  # a package that is missing, or settings that there are none of here
+            raise UserError(f"optim: {method.config.optim if method else ''}: {first_line(error)}") from error
         if method is not None and optimizer is None:
             method.optimized(self.model, self.optimizer)
         return self.optimizer

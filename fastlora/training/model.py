@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fastlora.training.config import near_files
-from fastlora.training.errors import UserError, first_line, is_disk_full, near, require
+from fastlora.training.errors import UserError, first_line, is_disk_full, near, one_of, require
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -215,9 +215,9 @@ def targets(model: PreTrainedModel, target_modules: str | list[str]) -> list[str
         found = [name for name in shapes if name == wanted or name.endswith("." + wanted)]
         if not found:
             suffixes = dict.fromkeys(name.rpartition(".")[2] for name in shapes)
+            hint = near(wanted, ["all-linear", *suffixes, *shapes])
             raise UserError(
-                f"target_modules: no linear layer is called {wanted!r}; "
-                f"{near(wanted, [*suffixes, *shapes]) or ''} layers: {', '.join(suffixes)}"
+                f"target_modules: no linear layer is called {wanted!r}; {hint} layers: {', '.join(suffixes)}"
             )
         matched += found
     return list(dict.fromkeys(matched))
@@ -353,9 +353,7 @@ def check_backend(backend: str) -> None:
     """Raises UserError for a name that is no backend."""
     from fastlora.backends import BACKENDS
 
-    names = ["auto", "peft", *BACKENDS]
-    if backend not in names:
-        raise UserError(f"backend: {backend!r} is not one of {', '.join(names)}; {near(backend, names)}")
+    one_of("backend", backend, ["auto", "peft", *BACKENDS])
 
 
 def accelerate(

@@ -56,6 +56,12 @@ def test_example_is_valid_and_names_every_field() -> None:
         ({"text_column": "t", "messages_column": "m"}, ["only one of"]),
         ({"template": "chatml"}, ["template", "{column}"]),
         ({"resume": True, "overwrite": True}, ["resume and overwrite"]),
+        ({"learning_rate": 1e-3}, ["unknown key 'learning_rate'; did you mean lr?"]),
+        ({"epochs": "inf"}, ["epochs should be a finite number"]),
+        ({"weight_decay": float("inf")}, ["weight_decay should be a finite number"]),
+        ({"eval_steps": 2, "eval_fraction": 0}, ["eval_steps needs data to evaluate on"]),
+        ({"method": "layers", "trained_layers": "("}, ["trained_layers '(' is no regular expression"]),
+        ({"output_dir": None}, ["output_dir should be a path, not None"]),
     ],
 )
 def test_bad_values_name_what_to_change(values: dict[str, Any], words: list[str]) -> None:

@@ -69,9 +69,9 @@ def test_merged_with_calibration(trained: Any, tmp_path: Path) -> None:
 
 
 def test_bad_inputs(trained: Any, other_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="dtype: 'int8' is not one of bfloat16"):
+    with pytest.raises(UserError, match=r"dtype should be one of bfloat16, float16, float32, not 'int8'$"):
         merge(trained.output_dir, tmp_path / "m", dtype="int8")
-    with pytest.raises(UserError, match="mode: 'fp8' is not one of dense"):
+    with pytest.raises(UserError, match=r"mode should be one of dense, error-aware, requantize, not 'fp8'$"):
         merge(trained.output_dir, tmp_path / "m", mode="fp8")
     with pytest.raises(UserError, match="is for another model"):
         merge(trained.output_dir, tmp_path / "m", model=str(other_model))
