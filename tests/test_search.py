@@ -250,6 +250,23 @@ def test_a_search_in_which_all_fails_ends(file: Path, pretend: Any) -> None:
         run(changed(file, trials=50))
 
 
+def test_a_short_search_in_which_all_fails_names_the_reason(file: Path, pretend: Any) -> None:
+    pretend(lambda values: [("failed", "no such layer")])
+    with pytest.raises(UserError, match=r"no trial of .* was finished, and 2 failed: no such layer"):
+        run(changed(file, trials=2))
+    assert "no such layer" in (file.parent / "run" / "search" / "trials.csv").read_text()
+
+
+@pytest.mark.parametrize("says", [("failed", "the loss is nan"), EOFError()])
+def test_a_comparison_that_fails_leaves_what_was_found(file: Path, pretend: Any, says: Any) -> None:
+    lines: list[str] = []
+    pretend(lambda values: [says] if values["output_dir"].endswith("default") else losses(values))
+    found = run(file, say=lines.append)
+    assert list(found.held_out) == ["best"]
+    assert found.config.is_file()
+    assert any(line.startswith("default settings failed: ") for line in lines)
+
+
 def test_another_search_in_the_folder(file: Path, pretend: Any) -> None:
     pretend(losses)
     run(file, final=False)
@@ -302,12 +319,13 @@ def test_the_three_parts_of_the_data(file: Path, pretend: Any) -> None:
         ({"metric": "f1"}, "causal-lm has no f1"),
         ({"space": {"rank": {"choices": [1, 2]}}}, "unknown setting 'rank'"),
         ({"space": {"data": {"choices": ["a", "b"]}}}, "data must be the same in all trials"),
-        ({"space": {"r": {"choices": [4]}}}, "at least 2 items"),
+        ({"space": {"r": {"choices": [4]}}}, r"search.space.r.choices: List should have at least 2 items[^;]*$"),
+        ({"space": {"r": [4, 8]}}, r"search.space.r: give choices, or low and high, not \[4, 8\]$"),
         ({"space": {"r": {"choices": [0, 4]}}}, "r cannot be 0"),
-        ({"space": {"lr": {"low": 1.0, "high": 0.1}}}, "low must be less than high"),
+        ({"space": {"lr": {"low": 1.0, "high": 0.1}}}, r"search.space.lr: low must be less than high[^;]*$"),
         ({"space": {"lr": {"low": 0.0, "high": 0.1, "log": True}}}, "log needs a low above 0"),
         ({"space": {"lr": {"low": 1e-4, "high": 5.0}}}, "lr cannot be 5.0"),
-        ({"space": {"lr": {"low": 1e-4}}}, "search.space.lr"),
+        ({"space": {"lr": {"low": 1e-4}}}, "search.space.lr.high is missing: give choices, or low and high$"),
         ({"space": {"lr": {"low": 1e-4, "hihg": 1e-3}}}, "hihg; did you mean high"),
     ],
 )

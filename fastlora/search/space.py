@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from fastlora.training.config import TrainConfig, read_yaml
 from fastlora.training.errors import UserError, near
@@ -78,6 +78,16 @@ class Range(BaseModel):
         return [self.low, self.high]
 
 
+def _kind(value: Any) -> str:
+    return "Choices" if isinstance(value, Choices) or (isinstance(value, dict) and "choices" in value) else "Range"
+
+
+Dimension = Annotated[
+    Annotated[Choices, Tag("Choices")] | Annotated[Range, Tag("Range")],
+    Discriminator(_kind),  # of one kind alone, whose problems are then named
+]
+
+
 class SearchConfig(BaseModel):
     """How to search, and where."""
 
@@ -90,7 +100,7 @@ class SearchConfig(BaseModel):
     startup: int = Field(5, ge=1, description="trials before any is stopped, and before settings are more than random")
     validation: float = Field(0.1, gt=0, lt=1, description="share of the training data that the search evaluates on")
     seed: int = Field(42, ge=0, lt=2**32, description="seed of the settings that are tried")
-    space: dict[str, Choices | Range] | None = Field(None, description="settings to try [default: see docs/search.md]")
+    space: dict[str, Dimension] | None = Field(None, description="settings to try [default: see docs/search.md]")
 
     @property
     def direction(self) -> Literal["minimize", "maximize"]:
@@ -124,7 +134,7 @@ def load(path: Path, trials: int | None = None) -> tuple[TrainConfig, SearchConf
 
 
 def _problem(error: Any) -> str:
-    # A dimension is of one kind or the other; pydantic names the kinds in the place of the error.
+    # pydantic names the kind of a dimension in the place of the error.
     names = [str(part) for part in error["loc"] if part not in ("Choices", "Range")]
     key = ".".join(["search", *names])
     if error["type"] == "extra_forbidden":
@@ -132,6 +142,8 @@ def _problem(error: Any) -> str:
         return f"unknown key {key}; {near(names[-1], known) or 'see docs/search.md'}"
     if error["type"] == "missing":
         return f"{key} is missing: give choices, or low and high"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return f"{key}: give choices, or low and high, not {error['input']!r}"
     return f"{key}: {error['msg'].removeprefix('Value error, ').replace('Input should', 'should')}"
 
 
@@ -148,6 +160,7 @@ def check_dimension(config: TrainConfig, name: str, dimension: Choices | Range) 
             TrainConfig.model_validate(config.model_dump() | {name: value})
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            message = message.replace("Input should be", "it should be")
             raise UserError(f"search.space: {name} cannot be {value!r}: {message}") from error
 
 

@@ -400,8 +400,12 @@ class _Runner:
         found = {}
         for name, params in (("default", {}), ("best", best.params)):
             self.say(f"{name} settings on held-out data ...")
-            found[name] = self._once(self._values(params, name, "test"))
-        durable.write_text(path, json.dumps({"of": key, **found}, indent=1))
+            try:
+                found[name] = self._once(self._values(params, name, "test"))
+            except UserError as error:  # the trials were what the search is for
+                self.say(f"{name} settings failed: {error}")
+        if len(found) == 2:
+            durable.write_text(path, json.dumps({"of": key, **found}, indent=1))
         return found
 
     def _once(self, values: dict[str, Any]) -> dict[str, float]:
@@ -414,6 +418,7 @@ class _Runner:
             try:
                 kind, *rest = connection.recv()
             except (EOFError, OSError):
+                self.workers.pop(0).process.join()
                 raise UserError(f"the process that trained {values['output_dir']} ended: see its log.txt") from None
             if kind == "evaluated":
                 connection.send(False)
@@ -428,6 +433,10 @@ def _outcome(
 ) -> Outcome:
     best = results.best(study)
     if best is None:
+        results.write(study, settings, folder, plots=False)
+        reasons = [trial.user_attrs["message"] for trial in results.counted(study) if "message" in trial.user_attrs]
+        if reasons:
+            raise UserError(f"no trial of {folder} was finished, and {len(reasons)} failed: {reasons[0]}")
         raise UserError(f"no trial of {folder} was finished: raise search.trials, or set search.prune false")
     files = results.write(study, settings, folder, held_out)
     path = folder / "best.yaml"
