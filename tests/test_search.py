@@ -407,6 +407,27 @@ def test_ctrl_c_while_a_process_starts_is_not_lost() -> None:
 
 
 @pytest.mark.usefixtures("listens")
+def test_the_first_process_does_not_hear_ctrl_c_either(tmp_path: Path) -> None:
+    script = tmp_path / "first.py"
+    script.write_text("""\
+import multiprocessing, signal
+from fastlora.search.study import _no_interrupt
+
+def main():
+    print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set()))
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("spawn").Process(target=main)
+    with _no_interrupt():
+        process.start()
+    process.join()
+""")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "True\n"
+
+
+@pytest.mark.usefixtures("listens")
 def test_ctrl_c_keeps_what_was_done(file: Path) -> None:
     changed(file, trials=40)
     command = [sys.executable, "-m", "fastlora.cli", "search", str(file)]

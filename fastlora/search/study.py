@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import multiprocessing
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,6 +219,8 @@ def _no_interrupt() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    if os.name == "posix":  # it starts with the first process, and unblocks the signal when it has
+        resource_tracker.ensure_running()
     came: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     mask = getattr(signal, "pthread_sigmask", None)  # not on Windows
