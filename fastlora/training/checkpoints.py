@@ -14,6 +14,9 @@ from fastlora.training.errors import UserError, disk_errors
 
 CONFIG_NAME = "config.yaml"
 """The resolved configuration, in the output folder of its run."""
+RESULT_NAME = "result.json"
+ADAPTER = "adapter"
+"""The folder of what a finished run has trained."""
 _BYTES_OF_A_PARAMETER = 4
 _CHECKPOINT_COPIES = 3
 """A checkpoint holds each trained parameter and Adam's two moments of it."""
@@ -46,8 +49,15 @@ def prepare(config: TrainConfig) -> Path | None:
         check(done)
         return done[-1]
     if config.overwrite:
-        for checkpoint in output_dir.glob("checkpoint-*"):
-            durable.discard(checkpoint)
+        # The adapter and the result would stand beside another configuration if the new run does not end well.
+        for folder in (*output_dir.glob("checkpoint-*"), output_dir / ADAPTER):
+            durable.discard(folder)
+        (output_dir / RESULT_NAME).unlink(missing_ok=True)
+    elif not done and (output_dir / ADAPTER).is_dir():
+        raise UserError(
+            f"output_dir: {output_dir} holds the adapter of a finished run: "
+            "pass --overwrite to replace it, or another --output-dir"
+        )
     elif done:
         raise UserError(
             f"output_dir: {output_dir} holds a run that stopped at {done[-1].name}: "

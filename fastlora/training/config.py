@@ -172,7 +172,7 @@ class TrainConfig(BaseModel):
     eval_steps: int | None = Field(None, ge=1, description="steps between evaluations [default: before and after only]")
     output_dir: Path = Field(Path("runs/train"), description="folder of adapter, checkpoints and logs")
     resume: bool = Field(False, description="go on from the last checkpoint in output_dir")
-    overwrite: bool = Field(False, description="delete the checkpoints of an earlier run in output_dir")
+    overwrite: bool = Field(False, description="delete what an earlier run left in output_dir")
     trainer: Literal["auto", "transformers", "trl"] = Field(
         "transformers", description="transformers.Trainer, TRL's SFTTrainer, or auto for TRL where it is installed"
     )

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, Trainer
 
-RESULT_NAME = "result.json"
 PACKAGES = ("peft", "accelerate", "datasets", "rich", "psutil")
 
 
@@ -224,7 +223,7 @@ def _run(
     if examples.evaluation is not None and not _evaluated_now(trainer):
         trainer.evaluate()
 
-    adapter = config.output_dir / "adapter"
+    adapter = config.output_dir / checkpoints.ADAPTER
     history = list(trainer.state.log_history)
     evaluations = [float(log["eval_loss"]) for log in history if "eval_loss" in log]
     measured = [_metrics(log) for log in history if "eval_loss" in log] or [{}]
@@ -253,7 +252,7 @@ def _run(
         with disk_errors(config.output_dir):
             with durable.whole_folder(adapter, ".safetensors") as folder:
                 method.finish_and_save(model, folder)
-            durable.write_text(config.output_dir / RESULT_NAME, result.to_json())
+            durable.write_text(config.output_dir / checkpoints.RESULT_NAME, result.to_json())
     return result
 
 

@@ -193,6 +193,23 @@ def test_resume_refuses_what_does_not_fit(options: dict[str, Any]) -> None:
     assert len(run(options, overwrite=True, max_steps=1, r=8).losses) == 1
 
 
+def test_an_adapter_is_not_replaced_unless_asked(options: dict[str, Any]) -> None:
+    result = run(options, max_steps=1)
+    shutil.rmtree(result.output_dir / "checkpoint-1")  # to save space
+    before = (result.adapter_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="holds the adapter of a finished run: pass --overwrite"):
+        run(options, max_steps=1, lr=1e-3)
+    assert (result.adapter_path / "adapter_model.safetensors").read_bytes() == before
+
+    def crash() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run(options, [AtStep(1, crash)], overwrite=True, lr=1e-3)
+    left = {path.name for path in result.output_dir.iterdir()}
+    assert not left & {"adapter", "result.json"}, "they were of another configuration"
+
+
 def test_disk_that_fills_up_is_one_line(options: dict[str, Any]) -> None:
     def full() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
