@@ -166,6 +166,12 @@ def test_tables_and_plots(file: Path, pretend: Any) -> None:
     assert set(found.files) >= {folder / "trials.csv", folder / "history.png", found.config}
 
 
+def test_one_setting_has_no_parallel_coordinates(file: Path, pretend: Any) -> None:
+    pretend(losses)
+    found = run(changed(file, trials=3, space={"lr": {"low": 1e-4, "high": 3e-2, "log": True}}), final=False)
+    assert {path.stem for path in found.files if path.suffix == ".png"} == {"history", "importance", "slices"}
+
+
 def test_what_is_worse_than_the_median_is_stopped(file: Path, pretend: Any) -> None:
     count = 0
 

@@ -47,8 +47,14 @@ class LayerChange:
 
     @property
     def kind(self) -> str:
-        """Its name within its block."""
+        """The last part of its name."""
         return self.layer.rpartition(".")[2]
+
+    @property
+    def within(self) -> str:
+        """Its whole name within its block."""
+        match = _BLOCK.search(self.layer)
+        return self.layer[match.end() :] if match else self.layer
 
 
 def singular_values(lora_a: torch.Tensor, lora_b: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

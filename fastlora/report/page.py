@@ -121,22 +121,25 @@ def _comparisons(runs: Sequence[Run], colours: dict[str, int | None], measure: S
 
 def _heats(changes: Sequence[norms.LayerChange], key: str) -> list[Heat]:
     blocks = sorted({c.block for c in changes if c.block is not None})
-    inside = bool(blocks) and all(c.block is not None for c in changes)
-    kinds = list(dict.fromkeys(c.kind for c in changes))
-    inside = inside and len({(c.block, c.kind) for c in changes}) == len(changes)
-    if not inside:  # layers that lie on no grid: a line for each
-        kinds, blocks = [c.layer for c in changes], []
+    columns = [*map(str, blocks), *(["-"] if blocks and any(c.block is None for c in changes) else [])]
+    places = [("all", c.layer) for c in changes]  # layers that lie on no grid: a line for each
+    for name_of in (lambda c: c.kind, lambda c: c.within):
+        grid = [("-" if c.block is None else str(c.block), name_of(c)) for c in changes]
+        if blocks and len(set(grid)) == len(grid):
+            places = grid
+            break
+    else:
+        columns = ["all"]
+    kinds = list(dict.fromkeys(kind for _, kind in places))
     heats = []
     whole = max(c.rank for c in changes)
     for name, title, note in (
         ("norm", "Norm of the change", "Frobenius norm of scale · B A"),
         ("effective_rank", "Effective rank", f"exp of the entropy of the singular values of B A; the rank is {whole}"),
     ):
-        columns = [str(b) for b in blocks] or ["all"]
         values: list[list[float | None]] = [[None] * len(columns) for _ in kinds]
-        for c in changes:
-            row = kinds.index(c.kind if inside else c.layer)
-            values[row][columns.index(str(c.block)) if inside else 0] = getattr(c, name)
+        for c, (column, kind) in zip(changes, places, strict=True):
+            values[kinds.index(kind)][columns.index(column)] = getattr(c, name)
         heats.append(Heat(f"{key}-{name.replace('_', '-')}", title, columns, kinds, values, note=note))
     return heats
 
@@ -173,15 +176,16 @@ def _section(key: str, title: str, body: str) -> str:
 def _lead(report: Report) -> str:
     runs, measure = report.runs, report.score
     best = measure.best(runs) if measure else None
+    ended = ""
+    if len(runs) == 1 and runs[0].failed:
+        ended = f" It is {runs[0].failed}." if runs[0].failed == "not finished" else f" It ended: {runs[0].failed}."
     if best is None or measure is None:
-        return f"{len(runs)} run{'s' * (len(runs) > 1)}, none with a logged loss yet."
+        return f"{len(runs)} run{'s' * (len(runs) > 1)}, none with a logged loss yet.{ended}"
     value = measure.of(best)
     assert value is not None
     points = best.series(measure.key)
     began = f", from {number(points[0][1])} at the start" if len(points) > 1 and points[0][0] == 0 else ""
     if len(runs) == 1:
-        ended = f" It is {runs[0].failed}." if runs[0].failed == "not finished" else ""
-        ended = f" It ended because {runs[0].failed}." if runs[0].failed and not ended else ended
         steps = f"{best.steps:,} steps of {escape(best.method)}"
         return f"{steps}: {measure.name} <strong>{number(value)}</strong>{began}.{ended}"
     differ = [key for key in differing(runs) if key not in ("model", "data")]

@@ -60,7 +60,9 @@ def _chart(figure: Any, chart: Chart) -> None:
     else:
         plot.set_ylim(y.low, y.high)
     if chart.categories:
-        plot.set_xticks(range(len(chart.categories)), chart.categories)
+        crowded = sum(map(len, chart.categories)) > 60  # letters that lie beside each other
+        turned: dict[str, Any] = {"rotation": 35, "ha": "right", "fontsize": 8} if crowded else {}
+        plot.set_xticks(range(len(chart.categories)), chart.categories, **turned)
     plot.set_title(chart.title, loc="left", fontsize=11)
     plot.set_xlabel(chart.x)
     plot.set_ylabel(chart.y)

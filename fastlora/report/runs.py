@@ -67,7 +67,7 @@ class Run:
         found = {}
         for entry in self.log:
             value = entry.get(key)
-            if isinstance(value, int | float) and math.isfinite(value) and "step" in entry:
+            if isinstance(value, int | float) and math.isfinite(value):
                 found[float(entry["step"])] = float(value)
         return sorted(found.items())
 
@@ -80,14 +80,14 @@ class Run:
 
     @property
     def steps(self) -> int:
-        return int(max((entry.get("step", 0) for entry in self.log), default=0))
+        return int(max((entry["step"] for entry in self.log), default=0))
 
     @property
     def failed(self) -> str:
         """How the run ended, where it did not end well; empty for a finished one."""
         if self.result:
             return ""
-        losses = [entry["loss"] for entry in self.log if "loss" in entry]
+        losses = [entry["loss"] for entry in self.log if isinstance(entry.get("loss"), int | float)]
         if losses and not math.isfinite(losses[-1]):
             return "the loss is no number"
         return "not finished"
@@ -161,13 +161,20 @@ def read(folder: Path) -> Run:
     elif not log:
         states = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: path.stat().st_mtime)
         log = _json(states[-1]).get("log_history", []) if states else []
-    return Run(folder, _yaml(folder / CONFIG), log, result)
+    placed = [entry for entry in log if isinstance(entry.get("step"), int | float)]
+    return Run(folder, _yaml(folder / CONFIG), placed, result)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds a {type(value).__name__}, not keys and values")
+    return value
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return _mapping(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}): leave this run out") from error
 
 
@@ -179,8 +186,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise UserError(f"cannot read {path} ({first_line(error)}): leave this run out") from error
     for i, line in enumerate(lines):
         try:
-            entries.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
+            entries.append(_mapping(json.loads(line)))
+        except ValueError as error:
             if i < len(lines) - 1:  # the last one may be cut short by a crash
                 raise UserError(f"cannot read {path} line {i + 1} ({first_line(error)}): leave this run out") from error
     return entries
@@ -191,8 +198,8 @@ def _yaml(path: Path) -> dict[str, Any]:
         return {}
     yaml = require("yaml")
     try:
-        return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}): leave this run out") from error
 
 

@@ -133,6 +133,8 @@ def draw(study: Study, settings: SearchConfig, folder: Path) -> list[Path]:
     for plot in PLOTS:
         if plot != "history" and (len(done) < 2 or not names):
             continue
+        if plot == "parallel" and len(names) < 2:  # lines lead from one setting to another
+            continue
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         FigureCanvasAgg(figure)
         {"history": _history, "importance": _importance, "slices": _slices, "parallel": _parallel}[plot](

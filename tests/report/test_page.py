@@ -124,12 +124,33 @@ def test_logs_of_crashes_and_divergence(runs: Path) -> None:
     assert run.failed == "the loss is no number"
     assert run.steps == 41
     assert all(y == y for _, y in run.series("loss"))
+    assert "It ended: the loss is no number." in page.html(page.make([run]), "t")
+    log.write_text('{"loss": NaN, "step": 1}\n{"loss": 2.0, "step": null}\n{"loss": "x"}\n{"loss": "1", "step": "a"}\n')
+    run = reading.read(log.parent)
+    assert (run.steps, run.series("loss"), run.failed) == (1, [], "the loss is no number")
+    assert "It ended: the loss is no number." in page.html(page.make([run]), "t")
     log.write_text("{\n" + log.read_text())
     with pytest.raises(UserError, match=re.escape(f"{log} line 1")):
         reading.read(log.parent)
     log.unlink()
     with pytest.raises(UserError, match="holds no run"):
         reading.find([log.parent])
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.yaml", ""), ("config.yaml", "- a\n"), ("result.json", "[1]")])
+def test_files_of_another_form_are_named(runs: Path, name: str, text: str) -> None:
+    (runs / "a" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"cannot read .*{name} \(it holds a \w+, not keys and values\)"):
+        reading.read(runs / "a")
+
+
+def test_layers_of_one_name_in_a_block_stay_on_the_grid() -> None:
+    names = ("attention.output.dense", "intermediate.dense", "output.dense")
+    layers = ["bert.pooler.dense", *(f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in names)]
+    norm, _ = page._heats([norms.LayerChange(name, 1.0 + i, 1.0, 4) for i, name in enumerate(layers)], "k")
+    assert norm.columns == ["0", "1", "-"]
+    assert norm.rows == ["bert.pooler.dense", *names]
+    assert norm.values == [[None, None, 1.0], [2.0, 5.0, None], [3.0, 6.0, None], [4.0, 7.0, None]]
 
 
 def test_a_score_that_all_have_comes_first(runs: Path) -> None:
