@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastlora.training import checkpoints, durable
+from fastlora.training.data import IGNORED
 from fastlora.training.distributed import any_process
 from fastlora.training.errors import UserError
 
@@ -104,6 +105,33 @@ class MeteredLog:
         if self.meter is not None and "loss" in logs:
             logs = {**logs, **self.meter.since_last_log()}
         super().log(logs, start_time)  # type: ignore[misc]
+
+
+class LearnedMean:
+    """Mix-in of a Trainer: the loss of an evaluation is the mean over all that is learned, however it lies in batches.
+
+    The trainer's own is a mean over batches, in which the tokens of a short answer count more than those of a long one.
+    """
+
+    shifted = True
+    """Whether each label belongs to the token before it, as in a language model."""
+
+    def evaluation_loop(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._learned = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(*args, **kwargs)  # type: ignore[misc]
+        total, count = self.accelerator.reduce(self._learned, "sum").tolist()
+        key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if count and key in output.metrics:
+            output.metrics[key] = total / count
+        return output
+
+    def prediction_step(self: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        labels = inputs["labels"][..., 1:] if self.shifted else inputs["labels"]
+        found = super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        count = (labels != IGNORED).sum().to(self._learned)
+        loss = torch.where(count > 0, found[0].to(self._learned), 0.0)  # a mean over nothing is no number
+        self._learned += torch.stack([loss * count, count])
+        return found
 
 
 class LogFile(TrainerCallback):

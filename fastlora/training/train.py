@@ -330,7 +330,7 @@ def make_trainer(
     import transformers
     from transformers.trainer_callback import PrinterCallback
 
-    from fastlora.training.callbacks import MeteredLog
+    from fastlora.training.callbacks import LearnedMean, MeteredLog
 
     arguments = _training_arguments(config, device, bf16, examples.evaluation is not None and not resuming)
     task = tasks.make(config)
@@ -366,9 +366,12 @@ def make_trainer(
         steps.StepLauncher,
         optimizer.FusedClipping,
         MeteredLog,
+        LearnedMean,
         trainer_class,
     )
-    trainer = type("MeteredTrainer", bases, {"causal": causal, "captured": config.step == "cuda_graphs"})(
+    language = config.task == "causal-lm"
+    kind = {"causal": causal, "captured": config.step == "cuda_graphs", "shifted": language}
+    trainer = type("MeteredTrainer", bases, kind)(
         model=model,
         args=args,
         train_dataset=examples.train,
@@ -380,6 +383,8 @@ def make_trainer(
         optimizer_cls_and_kwargs=optimizer_class,
         callbacks=[_tensorboard(config)] if config.tensorboard and args.process_index == 0 else None,
     )
+    # Classifiers take the number of labels of a step and make no use of it, so that the trainer has to average.
+    trainer.model_accepts_loss_kwargs = trainer.model_accepts_loss_kwargs and language
     # SFTTrainer rounds the adapters to bfloat16, in which small updates vanish: the master weights stay in float32.
     for name, parameter in model.named_parameters():
         if name in adapters:

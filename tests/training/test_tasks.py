@@ -109,6 +109,21 @@ def test_methods_learn_labels(classify: dict[str, Any], method: str, options: di
     assert result.eval_loss_after < result.eval_loss_before - 0.05
 
 
+def test_accumulated_batches_are_one_batch(classify: dict[str, Any], tmp_path: Path) -> None:
+    whole, parts = (
+        run(
+            classify,
+            batch_size=8 // count,
+            gradient_accumulation_steps=count,
+            max_steps=4,
+            output_dir=str(tmp_path / str(count)),
+        )
+        for count in (1, 4)
+    )
+    assert [loss for _, loss in parts.losses] == pytest.approx([loss for _, loss in whole.losses], rel=1e-3)
+    assert parts.eval_loss_after == pytest.approx(whole.eval_loss_after, rel=1e-3)
+
+
 def test_a_probe_changes_the_head_alone(classify: dict[str, Any]) -> None:
     result = run(classify, method="head", max_steps=2)
     saved = load_file(result.adapter_path / "adapter_model.safetensors")

@@ -117,6 +117,17 @@ def test_accumulation_is_a_larger_batch(options: dict[str, Any], tmp_path: Path)
     assert two.losses == [(step, pytest.approx(loss, rel=1e-4)) for step, loss in one.losses]
 
 
+def test_the_evaluation_is_a_mean_over_tokens(options: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": "what is it", "completion": " ".join(["fox"] * (1 if i % 2 else 12))} for i in range(20)]
+    rows.append({"prompt": "fox " * 40, "completion": "too far away to be learned"})
+    files = {key: str(tiny.write_rows(tmp_path / f"{key}.jsonl", rows)) for key in ("data", "eval_data")}
+    options |= {**files, "packing": False, "max_length": 96, "max_steps": 1}
+    found = [
+        run(options, eval_batch_size=size, output_dir=str(tmp_path / str(size))).eval_loss_before for size in (1, 3, 21)
+    ]
+    assert found == pytest.approx([found[-1]] * 3, rel=1e-5)
+
+
 def test_seed_decides(options: dict[str, Any], tmp_path: Path) -> None:
     one, two = run(options), run(options, output_dir=str(tmp_path / "two"))
     other = run(options, output_dir=str(tmp_path / "other"), seed=7)
