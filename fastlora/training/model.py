@@ -426,6 +426,12 @@ def check_adapter(adapter: Path, source: Source, model: PreTrainedModel) -> None
         )
     trained_on = config.get("base_model_name_or_path")
     advice = f"the adapter was trained on {trained_on!r}: pass --model with that model"
+    width = model.get_input_embeddings().embedding_dim
+    if config.get("peft_type") == "PROMPT_TUNING" and config.get("token_dim") != width:
+        raise UserError(
+            f"adapter: {adapter} is for another model: its tokens have {config['token_dim']} features and those of "
+            f"{source.name} {width}; {advice}"
+        )
     from fastlora.adapters import quantized
 
     try:

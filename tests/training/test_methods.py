@@ -232,13 +232,17 @@ def test_files_of_our_own_are_neither_compared_nor_merged(method: str, options: 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 @pytest.mark.parametrize("backend", ["auto", "peft"])
-def test_virtual_tokens_are_compared_by_generate(method: str, backend: str, options: dict[str, Any]) -> None:
+def test_virtual_tokens_are_compared_by_generate(
+    method: str, backend: str, options: dict[str, Any], other_model: Path
+) -> None:
     from fastlora.training.generate import Sampling, generate
 
     result = run(options, method=method, virtual_tokens=8, lr=0.3, max_steps=12)
     sampling = Sampling(max_new_tokens=12)
     (row,) = generate(result.adapter_path, ["the sky"], sampling=sampling, backend=backend, device="cpu")
     assert row.before != row.after
+    with pytest.raises(UserError, match=r"its tokens have 64 features|cannot load"):
+        generate(result.adapter_path, ["the sky"], model=str(other_model), device="cpu")
 
 
 def test_a_quantized_adapter_keeps_the_base_that_its_start_changed(options: dict[str, Any], tmp_path: Path) -> None:
