@@ -25,7 +25,9 @@ class FusedLinear4bit(bnb.nn.Linear4bit):
 
     fastlora_backend: str = "auto"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(self, FusedLinear4bit):  # a wrapper on the instance has kept this forward, see `unfuse`
+            return type(self).forward(self, x)
         if not x.is_floating_point() or x.dim() == 0:
             return super().forward(x)
         return factors_forward(self, x, None, None, 1.0, 0.0, kept_weight(self, self), self.fastlora_backend)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import inspect
@@ -428,6 +429,20 @@ def test_undone(name: str) -> None:
     for (_, a), (_, b) in zip(stock.named_modules(), fast.named_modules(), strict=True):
         assert type(a) is type(b)
         assert not [key for key in vars(b) if "fastlora" in key]
+    assert_same(step(fast), step(stock))
+
+
+@pytest.mark.parametrize("part", ["layer", "mlp", "model"])
+def test_undone_behind_a_wrapper_of_a_forward(part: str) -> None:
+    stock, fast = architectures.make("llama"), architectures.make("llama")
+    accelerate(fast, blocks=True, loss=True)
+    base = fast.get_base_model()
+    module = {"layer": base.model.layers[0], "mlp": base.model.layers[0].mlp, "model": base}[part]
+    module.forward = functools.partial(module.forward)  # as hooks of accelerate, which keep the bound method
+    step(fast)
+    accelerate(fast, blocks=True, loss=True)
+    assert_same(step(fast), step(stock))
+    restore(fast)
     assert_same(step(fast), step(stock))
 
 

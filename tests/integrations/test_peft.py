@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import json
 import warnings
@@ -352,6 +353,7 @@ REASONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
         lambda m: setattr(m, "base_layer", nn.modules.linear.NonDynamicallyQuantizableLinear(64, 96)),
         "the base layer is a NonDynamicallyQuantizableLinear",
     ),
+    "own forward": ("dense", lambda m: setattr(m, "forward", m.forward), "its forward is replaced on the instance"),
     "no adapter active": ("dense", lambda m: m.set_adapter([]), "no adapter is active"),
 }
 
@@ -916,6 +918,26 @@ def test_restore(base: str, make_llama: Maker, ids: torch.Tensor, calls: list[st
     assert torch.equal(logits(model, ids), stock)
     assert not calls
     assert restore(model) == 0
+
+
+@pytest.mark.parametrize("method", ["LoRA", "VeRA"])
+def test_restored_behind_a_wrapper_of_its_forward(method: str, ids: torch.Tensor, make_llama: Maker) -> None:
+    model = make_llama("dense", adapters=method == "LoRA")
+    if method == "VeRA":
+        model = peft.get_peft_model(model, peft.VeraConfig(r=8, target_modules=["q_proj"], d_initial=0.5))
+    stock = logits(model, ids)
+    accelerate(model)
+    layer = next(m for m in model.modules() if isinstance(m, Fused))
+    layer.forward = functools.partial(layer.forward)  # as hooks of accelerate, which keep the bound method
+    assert report_of(accelerate(model), layer, model).reason is None
+    torch.testing.assert_close(logits(model, ids), stock)
+    restore(model)
+    assert torch.equal(logits(model, ids), stock)
+
+
+def report_of(report: Report, layer: nn.Module, model: nn.Module) -> Any:
+    name = next(name for name, module in model.named_modules() if module is layer)
+    return next(line for line in report.layers if line.name == name)
 
 
 def test_accelerating_twice(make_llama: Maker, ids: torch.Tensor) -> None:

@@ -71,6 +71,8 @@ def accelerate(
     for name, layer in layers:
         able = convertible(layer)
         found = _situation(layer) if able else f"{type(layer).__name__} layers are not linear LoRA layers"
+        if "forward" in layer.__dict__ and not isinstance(layer, Fused):
+            found = "its forward is replaced on the instance"  # by one that calls PEFT's
         reports.append(report_layer(name, layer, backend, found if isinstance(found, str) else None))
         if able:
             fusible.append(layer)
