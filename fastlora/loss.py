@@ -34,8 +34,8 @@ class _Options:
 
 
 def chunk_rows(m: int, v: int) -> int:
-    """Tokens of a chunk, of M tokens with V logits each: a power of two, or all."""
-    return min(m, max(LEAST, 1 << (max(CHUNK // v, 1).bit_length() - 1)))
+    """Tokens of a chunk, of M tokens with V logits each: a power of two, or all, but one at least."""
+    return min(max(m, 1), max(LEAST, 1 << (max(CHUNK // v, 1).bit_length() - 1)))
 
 
 def _chunks(m: int, rows: int) -> Iterator[slice]:
@@ -64,16 +64,17 @@ def _plain(
     z = wide if cap is None else cap * torch.tanh(wide / cap)
     kept = labels != options.ignore_index
     log_p = F.log_softmax(z, 1)
-    target = torch.where(kept, labels, 0)
     eps, v = options.label_smoothing, logits.shape[1]
+    known = kept & (labels >= 0) & (labels < v)
+    target = torch.where(known, labels, 0)
     each = -(1 - eps) * log_p.gather(1, target[:, None])[:, 0]
     if eps:
         each = each - eps * log_p.mean(1)
-    loss.copy_(torch.where(kept, each, 0))
+    loss.copy_(torch.where(kept, each.masked_fill(~known, float("nan")), 0))
     if not grad:
         return None
     d = log_p.exp_()
-    d.scatter_add_(1, target[:, None], torch.full_like(each, -(1 - eps))[:, None])
+    d.scatter_add_(1, target[:, None], torch.full_like(each, -(1 - eps)).mul_(known)[:, None])
     if eps:
         d -= eps / v
     if cap is not None:
