@@ -267,7 +267,7 @@ class _Folded(torch.autograd.Function):
             x if need_a or need_m else None, u if need_b else None, lora_a, folded_b, absmax, gain, length, kept
         )
         ctx.w, ctx.scale, ctx.backend, ctx.dtype, ctx.out_dtype = w, scale, backend, x.dtype, out_dtype
-        ctx.version, ctx.magnitude_dtype = y._version, magnitude.dtype
+        ctx.version, ctx.magnitude_dtype = ops.version(y), magnitude.dtype
         return y
 
     @staticmethod
@@ -277,7 +277,7 @@ class _Folded(torch.autograd.Function):
         w, columns = _with(ctx.w, absmax), _columns(dy, ctx.backend)
         sums = None
         if need_m:
-            if y._version != ctx.version:  # the caller has changed it in place
+            if ops.version(y) != ctx.version:  # the caller has changed it in place
                 y, _ = ops.forward(x, w, lora_a, folded_b, None, ctx.out_dtype, ctx.scale, 0.0, None, ctx.backend)
             if columns is None:
                 sums = torch.sum(dy * y, 0, dtype=gain.dtype)

@@ -343,6 +343,11 @@ def looked_at() -> bool:
     return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
 
 
+def version(t: torch.Tensor | None) -> int:
+    """What a change of ``t`` in place changes. Tensors that were made in inference mode do not count theirs."""
+    return -1 if t is None or t.is_inference() else t._version
+
+
 def must_dispatch(x: torch.Tensor) -> bool:
     """Whether somebody is to see the operator itself: as `looked_at`, or a tensor subclass."""
     return type(x) not in (torch.Tensor, torch.nn.Parameter) or looked_at()

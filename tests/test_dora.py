@@ -144,6 +144,15 @@ def test_an_untrained_adapter_changes_nothing(bias: bool) -> None:
     assert torch.equal(y, F.linear(problem.x, w, problem.bias))
 
 
+@pytest.mark.parametrize("bias", [False, True], ids=["folded", "not folded"])
+def test_inference_mode(bias: bool) -> None:
+    p = make_problem(3, 8, 64, 2, bias=bias)
+    magnitude = lengths(p).requires_grad_()
+    want = dora.dora_linear(p.x, p.w, p.lora_a, p.lora_b, magnitude, p.bias)
+    with torch.inference_mode():
+        assert torch.equal(dora.dora_linear(p.x, p.w, p.lora_a, p.lora_b, magnitude, p.bias), want)
+
+
 def test_only_the_magnitude_learns() -> None:
     problem = make_problem(3, 8, 64, 2)
     magnitude = lengths(problem).requires_grad_()

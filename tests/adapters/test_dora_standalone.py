@@ -30,6 +30,18 @@ def test_against_the_formula() -> None:
     torch.testing.assert_close(layer(x), want, rtol=1e-6, atol=1e-6)
 
 
+def test_made_and_computed_in_inference_mode() -> None:
+    x, _ = batch()
+    layers = []
+    for scope in (torch.inference_mode, torch.no_grad):
+        with scope():
+            layers.append(stack()[0])
+            assert dora.enable(layers[-1]) == 1
+            layers[-1](x)
+    with torch.no_grad():
+        assert torch.equal(layers[0](x), layers[1](x))
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", None])
 def test_gradcheck(quant_type: str | None) -> None:
     """For a norm that is a constant, as the paper has it for the gradients."""

@@ -230,6 +230,19 @@ def test_checkpointing_replays_dropout(form: str, reentrant: bool, make_llama: M
 
 
 @pytest.mark.parametrize("base", ["4bit", "dense"])
+@pytest.mark.parametrize("form", FORMS)
+def test_made_in_inference_mode(form: str, base: str) -> None:
+    with torch.inference_mode():
+        stock = make(form, base).eval()
+        fast = copy.deepcopy(stock)
+        assert not accelerate(fast).skipped
+    x = torch.randn(3, 64)
+    for scope in (torch.inference_mode, torch.no_grad):
+        with scope():
+            torch.testing.assert_close(fast(x), stock(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", ["4bit", "dense"])
 @pytest.mark.parametrize("form", ["dora", "two"])
 def test_torch_compile_of_the_model(form: str, base: str, make_llama: Maker, ids: torch.Tensor) -> None:
     import torch._dynamo

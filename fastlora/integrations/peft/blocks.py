@@ -85,12 +85,8 @@ def _same(new: Projection, old: Projection) -> bool:
     return same and new.scale == old.scale
 
 
-def _version(t: torch.Tensor | None) -> int:
-    return -1 if t is None or t.is_inference() else t._version
-
-
 def _versions(p: Projection) -> tuple[int, ...]:
-    return tuple(_version(t) for t in (p.lora_a, p.lora_b, p.bias))
+    return tuple(ops.version(t) for t in (p.lora_a, p.lora_b, p.bias))
 
 
 def _mode(x: torch.Tensor) -> tuple[Any, ...]:
