@@ -16,6 +16,7 @@ import torch
 from peft_models import linear_layer, lora_layer
 from tolerance import GRADS, Problem, assert_close, make_problem
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed import tensor as distributed
 
 peft = pytest.importorskip("peft")
@@ -516,6 +517,16 @@ def test_mixed_batch_of_any_shape_with_gradients(shape: tuple[int, ...], calls: 
     assert calls == [names] * 2
     for name, grad in grads(stock).items():
         torch.testing.assert_close(grads(fast)[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_mixed_batch_of_fake_tensors_leaves_nothing_behind() -> None:
+    stock = lora_layer("dense")["layer"]
+    fast = copy.deepcopy(stock)
+    accelerate(fast)
+    x, names = torch.randn(2, 64), ["default", "__base__"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert fast(mode.from_tensor(x), adapter_names=names).shape == (2, 96)
+    torch.testing.assert_close(fast(x, adapter_names=names), stock(x, adapter_names=names))
 
 
 def test_mixed_batch_with_dropout_is_left_to_peft(calls: list[Any]) -> None:

@@ -72,16 +72,23 @@ def adapters_forward(layer: Any, x: torch.Tensor, adapters: list[str], weight: W
     return y.to(dtype)
 
 
-@functools.lru_cache(maxsize=64)
-def _membership(
+def _own_columns(
     names: tuple[str, ...], groups: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """(rows, sum(sizes)): 1 in the columns of each row's own group, which has ``sizes`` of them."""
     number = {group: i for i, group in enumerate(groups)}
-    mine = torch.tensor([number.get(name, -1) for name in names])
     with torch.inference_mode(False):
-        columns = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes))
-        return (mine[:, None] == columns[None, :]).to(device, dtype)
+        mine = torch.tensor([number.get(name, -1) for name in names])
+        columns = torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)])
+        return (mine[:, None] == columns).to(device, dtype)
+
+
+_kept_columns = functools.lru_cache(maxsize=64)(_own_columns)
+
+
+def _membership(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """`_own_columns` for x, kept where it is a tensor and not what a mode or a compiler that looks on makes of one."""
+    return (_own_columns if ops.must_dispatch(x) else _kept_columns)(*args)
 
 
 def mixed_forward(
@@ -100,12 +107,12 @@ def mixed_forward(
         lora_a, lora_b = _stack(layer, groups)
         ranks = tuple(_factors(modules, name)[0].shape[0] for name in groups)
         between = (1,) * (x.dim() - 2)
-        own = _membership(tuple(names), tuple(groups), ranks, x.dtype, x.device).view(len(names), *between, -1)
+        own = _membership(x, tuple(names), tuple(groups), ranks, x.dtype, x.device).view(len(names), *between, -1)
         u = F.linear(x, lora_a.to(x.dtype)) * own
         y = y + F.linear(u, lora_b.to(x.dtype)).to(y.dtype)
         biased = tuple(name for name in groups if layer.lora_bias[name])
         if biased:
-            own = _membership(tuple(names), biased, (1,) * len(biased), y.dtype, x.device)
+            own = _membership(x, tuple(names), biased, (1,) * len(biased), y.dtype, x.device)
             rows = [modules["lora_B"]._modules[name].bias * layer.scaling[name] for name in biased]
             y = y + (own @ torch.stack(rows).to(y.dtype)).view(len(names), *between, -1)
     return y.to(dtype)
