@@ -27,7 +27,7 @@ from architectures import ARCHITECTURES, JOINT, assert_same
 
 from fastlora import blocks as fused_blocks
 from fastlora import groups
-from fastlora.integrations.peft import accelerate, restore
+from fastlora.integrations.peft import accelerate, norms, restore, rotary
 from fastlora.integrations.peft import blocks as blocks_module
 from fastlora.integrations.peft.blocks import FusedMLP
 from fastlora.integrations.peft.layers import SLOT
@@ -487,6 +487,26 @@ class Odd(nn.Module):
 class Limited(Odd):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x).clamp(max=self.limit)
+
+
+@pytest.mark.parametrize("default", ["meta", "bfloat16"])
+def test_what_tensors_are_by_default_says_nothing_of_a_model(default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recognizing tries formulas on tensors of its own. A class is tried once: what was found is set aside here."""
+    model, other = architectures.make("llama"), architectures.make("llama")
+    expected = accelerate(other, blocks=True, loss=True).blocks
+    monkeypatch.setattr(norms, "_formulas", {})
+    for found in (norms._fused, rotary._recognize, blocks_module._computes_gated_mlp):
+        found.cache_clear()
+    try:
+        if default == "meta":
+            torch.set_default_device(default)
+        else:
+            torch.set_default_dtype(torch.bfloat16)
+        assert accelerate(model, blocks=True, loss=True).blocks == expected
+        assert rotary.reason(model) is None
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("kind", [Odd, Limited])

@@ -284,7 +284,7 @@ def _activation(module: nn.Module) -> str:
 
 def _recognize(act: Callable[[torch.Tensor], torch.Tensor]) -> str:
     """The activation that a function is, by its values."""
-    x = torch.linspace(-8, 8, 641, dtype=torch.float64)
+    x = torch.linspace(-8, 8, 641, dtype=torch.float64, device="cpu")
     try:
         with torch.no_grad():
             y = act(x)
@@ -304,7 +304,7 @@ def _computes_gated_mlp(kind: type) -> str | None:
     It is run on a stand-in that has nothing but the layers and the activation, with functions that no other order
     and no further step would give the same result with.
     """
-    x = torch.linspace(-1, 1, 8, dtype=torch.float64).view(2, 4)
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64, device="cpu").view(2, 4)
 
     def gate(t: torch.Tensor) -> torch.Tensor:
         return t * 1.5 + 0.25

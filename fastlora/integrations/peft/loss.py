@@ -118,9 +118,9 @@ def _recognize(model: Any) -> str | tuple[type, bool]:
     a loss function that tells its arguments.
     """
     kind, prefix = type(model), getattr(model, "base_model_prefix", "")
-    hidden = torch.linspace(-1, 1, 24, dtype=torch.float64).view(1, 4, 6)
-    matrix = torch.linspace(-3, 2, 42, dtype=torch.float64).view(7, 6).sin()
-    labels = torch.tensor([[3, 1, 6, 0]])
+    hidden = torch.linspace(-1, 1, 24, dtype=torch.float64, device="cpu").view(1, 4, 6)
+    matrix = torch.linspace(-3, 2, 42, dtype=torch.float64, device="cpu").view(7, 6).sin()
+    labels = torch.tensor([[3, 1, 6, 0]], device="cpu")
     told: dict[str, Any] = {}
 
     def loss_function(logits: Any = None, labels: Any = None, vocab_size: Any = None, **kwargs: Any) -> Any:
@@ -140,7 +140,7 @@ def _recognize(model: Any) -> str | tuple[type, bool]:
         **{prefix: inner, HEAD: lambda t: t @ matrix.T},
     )
     try:
-        out: Any = kind.forward(stand_in, input_ids=torch.zeros(1, 4, dtype=torch.long), labels=labels)
+        out: Any = kind.forward(stand_in, input_ids=torch.zeros_like(labels), labels=labels)
     except Exception as error:  # whatever it raises, it needs more than the formula has
         return f"the forward of {kind.__name__} is another: {error}"
     logits = told.get("logits")

@@ -118,8 +118,8 @@ def _recognize_norm(module: Any) -> tuple[float, str] | None:
     """Which formula the class of a norm computes, by its values."""
     if set(module._parameters) != {"weight"} or module._modules or module._buffers:
         return None
-    w = torch.linspace(-1, 2, 6)
-    x = torch.linspace(-3, 4, 24).view(4, 6).sin()
+    w = torch.linspace(-1, 2, 6, dtype=torch.float32, device="cpu")
+    x = torch.linspace(-3, 4, 24, dtype=torch.float32, device="cpu").view(4, 6).sin()
     for eps in _EPS:
         if eps not in module.__dict__:
             continue
@@ -156,7 +156,7 @@ def _recognize(kind: Any) -> str | Layout:
     named = [name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD][2:]
     anything = ["anything"] if len(named) + 2 < len(parameters) else []
     given = {name: object() for name in (*named, *anything)}
-    x = torch.linspace(-1, 2, 12, dtype=torch.float64).view(1, 2, 6)
+    x = torch.linspace(-1, 2, 12, dtype=torch.float64, device="cpu").view(1, 2, 6)
     reason = f"the forward of {kind.__name__} is another"
     for after, second, last in _NORMS:
         names = (_FIRST, after, second, last)

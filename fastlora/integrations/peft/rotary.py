@@ -41,9 +41,8 @@ def _recognize(function: Callable[..., Any]) -> str | None:
         first = list(inspect.signature(function).parameters.values())[:5]
         if [p.name for p in first] != ["q", "k", "cos", "sin", "unsqueeze_dim"] or first[4].default != 1:
             return f"{FUNCTION} takes other arguments"
-        q, k, cos, sin = (
-            torch.linspace(-2, 2, 48, dtype=torch.float64).view(1, 2, 4, 6).sin() * i for i in (1, 2, 3, 4)
-        )
+        x = torch.linspace(-2, 2, 48, dtype=torch.float64, device="cpu").view(1, 2, 4, 6).sin()
+        q, k, cos, sin = (x * i for i in (1, 2, 3, 4))
         found = function(q, k, cos[:, 0], sin[:, 0])
     except Exception as error:  # whatever it raises, it needs more than the formula has
         return f"{FUNCTION} is another: {error}"
