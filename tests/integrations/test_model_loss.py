@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,6 +62,27 @@ def test_the_loss_and_every_gradient(name: str) -> None:
     assert_same(step(model, **counted), expected[1])
     restore(model)
     assert type(model.get_base_model()) is kind
+
+
+def test_a_trainer_finds_its_columns(tmp_path: Path) -> None:
+    """Trainer drops the columns of a data set that the signature of the model's forward does not name."""
+    transformers = pytest.importorskip("transformers")
+    rows = [{"input_ids": ids, "labels": ids, "text": "dropped"} for ids in batch()["input_ids"]]
+    losses = []
+    for fused in (False, True):
+        model = architectures.make("llama")
+        base = model.get_base_model()
+        taken = inspect.signature(base.forward)
+        if fused:
+            accelerate(model, "torch", loss=True)
+        assert inspect.signature(base.forward) == taken
+        args = transformers.TrainingArguments(
+            str(tmp_path), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to=[], use_cpu=True
+        )
+        trainer = transformers.Trainer(model, args, train_dataset=rows)
+        trainer.train()
+        losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_a_cap_of_the_logits_counts() -> None:

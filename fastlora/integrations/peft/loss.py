@@ -100,10 +100,16 @@ def _head_reason(model: Any) -> str | None:
 
 
 @functools.cache
-def _fused(stock: type, output: type, softcap: bool) -> type:
+def _fused(stock: Any, output: type, softcap: bool) -> type:
+    # Trainers and generation read from the signature what a model takes.
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return FusedLoss.forward(self, *args, **kwargs)
+
     # Of the same name: trainers look models up by it.
-    fields = {"stock": stock, "output": output, "softcap": softcap, "__module__": stock.__module__}
-    return type(stock.__name__, (FusedLoss, stock), {**fields, "__qualname__": stock.__qualname__})
+    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
+    fields = {"stock": stock, "output": output, "softcap": softcap, "forward": forward}
+    return type(stock.__name__, (FusedLoss, stock), {**names, **fields})
 
 
 def _empty(stock: type, output: type, softcap: bool) -> Any:
