@@ -446,6 +446,15 @@ def test_undone_behind_a_wrapper_of_a_forward(part: str) -> None:
     assert_same(step(fast), step(stock))
 
 
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_an_mlp_takes_x_by_the_name_it_has_there(name: str) -> None:
+    fast = mlp(accelerated(name))
+    assert isinstance(fast, FusedMLP)
+    x = torch.randn(2, 3, 64)
+    (parameter,) = inspect.signature(fast.stock.forward).parameters.keys() - {"self"}
+    torch.testing.assert_close(fast(**{parameter: x}), fast(x))
+
+
 def test_without_blocks_again() -> None:
     fast = accelerated("llama")
     accelerate(fast, "torch", blocks=True)

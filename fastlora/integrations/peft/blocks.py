@@ -203,12 +203,13 @@ class FusedMLP:
     stock: type
     """The class that `separate` gives back."""
 
-    def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not hasattr(type(self), "stock"):  # a wrapper on the instance has kept this forward, see `separate`
-            return type(self).forward(self, x, *args, **kwargs)
-        if not (args or kwargs):
+            return type(self).forward(self, *args, **kwargs)
+        if len(args) == 1 and not kwargs:  # x has another name in every model
             found = _mlp(self)
             if not isinstance(found, str):
+                (x,) = args
                 layers, projections, activation = found
                 typed = _typed(layers, projections, x) if x.dim() and x.is_floating_point() else None
                 if typed is not None and typed[0].shape[-1] == projections[0].w.shape[1]:
@@ -219,7 +220,7 @@ class FusedMLP:
                         forget()
                     y = blocks.gated_mlp(computed, inner, down, activation, out_dtype=wide, backend=backend)
                     return y.to(dtype)
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Its class is made at run time: a copy or a pickle names the one it was made from.
