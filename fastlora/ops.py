@@ -359,6 +359,13 @@ def refuse_tangents(*tensors: torch.Tensor | None) -> None:
         raise RuntimeError("a fused LoRA layer has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad")
 
 
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is on, which knows none of these nodes."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def lora_linear(
     x: torch.Tensor,
     w: Weight,

@@ -997,6 +997,48 @@ def test_part_of_a_model(make_llama: Maker, ids: torch.Tensor, calls: list[str])
     assert len(calls) == 7
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_transforms_and_forward_mode_run_pefts_forward(base: str, calls: list[str]) -> None:
+    stock = lora_layer(base)["layer"]
+    fast = copy.deepcopy(stock)
+    accelerate(fast)
+    x, dx = torch.randn(3, 64), torch.randn(3, 64)
+    learned = {name: p.detach() for name, p in stock.named_parameters() if "lora_" in name}
+    found = []
+    for layer in (stock, fast):
+
+        def loss(parameters: Any, x: torch.Tensor, layer: nn.Module = layer) -> torch.Tensor:
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        results = list(torch.func.grad(loss)(learned, x).values())
+        results += torch.func.vmap(torch.func.grad(loss), (None, 0))(learned, torch.stack((x, dx))).values()
+        results += torch.func.jvp(lambda x: loss(learned, x), (x,), (dx,))
+        with torch.autograd.forward_ad.dual_level():
+            for scope in (torch.no_grad, torch.enable_grad):
+                with scope():
+                    y = layer(torch.autograd.forward_ad.make_dual(x, dx))
+                    results += torch.autograd.forward_ad.unpack_dual(y)
+        found.append(results)
+    assert not calls
+    for got, want in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, want)
+    assert accelerate(fast).replaced
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_forward_mode_through_a_model(blocks: bool, make_llama: Maker, ids: torch.Tensor) -> None:
+    tangents = []
+    for model in (make_llama("dense"), make_llama("dense")):
+        if tangents:
+            accelerate(model, blocks=blocks, loss=blocks)
+        model.get_base_model().set_attn_implementation("eager")
+        embedded = model.get_input_embeddings()(ids).detach()
+        with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+            out = model(inputs_embeds=torch.autograd.forward_ad.make_dual(embedded, embedded.cos()), labels=ids)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(out.loss).tangent)
+    torch.testing.assert_close(*tangents)
+
+
 def test_shapes_of_x(calls: list[str]) -> None:
     model = lora_layer("4bit")
     w, layer = base_weight(model["layer"].base_layer), model["layer"]

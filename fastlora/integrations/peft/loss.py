@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora import ops
 from fastlora.integrations.inner import inner_model
 from fastlora.loss import linear_cross_entropy
 
@@ -77,7 +78,7 @@ def _fusible(model: Any, given: dict[str, Any]) -> bool:
     if not model.training or given.get("labels") is None or given.get("return_dict") is False:
         return False
     kept = given.get("logits_to_keep", 0)
-    if not isinstance(kept, int) or kept or torch.compiler.is_compiling():
+    if not isinstance(kept, int) or kept or torch.compiler.is_compiling() or ops.transformed():
         return False
     return _head_reason(model) is None and _loss_reason(model) is None
 

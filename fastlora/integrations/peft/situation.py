@@ -13,6 +13,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastlora import ops
 from fastlora.adapters.quantized import QuantizedFactor
 from fastlora.adapters.variant import Variant
 from fastlora.integrations.peft.forward import adapters_forward, beside_forward, dora_forward
@@ -129,6 +130,8 @@ def layer_weight(layer: Any) -> Weight:
 
 
 def _fused_weight(layer: Any) -> str | Weight:
+    if ops.transformed():
+        return "a transform of torch.func or forward-mode differentiation is on"
     try:
         weight = layer_weight(layer)
     except (ValueError, AttributeError) as error:
