@@ -303,7 +303,7 @@ def adapter_forward(layer: Any, x: torch.Tensor, adapter: str, weight: Weight, b
     """
     modules = layer._modules  # as every attribute of a module, but without its search
     dropout = modules["lora_dropout"]._modules[adapter]
-    p = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
+    p = dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0
     variant: Any = layer.lora_variant.get(adapter) if layer.lora_variant else None
     if variant is not None and hasattr(variant, "run"):
         return variant.run(layer, _autocast(x), adapter, weight, p, backend)

@@ -105,6 +105,9 @@ def test_dropped_branches_are_added_by_the_layer(device: str, steps: list[bool])
     fast.eval()
     results(fast, device)
     assert len(steps) == 6
+    layers(fast)[0].resid_mlp_dropout.train()
+    results(fast, device)
+    assert len(steps) == 8
 
 
 def test_accelerate_reports_and_restore_gives_back(device: str) -> None:

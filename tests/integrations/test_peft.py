@@ -736,6 +736,23 @@ def test_dropout(pair: tuple[Any, Any], make_llama: Maker, ids: torch.Tensor, ca
     torch.testing.assert_close(logits(fast.eval(), ids), logits(stock.eval(), ids))
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+def test_dropout_has_a_mode_of_its_own(blocks: bool, make_llama: Maker, ids: torch.Tensor) -> None:
+    """As where it is left on for evaluation, to see how sure a model is, or off for a part of the training."""
+    stock, fast = make_llama(lora_dropout=0.5), make_llama(lora_dropout=0.5)
+    accelerate(fast, blocks=blocks)
+    for model in (stock, fast):
+        model.eval()
+        expected = logits(model, ids)
+        for on in (True, False):
+            model.train(not on)
+            for module in model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.train(on)
+            assert torch.equal(logits(model, ids), logits(model, ids)) is not on
+        torch.testing.assert_close(logits(model, ids), expected)
+
+
 def test_dropout_is_unbiased(make_llama: Maker) -> None:
     model = lora_layer("dense", lora_dropout=0.5)
     accelerate(model)

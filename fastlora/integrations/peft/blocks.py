@@ -57,7 +57,7 @@ def _projection(layer: Any) -> str | Projection:
         return "it has more than one plain adapter"
     modules = state._modules
     dropout = modules["lora_dropout"]._modules[adapter]
-    if state.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
+    if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p > 0:
         return "it has dropout, whose mask is each layer's own"
     a, b = modules["lora_A"]._modules[adapter], modules["lora_B"]._modules[adapter]
     # `_parameters`: as attributes, but without a module's search.

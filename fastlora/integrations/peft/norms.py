@@ -76,7 +76,7 @@ class FusedResidual:
 def _plain(layer: Any) -> bool:
     """Whether a layer adds its branches as they are."""
     dropouts = (layer._modules.get(name) for name in _DROPOUTS)
-    return not (layer.training and any(dropout is not None and dropout.p for dropout in dropouts))
+    return not any(dropout is not None and dropout.training and dropout.p for dropout in dropouts)
 
 
 def _step(layer: Any, module: Any, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
