@@ -21,6 +21,7 @@ from torch import nn
 from fastlora import activation as activations
 from fastlora import blocks, ops, tables
 from fastlora.blocks import Projection
+from fastlora.integrations.peft.converted import Converted, make_class, while_converted
 from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
 from fastlora.integrations.peft.situation import _intact, situation
@@ -197,15 +198,11 @@ class SharedInput:
         return mine
 
 
-class FusedMLP:
-    """The forward of a converted MLP. Expects to stand before the MLP's own class."""
+class FusedMLP(Converted):
+    """The forward of a converted MLP."""
 
-    stock: type
-    """The class that `separate` gives back."""
-
+    @while_converted
     def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not hasattr(type(self), "stock"):  # a wrapper on the instance has kept this forward, see `separate`
-            return type(self).forward(self, *args, **kwargs)
         if len(args) == 1 and not kwargs:  # x has another name in every model
             found = _mlp(self)
             if not isinstance(found, str):
@@ -222,19 +219,10 @@ class FusedMLP:
                     return y.to(dtype)
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made at run time: a copy or a pickle names the one it was made from.
-        return _empty, (self.stock,), self.__dict__.copy()
-
 
 @functools.cache
 def _fused_mlp(stock: type) -> type:
-    return type(f"Fast{stock.__name__}", (FusedMLP, stock), {"stock": stock, "__module__": stock.__module__})
-
-
-def _empty(stock: type) -> Any:
-    kind: Any = _fused_mlp(stock)
-    return kind.__new__(kind)
+    return make_class(FusedMLP, stock, (_fused_mlp, stock))
 
 
 _MLP_NAMES = (("gate_proj", "up_proj", "down_proj"), ("gate_up_proj", "down_proj"))

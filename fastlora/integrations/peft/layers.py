@@ -10,6 +10,7 @@ import torch
 from peft.tuners import lora
 
 from fastlora import ops
+from fastlora.integrations.peft.converted import while_converted
 from fastlora.integrations.peft.forward import mixed_forward
 from fastlora.integrations.peft.situation import Situation, mixed_situation, situation
 
@@ -50,9 +51,8 @@ class Fused(metaclass=_Named):
     """The PEFT class that `revert` gives back."""
     fastlora_backend: str = "auto"
 
+    @while_converted
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not hasattr(type(self), "stock"):  # a wrapper on the instance has kept this forward, see `revert`
-            return type(self).forward(self, x, *args, **kwargs)
         if not (args or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
             if not kwargs or all(value is None for value in kwargs.values()):
                 if not ops.must_dispatch(x):
@@ -89,9 +89,8 @@ class FusedMethod(Fused):
     def fastlora_situation(self) -> str | Situation:
         raise NotImplementedError
 
+    @while_converted
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not hasattr(type(self), "stock"):  # a wrapper on the instance has kept this forward, see `revert`
-            return type(self).forward(self, x, *args, **kwargs)
         if not (args or kwargs or self._disable_adapters or self.merged_adapters) and x.is_floating_point():
             found = situation(self)
             if not isinstance(found, str):

@@ -20,25 +20,23 @@ from torch import nn
 
 from fastlora import ops
 from fastlora.integrations.inner import inner_model
+from fastlora.integrations.peft.converted import Converted, make_class, while_converted
 from fastlora.loss import linear_cross_entropy
 
 _IGNORED = -100
 HEAD = "lm_head"
 
 
-class FusedLoss:
-    """The forward of a converted language model. Expects to stand before the model's own class."""
+class FusedLoss(Converted):
+    """The forward of a converted language model."""
 
-    stock: type
-    """The class that `undo` gives back."""
     output: type
     """What its own forward returns."""
     softcap: bool
     """Whether the logits are capped, as the configuration says."""
 
+    @while_converted
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(type(self), "stock"):  # a wrapper on the instance has kept this forward, see `undo`
-            return type(self).forward(self, *args, **kwargs)
         given = kwargs if not args else _bound(self.stock, self, args, kwargs)
         if not _fusible(self, given):
             return super().forward(*args, **kwargs)  # type: ignore[misc]
@@ -61,10 +59,6 @@ class FusedLoss:
         )
         rest = (field.name for field in dataclasses.fields(self.output) if field.name not in ("loss", "logits"))
         return self.output(loss=loss, logits=None, **{name: getattr(outputs, name, None) for name in rest})
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made at run time: a copy or a pickle names the one it was made from.
-        return _empty, (self.stock, self.output, self.softcap), self.__dict__.copy()
 
 
 def _bound(kind: Any, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -107,15 +101,9 @@ def _fused(stock: Any, output: type, softcap: bool) -> type:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return FusedLoss.forward(self, *args, **kwargs)
 
-    # Of the same name: trainers look models up by it.
-    names = {"__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    fields = {"stock": stock, "output": output, "softcap": softcap, "forward": forward}
-    return type(stock.__name__, (FusedLoss, stock), {**names, **fields})
-
-
-def _empty(stock: type, output: type, softcap: bool) -> Any:
-    kind: Any = _fused(stock, output, softcap)
-    return kind.__new__(kind)
+    return make_class(
+        FusedLoss, stock, (_fused, stock, output, softcap), output=output, softcap=softcap, forward=forward
+    )
 
 
 def _recognize(model: Any) -> str | tuple[type, bool]:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from fastlora import norm
+from fastlora.integrations.peft.converted import Converted, make_class, while_converted
 from fastlora.integrations.peft.liger import is_ligers
 from fastlora.integrations.peft.report import BlockReport
 
@@ -47,17 +48,14 @@ class Layout:
     """What the attention is handed where nothing is given."""
 
 
-class FusedResidual:
-    """The forward of a converted decoder layer. Expects to stand before the layer's own class."""
+class FusedResidual(Converted):
+    """The forward of a converted decoder layer."""
 
-    stock: type
-    """The class that `undo` gives back."""
     layout: Layout
     added = staticmethod(norm.added)
 
+    @while_converted
     def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(type(self), "stock"):  # a wrapper on the instance has kept this forward, see `undo`
-            return type(self).forward(self, hidden_states, *args, **kwargs)
         if args or not _plain(self):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         layout, modules = self.layout, self._modules
@@ -67,10 +65,6 @@ class FusedResidual:
         residual, x = _step(self, modules[layout.second], x, residual)
         x = modules[MLP](x)
         return residual + (x if layout.last is None else modules[layout.last](x))
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made at run time: a copy or a pickle names the one it was made from.
-        return _empty, (self.stock,), self.__dict__.copy()
 
 
 def _plain(layer: Any) -> bool:
@@ -197,14 +191,7 @@ def _fused(stock: Any) -> str | type:
     layout = _recognize(stock)
     if isinstance(layout, str):
         return layout
-    # Of the same name: wrapping policies look layers up by it.
-    fields = {"stock": stock, "layout": layout, "__module__": stock.__module__, "__qualname__": stock.__qualname__}
-    return type(stock.__name__, (FusedResidual, stock), fields)
-
-
-def _empty(stock: Any) -> Any:
-    kind: Any = _fused(stock)
-    return kind.__new__(kind)
+    return make_class(FusedResidual, stock, (_fused, stock), layout=layout)
 
 
 def _reason(layer: Any, kind: Any) -> str | None:
