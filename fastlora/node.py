@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastlora import backends, native, tables
 from fastlora.backends import Problem
@@ -41,7 +42,7 @@ def call(
     With ``autocast`` x is first cast to the type that autocast wants, if it is on. p: of the dropout, whose seed is
     drawn as `fastlora.dropout.draw_seed` draws it, unless the call is declined.
     """
-    if type(w) is not NF4Weight or torch.compiler.is_compiling():
+    if type(w) is not NF4Weight or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return None
     layer = w.__dict__.get("_layer", 0)  # not an attribute of the class, so that it is no part of the weight's value
     if layer == 0:

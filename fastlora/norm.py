@@ -29,7 +29,7 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | 
         return machine.triton
     if not x.is_cuda and not machine.triton_interpreted:
         return "Triton kernels run on cuda"
-    if ops.transformed() or any(ops.must_dispatch(t) for t in operands):
+    if any(ops.must_dispatch(t) for t in operands):
         return "somebody is to see PyTorch's operators"
     if weight.requires_grad:
         return "the weight learns"

@@ -338,14 +338,21 @@ def freed_after_use() -> bool:
     return keeps is not None and not keeps()
 
 
-def looked_at() -> bool:
-    """Whether a compiler, a dispatch mode or a transform is to see every operator itself."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or torch._C._are_functorch_transforms_active()
-
-
 def version(t: torch.Tensor | None) -> int:
     """What a change of ``t`` in place changes. Tensors that were made in inference mode do not count theirs."""
     return -1 if t is None or t.is_inference() else t._version
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is on, which knows none of these nodes."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def looked_at() -> bool:
+    """Whether a compiler, a dispatch mode or a transform is to see every operator itself."""
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or transformed()
 
 
 def must_dispatch(x: torch.Tensor) -> bool:
@@ -357,13 +364,6 @@ def refuse_tangents(*tensors: torch.Tensor | None) -> None:
     """Raise RuntimeError where forward-mode differentiation goes through an operator, which would lose it silently."""
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError("a fused LoRA layer has no forward-mode derivative (jvp, jacfwd): use torch.autograd.grad")
-
-
-def transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is on, which knows none of these nodes."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def lora_linear(

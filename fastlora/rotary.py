@@ -24,7 +24,7 @@ def unsupported(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.
         return machine.triton
     if not q.is_cuda and not machine.triton_interpreted:
         return "Triton kernels run on cuda"
-    if ops.transformed() or any(ops.must_dispatch(t) for t in (q, k, cos, sin)):
+    if any(ops.must_dispatch(t) for t in (q, k, cos, sin)):
         return "somebody is to see PyTorch's operators"
     if q.dim() != 4 or k.dim() != 4 or q.shape[0::2] != k.shape[0::2] or q.shape[3] != k.shape[3] or not q.numel():
         return f"q {tuple(q.shape)} and k {tuple(k.shape)} are not (B, H, S, D) of one B, S and D"

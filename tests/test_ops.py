@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tolerance import GRADS, Problem, Results, assert_close, make_problem, truth_and_plain
+from torch.autograd import forward_ad
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -617,6 +618,8 @@ def test_a_forward_mode_derivative_is_refused(which: str, compiled: bool) -> Non
     if not compiled:
         with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
             torch.func.jacfwd(lambda t: lora_linear(w=problem.w, **{which: t}, **kept))(at)
+        with forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            lora_linear(w=problem.w, **{which: forward_ad.make_dual(at, at)}, **kept)
         # Whoever differentiates something else is not in the way.
         assert torch.func.jvp(lambda t: t + lora_linear(w=problem.w, **{which: at}, **kept).sum(), (at,), (at,))
 
