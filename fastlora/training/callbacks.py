@@ -9,6 +9,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Sized
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -163,21 +164,21 @@ class LogFile(TrainerCallback):
 
 
 class Reporter(TrainerCallback):
-    """Shows loss, tokens a second and memory: a progress bar on a terminal, else one line a log.
+    """Shows loss, tokens a second and memory: progress bars on a terminal, else one line a log.
 
-    A context manager: the bar is taken down however the run ends.
+    A context manager: the bars are taken down however the run ends.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(file=sys.stdout, highlight=False)
         self._progress: Progress | None = None
-        self._task: Any = None
-        self._text = ""
+        self._training: Any = None
+        self._evaluation: Any = None
 
     def __enter__(self) -> Reporter:
         if self.console.is_terminal:
             self._progress = Progress(
-                TextColumn("training"),
+                TextColumn("{task.fields[what]}"),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
@@ -185,7 +186,6 @@ class Reporter(TrainerCallback):
                 console=self.console,
             )
             self._progress.start()
-            self._task = self._progress.add_task("", total=None)
         return self
 
     def __exit__(
@@ -193,11 +193,38 @@ class Reporter(TrainerCallback):
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-            self._progress = None
+            self._progress = self._training = self._evaluation = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._progress is not None:
+            self._training = self._progress.add_task(
+                "", what="training", completed=state.global_step, total=state.max_steps
+            )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._progress is not None:
-            self._progress.update(self._task, completed=state.global_step, total=state.max_steps)
+            self._progress.update(self._training, completed=state.global_step)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._progress is not None:
+            if self._evaluation is None:
+                batches = len(eval_dataloader) if isinstance(eval_dataloader, Sized) else None
+                self._evaluation = self._progress.add_task("", what="evaluation", total=batches)
+            self._progress.advance(self._evaluation)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is not None and self._evaluation is not None:
+            self._progress.remove_task(self._evaluation)
+            self._evaluation = None
 
     def on_log(
         self,
@@ -218,7 +245,7 @@ class Reporter(TrainerCallback):
         if "tokens_per_second" in logs:
             parts += [f"{logs['tokens_per_second']:,.0f} tokens/s", f"{logs['memory_gib']:.2f} GiB"]
         if self._progress is not None:
-            self._progress.update(self._task, description="  ".join(parts))
+            self._progress.update(self._training, description="  ".join(parts))
         else:
             self.console.print(f"step {state.global_step}/{state.max_steps}  {'  '.join(parts)}")
 

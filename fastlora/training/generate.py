@@ -108,9 +108,13 @@ def compare(
     chat: bool | None = None,
 ) -> list[Comparison]:
     """Continues each prompt with the adapter disabled and enabled, from the same seed."""
-    sampling = sampling or Sampling()
+    from rich.console import Console
+    from rich.progress import track
+
+    sampling, console = sampling or Sampling(), Console(stderr=True)
+    shown = console.is_terminal and len(prompts) > 1
     results = []
-    for prompt in prompts:
+    for prompt in track(prompts, "generating", console=console, transient=True, disable=not shown):
         with model.disable_adapter():
             before = complete(model, tokenizer, prompt, sampling, chat)
         results.append(Comparison(prompt, before, complete(model, tokenizer, prompt, sampling, chat)))

@@ -221,7 +221,8 @@ def _run(
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(_how_to_go_on(config))
     if examples.evaluation is not None and not _evaluated_now(trainer):
-        trainer.evaluate()
+        with reporter if world.main else contextlib.nullcontext():
+            trainer.evaluate()
 
     adapter = config.output_dir / checkpoints.ADAPTER
     history = list(trainer.state.log_history)

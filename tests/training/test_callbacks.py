@@ -29,6 +29,7 @@ def test_progress_shows_loss_speed_and_memory(terminal: bool) -> None:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
     args, control = TrainingArguments(report_to="none"), TrainerControl()
     with Reporter(console) as reporter:
+        reporter.on_train_begin(args, state(0), control)
         reporter.on_log(args, state(0), control, {"eval_loss": 2.5})
         reporter.on_step_end(args, state(3), control)
         reporter.on_log(args, state(3), control, LOGS)
@@ -36,6 +37,22 @@ def test_progress_shows_loss_speed_and_memory(terminal: bool) -> None:
     assert "evaluation loss 2.5000" in shown
     assert all(part in shown for part in ("3/4", "loss 1.2500", "1,234 tokens/s", "0.50 GiB"))
     assert ("\x1b[" in shown) is terminal
+
+
+def test_an_evaluation_shows_how_far_it_is() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=120, highlight=False)
+    args, control = TrainingArguments(report_to="none"), TrainerControl()
+    for batches, expected in (([0, 1, 2], "2/3"), (iter(()), "2/?")):
+        with Reporter(console) as reporter:
+            for _ in range(2):
+                reporter.on_prediction_step(args, state(0), control, eval_dataloader=batches)
+            reporter._progress.refresh()  # type: ignore[union-attr]
+            reporter.on_evaluate(args, state(0), control)
+            reporter._progress.refresh()  # type: ignore[union-attr]
+        shown = console.file.getvalue()  # type: ignore[attr-defined]
+        assert "evaluation" in shown
+        assert expected in shown
+        assert "evaluation" not in shown.splitlines()[-1], "its bar goes when it ends"
 
 
 def test_meter_counts_only_its_own_steps() -> None:
