@@ -471,7 +471,12 @@ def explain(
     kept_blocks: Annotated[int, typer.Option(help="model: last blocks that are not recomputed", min=0)] = 0,
 ) -> None:
     """Show which backend runs one layer, and why; or what memory a training step of a model takes."""
+    one_of("quant", quant, ("nf4", "fp4", "none"))
     if model is not None:
+        if given := next((name for name, value in (("m", m), ("n", n), ("k", k)) if value is not None), None):
+            raise UserError(f"--{given} is of a layer: give it, or --model")
+        if kept_blocks and not checkpointing:
+            raise UserError("--kept-blocks are those that --checkpointing does not recompute: give both")
         chosen = {"blocks": blocks, "chunked_loss": chunked_loss, "kept_blocks": kept_blocks}
         print(_memory(model, batch, seq, r=r, checkpointing=checkpointing, quantized=quant != "none", **chosen))
         return
@@ -481,10 +486,11 @@ def explain(
     import torch
 
     from fastlora import backends
+    from fastlora.nf4 import BLOCKSIZES
 
     one_of("dtype", dtype, (*DTYPES, *DTYPES.values()))
     one_of("device", device, ("auto", "cpu", "cuda"))
-    one_of("quant", quant, ("nf4", "fp4", "none"))
+    one_of("blocksize", str(blocksize), map(str, BLOCKSIZES))
     machine = backends.this_machine()
     if arch is not None:
         match = re.fullmatch(r"(?:sm_?)?(\d+)\.?(\d)a?", arch)
