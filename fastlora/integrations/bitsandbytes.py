@@ -17,17 +17,18 @@ except ImportError as error:
     raise ImportError("fusing 4-bit layers needs bitsandbytes: pip install 'fastlora-kernels[train]'") from error
 
 from fastlora import backends
+from fastlora.integrations.converted import become, while_converted
 from fastlora.linear import factors_forward, kept_weight
 
 
 class FusedLinear4bit(bnb.nn.Linear4bit):
     """bitsandbytes' ``Linear4bit`` with the fused forward and backward."""
 
+    stock = bnb.nn.Linear4bit
     fastlora_backend: str = "auto"
 
+    @while_converted
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not isinstance(self, FusedLinear4bit):  # a wrapper on the instance has kept this forward, see `unfuse`
-            return type(self).forward(self, x)
         if not x.is_floating_point() or x.dim() == 0:
             return super().forward(x)
         return factors_forward(self, x, None, None, 1.0, 0.0, kept_weight(self, self), self.fastlora_backend)
@@ -48,7 +49,7 @@ def fuse(model: nn.Module, backend: str = "auto") -> int:
     module: Any
     for module in model.modules():
         if type(module) in (bnb.nn.Linear4bit, FusedLinear4bit):
-            module.__class__ = FusedLinear4bit
+            become(module, FusedLinear4bit)
             module.fastlora_backend = backend
             if getattr(module, "support_avx512bf16_for_cpu", False):
                 # bitsandbytes would repack these bytes in place during the first forward in eval mode.
@@ -63,7 +64,7 @@ def unfuse(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if type(module) is FusedLinear4bit:
-            module.__class__ = bnb.nn.Linear4bit
+            become(module, bnb.nn.Linear4bit)
             for name in ("fastlora_backend", "fastlora_weight"):
                 module.__dict__.pop(name, None)
             if module.__dict__.pop("fastlora_repack", False):

@@ -22,7 +22,7 @@ pytest.importorskip("accelerate")
 import peft_models  # noqa: E402
 import surface  # noqa: E402
 
-from fastlora.integrations.peft import accelerate, fused  # noqa: E402
+from fastlora.integrations.peft import accelerate, fused, restore  # noqa: E402
 from fastlora.integrations.peft import layers as layers_module  # noqa: E402
 from fastlora.integrations.peft.situation import situation  # noqa: E402
 
@@ -252,6 +252,83 @@ def test_a_pre_quantized_checkpoint(
     for name, p in stock.items():
         if p.grad is not None:
             torch.testing.assert_close(fast[name].grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def dispatched(model: Any) -> Any:
+    """``model`` with the hooks that a ``device_map`` of several devices brings, all of which are the CPU."""
+    from accelerate import dispatch_model
+
+    parts = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.1", "model.norm", "lm_head"), "cpu")
+    dispatch_model(model, {**parts, "model.rotary_emb": "cpu"}, main_device="cpu", force_hooks=True)
+    assert sum("forward" in module.__dict__ for module in model.modules()) > 14
+    return model
+
+
+def gradients(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("blocks", [False, True], ids=["layers", "blocks"])
+def test_a_model_on_several_devices_is_fused(when: str, blocks: bool, make_llama: Maker, ids: torch.Tensor) -> None:
+    from accelerate.hooks import remove_hook_from_submodules
+
+    stock, model = make_llama(), make_llama()
+    expected = gradients(stock, ids)
+    if when == "before":
+        dispatched(model.get_base_model())
+    report = accelerate(model, "torch", blocks=blocks, loss=blocks)
+    if when == "after":
+        dispatched(model.get_base_model())
+    assert len(report.replaced) == 14
+    assert paths_of(model) == {"fused"}
+    if blocks:
+        assert all(block.reason is None for block in report.blocks)
+    ran: list[str] = []
+
+    def watch(name: str, module: Any) -> None:
+        def pre_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+            ran.append(name)
+            return args, kwargs
+
+        module._hf_hook.pre_forward = pre_forward
+
+    for layer in surface.lora_layers(model):
+        watch("base layer", layer.base_layer)
+    watch("decoder layer", model.get_base_model().model.layers[0])
+    for ours, theirs in zip(gradients(model, ids), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert ran == ["decoder layer"]
+    remove_hook_from_submodules(model.get_base_model())
+    assert paths_of(model) == {"fused"}
+    again = accelerate(model, "torch", blocks=blocks, loss=blocks)
+    assert len(again.replaced) == 14
+    restore(model)
+    for ours, theirs in zip(gradients(model, ids), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_model_on_several_devices_is_restored(make_llama: Maker, ids: torch.Tensor) -> None:
+    stock, model = make_llama(), dispatched(make_llama().get_base_model())
+    expected = gradients(stock, ids)
+    accelerate(model, blocks=True, loss=True)
+    restore(model)
+    for ours, theirs in zip(gradients(model, ids), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("change", ["offload", "io_same_device"])
+def test_a_hook_that_does_more_than_to_move_inputs_is_run(change: str, make_llama: Maker) -> None:
+    model = make_llama()
+    dispatched(model.get_base_model())
+    layer = surface.lora_layers(model)[0]
+    setattr(layer.base_layer._hf_hook, change, True)
+    report = accelerate(model)
+    assert len(report.replaced) == 13
+    assert "its forward is replaced on the instance" in situation(layer)
 
 
 def test_layers_that_accelerate_offloads_are_left_to_peft(make_llama: Maker, ids: torch.Tensor, tmp_path: Path) -> None:

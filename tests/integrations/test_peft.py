@@ -321,7 +321,7 @@ REASONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
     ),
     "base forward": (
         "dense",
-        lambda m: setattr(m.base_layer, "forward", m.base_layer.forward),
+        lambda m: setattr(m.base_layer, "forward", functools.partial(m.base_layer.forward)),
         "base layer: its forward is replaced on the instance",
     ),
     "hook on lora_A": (
@@ -354,7 +354,11 @@ REASONS: dict[str, tuple[str, Callable[[Any], None], str]] = {
         lambda m: setattr(m, "base_layer", nn.modules.linear.NonDynamicallyQuantizableLinear(64, 96)),
         "the base layer is a NonDynamicallyQuantizableLinear",
     ),
-    "own forward": ("dense", lambda m: setattr(m, "forward", m.forward), "its forward is replaced on the instance"),
+    "own forward": (
+        "dense",
+        lambda m: setattr(m, "forward", functools.partial(m.forward)),
+        "its forward is replaced on the instance",
+    ),
     "no adapter active": ("dense", lambda m: m.set_adapter([]), "no adapter is active"),
 }
 

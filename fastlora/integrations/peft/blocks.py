@@ -21,7 +21,7 @@ from torch import nn
 from fastlora import activation as activations
 from fastlora import blocks, ops, tables
 from fastlora.blocks import Projection
-from fastlora.integrations.peft.converted import Converted, make_class, while_converted
+from fastlora.integrations.converted import Converted, become, make_class, replaced, while_converted
 from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
 from fastlora.integrations.peft.situation import _intact, situation
@@ -328,7 +328,7 @@ def _mlp_class_reason(module: nn.Module) -> str | None:
 
 
 def _intact_forward(module: nn.Module) -> str | None:
-    return "its forward is replaced on the instance" if "forward" in module.__dict__ else None
+    return "its forward is replaced on the instance" if replaced(module) else None
 
 
 def _shared_reason(module: nn.Module) -> str | None:
@@ -388,7 +388,7 @@ def _join(name: str, module: nn.Module) -> Iterator[BlockReport]:
         converted = reason is None
         if converted:
             kind: Any = type(module)
-            module.__class__ = _fused_mlp(kind)
+            become(module, _fused_mlp(kind))
             reason = _first_reason(present)
         yield BlockReport(name, "gated MLP", tuple(names), reason)
     for names in SHARED:
@@ -421,6 +421,6 @@ def separate(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop("fastlora_group", None)
         if isinstance(module, FusedMLP):
-            module.__class__ = module.stock
+            become(module, module.stock)
             for name in _ACTIVATION_NAMES:
                 getattr(getattr(module, name, None), "__dict__", {}).pop("fastlora_activation", None)

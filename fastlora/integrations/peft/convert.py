@@ -13,6 +13,7 @@ from peft.tuners.vera.layer import VeraLayer
 from torch import nn
 
 from fastlora import backends
+from fastlora.integrations import converted
 from fastlora.integrations.peft import blocks as joint
 from fastlora.integrations.peft import liger as liger_kernels
 from fastlora.integrations.peft import loss as losses
@@ -71,7 +72,7 @@ def accelerate(
     for name, layer in layers:
         able = convertible(layer)
         found = _situation(layer) if able else f"{type(layer).__name__} layers are not linear LoRA layers"
-        if "forward" in layer.__dict__ and not isinstance(layer, Fused):
+        if not isinstance(layer, Fused) and converted.replaced(layer):
             found = "its forward is replaced on the instance"  # by one that calls PEFT's
         reports.append(report_layer(name, layer, backend, found if isinstance(found, str) else None))
         if able:

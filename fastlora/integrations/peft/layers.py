@@ -10,7 +10,7 @@ import torch
 from peft.tuners import lora
 
 from fastlora import ops
-from fastlora.integrations.peft.converted import while_converted
+from fastlora.integrations.converted import become, while_converted
 from fastlora.integrations.peft.forward import mixed_forward
 from fastlora.integrations.peft.situation import Situation, mixed_situation, situation
 
@@ -126,7 +126,7 @@ def convertible(layer: Any) -> bool:
 
 def convert(layer: Any, backend: str) -> None:
     """Give a `convertible` layer its fused class."""
-    layer.__class__ = FUSED.get(type(layer), type(layer))
+    become(layer, FUSED.get(type(layer), type(layer)))
     layer.fastlora_backend = backend
     if getattr(layer.base_layer, "support_avx512bf16_for_cpu", False):
         # bitsandbytes would repack these bytes in place during the first forward in eval mode.
@@ -136,7 +136,7 @@ def convert(layer: Any, backend: str) -> None:
 
 def revert(layer: Any) -> None:
     """Undo `convert`."""
-    layer.__class__ = layer.stock
+    become(layer, layer.stock)
     for name in ("fastlora_backend", "fastlora_group", *_CACHES):
         layer.__dict__.pop(name, None)
     if layer.__dict__.pop("fastlora_repack", False):

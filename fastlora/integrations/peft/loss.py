@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from fastlora import ops
+from fastlora.integrations.converted import Converted, become, make_class, moves, replaced, while_converted
 from fastlora.integrations.inner import inner_model
-from fastlora.integrations.peft.converted import Converted, make_class, while_converted
 from fastlora.loss import linear_cross_entropy
 
 _IGNORED = -100
@@ -43,7 +43,8 @@ class FusedLoss(Converted):
         inner = {name: value for name, value in given.items() if name not in ("labels", "logits_to_keep")}
         outputs = getattr(self, self.base_model_prefix)(**inner)
         head = self._modules[HEAD]
-        hidden, labels = outputs.last_hidden_state, given.get("shift_labels")
+        # The head may lie on another device than the last layer.
+        hidden, labels = outputs.last_hidden_state.to(head.weight.device), given.get("shift_labels")
         ignored = given.get("ignore_index", _IGNORED)
         if labels is None:
             # Tokens before n predict token n.
@@ -85,7 +86,7 @@ def _loss_reason(model: Any) -> str | None:
 
 def _head_reason(model: Any) -> str | None:
     head = model._modules.get(HEAD)
-    if type(head) is not nn.Linear or "forward" in head.__dict__:
+    if type(head) is not nn.Linear or moves(head):
         return f"{HEAD} is no plain linear layer"
     if not head.weight.is_floating_point():
         return f"the weight of {HEAD} is packed"
@@ -158,7 +159,7 @@ def reason(model: nn.Module) -> str | None:
         return None
     if not hasattr(base, "loss_function") or not hasattr(base, "config"):
         return f"{type(base).__name__} is no transformers model with a loss"
-    if "forward" in base.__dict__:
+    if replaced(base):
         return "its forward is replaced on the instance"
     found = _head_reason(base) or _loss_reason(base)
     if found is not None:
@@ -175,11 +176,11 @@ def fuse(model: nn.Module) -> None:
     recognized = _recognize(base)
     assert not isinstance(recognized, str)
     kind: Any = type(base)
-    base.__class__ = _fused(kind, *recognized)
+    become(base, _fused(kind, *recognized))
 
 
 def undo(model: nn.Module) -> None:
     """Take back what `fuse` did, if it did anything."""
     base: Any = inner_model(model)
     if isinstance(base, FusedLoss):
-        base.__class__ = base.stock
+        become(base, base.stock)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from fastlora import norm
-from fastlora.integrations.peft.converted import Converted, make_class, while_converted
+from fastlora.integrations.converted import Converted, become, make_class, moves, replaced, while_converted
 from fastlora.integrations.peft.liger import is_ligers
 from fastlora.integrations.peft.report import BlockReport
 
@@ -92,8 +92,7 @@ def _formula_of(module: Any) -> tuple[float, str] | None:
     """The offset of a norm's weight and the name of its epsilon, where nothing but the formula is computed."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return None
-    own = module.__dict__.get("forward")
-    if own is not None and not is_ligers(own):
+    if "forward" in module.__dict__ and moves(module) and not is_ligers(module.__dict__["forward"]):
         return None
     kind = type(module)
     if is_ligers(kind):
@@ -196,7 +195,7 @@ def _fused(stock: Any) -> str | type:
 
 def _reason(layer: Any, kind: Any) -> str | None:
     """Why a layer's forward stays as it is, or None."""
-    if "forward" in layer.__dict__:
+    if replaced(layer):
         return "its forward is replaced on the instance"
     if isinstance(kind, str):
         return kind
@@ -219,7 +218,7 @@ def fuse(model: nn.Module) -> Iterator[BlockReport]:
         kind: Any = stock if issubclass(stock, FusedResidual) else _fused(stock)
         reason = _reason(layer, kind)
         if reason is None:
-            layer.__class__ = kind
+            become(layer, kind)
         second = "post_attention_layernorm" if isinstance(kind, str) else kind.layout.second
         yield BlockReport(name, "residual and norm", (_FIRST, second), reason)
 
@@ -228,4 +227,4 @@ def undo(model: nn.Module) -> None:
     """Take back what `fuse` did, if it did anything, but where FSDP has made a class of its own from it."""
     for _, layer in _layers(model):
         if isinstance(layer, FusedResidual) and type(layer) is _fused(layer.stock):
-            layer.__class__ = layer.stock
+            become(layer, layer.stock)
