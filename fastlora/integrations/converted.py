@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 _ACCELERATES = "accelerate.hooks"
+REPLACED = "its forward is replaced on the instance"
+"""Why a module is not computed, or not converted: see `does_more` and `replaced`."""
 
 
 def become(module: Any, kind: type) -> None:
@@ -32,9 +34,9 @@ def replaced(module: Any) -> bool:
     return not (_accelerates(state) and _is_of(state.get("_old_forward"), module, kind))
 
 
-def moves(module: Any) -> bool:
-    """Whether more than the forward of the class of ``module`` must run: as `replaced`, or because accelerate fetches
-    its weights or sends its results elsewhere.
+def does_more(module: Any) -> bool:
+    """Whether a call of ``module`` does more than the forward of its class: as `replaced`, or because accelerate
+    fetches its weights or sends its results elsewhere.
 
     Where accelerate only moves inputs to the device of the weights, as in a model that a ``device_map`` spreads over
     several, whoever has them there already can do without.

@@ -449,7 +449,6 @@ def merged(r: int, blocksize: int) -> TileConfig:
 
 
 @functools.cache
-@functools.cache
 def pack(block_r: int) -> TileConfig:
     """Tiles of the pass that packs the adapters of several projections: of A (R, K), and of B (N, R)."""
     return TileConfig(block_n=max(16, 2048 // block_r), block_k=max(16, 4096 // block_r), block_r=block_r, num_stages=1)

@@ -21,7 +21,7 @@ from torch import nn
 from fastlora import activation as activations
 from fastlora import blocks, ops, tables
 from fastlora.blocks import Projection
-from fastlora.integrations.converted import Converted, become, make_class, replaced, while_converted
+from fastlora.integrations.converted import REPLACED, Converted, become, make_class, replaced, while_converted
 from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
 from fastlora.integrations.peft.situation import _intact, situation
@@ -321,14 +321,10 @@ def _computes_gated_mlp(kind: type) -> str | None:
 
 
 def _mlp_class_reason(module: nn.Module) -> str | None:
-    if reason := _intact_forward(module):
-        return reason
+    if replaced(module):
+        return REPLACED
     kind: Any = type(module)
     return _computes_gated_mlp(kind)
-
-
-def _intact_forward(module: nn.Module) -> str | None:
-    return "its forward is replaced on the instance" if replaced(module) else None
 
 
 def _shared_reason(module: nn.Module) -> str | None:

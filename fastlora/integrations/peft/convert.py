@@ -73,7 +73,7 @@ def accelerate(
         able = convertible(layer)
         found = _situation(layer) if able else f"{type(layer).__name__} layers are not linear LoRA layers"
         if not isinstance(layer, Fused) and converted.replaced(layer):
-            found = "its forward is replaced on the instance"  # by one that calls PEFT's
+            found = converted.REPLACED  # by one that calls PEFT's
         reports.append(report_layer(name, layer, backend, found if isinstance(found, str) else None))
         if able:
             fusible.append(layer)

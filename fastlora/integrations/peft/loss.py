@@ -19,7 +19,15 @@ import torch
 from torch import nn
 
 from fastlora import ops
-from fastlora.integrations.converted import Converted, become, make_class, moves, replaced, while_converted
+from fastlora.integrations.converted import (
+    REPLACED,
+    Converted,
+    become,
+    does_more,
+    make_class,
+    replaced,
+    while_converted,
+)
 from fastlora.integrations.inner import inner_model
 from fastlora.loss import linear_cross_entropy
 
@@ -86,7 +94,7 @@ def _loss_reason(model: Any) -> str | None:
 
 def _head_reason(model: Any) -> str | None:
     head = model._modules.get(HEAD)
-    if type(head) is not nn.Linear or moves(head):
+    if type(head) is not nn.Linear or does_more(head):
         return f"{HEAD} is no plain linear layer"
     if not head.weight.is_floating_point():
         return f"the weight of {HEAD} is packed"
@@ -160,7 +168,7 @@ def reason(model: nn.Module) -> str | None:
     if not hasattr(base, "loss_function") or not hasattr(base, "config"):
         return f"{type(base).__name__} is no transformers model with a loss"
     if replaced(base):
-        return "its forward is replaced on the instance"
+        return REPLACED
     found = _head_reason(base) or _loss_reason(base)
     if found is not None:
         return found

@@ -18,7 +18,15 @@ import torch
 from torch import nn
 
 from fastlora import norm
-from fastlora.integrations.converted import Converted, become, make_class, moves, replaced, while_converted
+from fastlora.integrations.converted import (
+    REPLACED,
+    Converted,
+    become,
+    does_more,
+    make_class,
+    replaced,
+    while_converted,
+)
 from fastlora.integrations.peft.liger import is_ligers
 from fastlora.integrations.peft.report import BlockReport
 
@@ -92,7 +100,7 @@ def _formula_of(module: Any) -> tuple[float, str] | None:
     """The offset of a norm's weight and the name of its epsilon, where nothing but the formula is computed."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return None
-    if "forward" in module.__dict__ and moves(module) and not is_ligers(module.__dict__["forward"]):
+    if does_more(module) and not is_ligers(module.__dict__["forward"]):
         return None
     kind = type(module)
     if is_ligers(kind):
@@ -196,7 +204,7 @@ def _fused(stock: Any) -> str | type:
 def _reason(layer: Any, kind: Any) -> str | None:
     """Why a layer's forward stays as it is, or None."""
     if replaced(layer):
-        return "its forward is replaced on the instance"
+        return REPLACED
     if isinstance(kind, str):
         return kind
     for name in (_FIRST, kind.layout.second):

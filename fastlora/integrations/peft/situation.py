@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastlora import ops
 from fastlora.adapters.quantized import QuantizedFactor
 from fastlora.adapters.variant import Variant
-from fastlora.integrations.converted import moves
+from fastlora.integrations.converted import REPLACED, does_more
 from fastlora.integrations.peft.forward import adapters_forward, beside_forward, dora_forward
 from fastlora.linear import adapter_forward, kept_weight
 from fastlora.nf4 import Weight
@@ -44,8 +44,8 @@ _ALONE = (*_BESIDE_THE_BASE, Variant)
 def _intact(module: nn.Module) -> str | None:
     """None when calling ``module`` does nothing but its class's forward; else what would be missed."""
     state = module.__dict__
-    if "forward" in state and moves(module):
-        return "its forward is replaced on the instance"
+    if does_more(module):
+        return REPLACED
     if (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
