@@ -49,26 +49,43 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | 
     return None
 
 
+def _order(x: torch.Tensor) -> tuple[int, ...] | None:
+    """The dimensions of x by their strides, the last one last, where they are in another order: heads before tokens,
+    of a matrix that has tokens before heads."""
+    if x.is_contiguous():
+        return None
+    last, strides = x.dim() - 1, x.stride()
+    order = (*sorted(range(last), key=lambda i: -strides[i]), last)
+    return None if order == tuple(range(last + 1)) else order
+
+
+def _inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(order.index(i) for i in range(len(order)))
+
+
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, residual: Any, weight: torch.Tensor, eps: float, offset: float) -> Any:
         ctx.set_materialize_grads(False)
-        x = x.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        h, y, rstd = kernels("norm").forward(x, residual, weight, eps, offset)
-        # Detached: x itself would come out as one of several views, which nothing may change in place.
-        h = h.detach() if residual is None else h
+        order = None if residual is not None else _order(x)
+        rows = x if order is None else x.permute(order)
+        h, y, rstd = kernels("norm").forward(rows, residual, weight, eps, offset)
         ctx.save_for_backward(h, weight, rstd)
-        ctx.offset, ctx.summed = offset, residual is not None
-        return h, y
+        ctx.offset, ctx.summed, ctx.order = offset, residual is not None, order
+        if order is not None:
+            y = y.permute(_inverse(order))
+        # Detached: x itself would come out as one of several views, which nothing may change in place.
+        return x.detach() if residual is None else h, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: torch.Tensor | None, dy: torch.Tensor | None) -> Any:
         h, weight, rstd = ctx.saved_tensors
         if dy is not None:
-            dh = None if dh is None else dh.contiguous()
-            dh = kernels("norm").backward(dy.contiguous(), dh, h, weight, rstd, ctx.offset)
+            order = range(dy.dim()) if ctx.order is None else ctx.order
+            dh = None if dh is None else dh.permute(*order).contiguous()
+            dh = kernels("norm").backward(dy.permute(*order).contiguous(), dh, h, weight, rstd, ctx.offset)
+            dh = dh if ctx.order is None else dh.permute(_inverse(ctx.order))
         return dh, dh if ctx.summed else None, None, None, None
 
 

@@ -85,6 +85,35 @@ def test_any_strides(device: str) -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        pytest.param(lambda t: t[..., 8:72].view(2, 5, 4, 16), id="heads"),
+        pytest.param(lambda t: t[..., 8:72].view(2, 5, 4, 16).transpose(1, 2), id="heads first"),
+        pytest.param(lambda t: t[:, :3, :16], id="some rows"),
+        pytest.param(lambda t: t[:1, ::2, :16], id="every other row"),
+        pytest.param(lambda t: t[:, :3, :64].view(2, 3, 4, 16)[:, :, ::2], id="every other head"),
+        pytest.param(lambda t: t[..., 0:32:2], id="every other element"),
+        pytest.param(lambda t: t[0, 0, :16], id="one row"),
+    ],
+)
+def test_rows_of_a_wider_matrix(device: str, monkeypatch: pytest.MonkeyPatch, view: Any) -> None:
+    """As the heads of q beside those of k and v are: read where they lie, with the same results."""
+    wide = torch.randn(2, 5, 96, device=device)
+    weight = torch.randn(16, device=device)
+    x, copied = (t.detach().requires_grad_() for t in (view(wide), view(wide).clone().contiguous()))
+    (h, y), want = norm.add_norm(x, weight, EPS), norm.add_norm(copied, weight, EPS)
+    assert torch.equal(h, x)
+    assert torch.equal(y, want[1])
+    dys = torch.randn_like(want[0]), torch.randn_like(want[1])
+    for got, of in ((h, y), dys), ((y,), dys[1:]):
+        grads = [
+            torch.autograd.grad(o, t, of, retain_graph=True)[0] for o, t in ((got, x), (want[-len(got) :], copied))
+        ]
+        assert grads[0].shape == x.shape
+        assert torch.equal(*grads)
+
+
 def test_large_elements_of_half_precision(device: str) -> None:
     """Squares that float16 cannot hold are summed in float32."""
     x = torch.full((2, 64), 1000.0, device=device, dtype=torch.float16)

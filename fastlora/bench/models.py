@@ -51,6 +51,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 100000.0,
     },
+    "qwen3-8b": {
+        "model_type": "qwen3",
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+    },
     "qwen2.5-7b": {
         "model_type": "qwen2",
         "hidden_size": 3584,
@@ -96,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
 }
-"""What the hub's config.json of each model says of its shape. Llama 3, Qwen 2.5 and Mistral v0.3 base models."""
+"""What the hub's config.json of each model says of its shape. Llama 3, Qwen 3, Qwen 2.5 and Mistral v0.3 base models."""
 
 
 def config(name: str, blocks: int | None = None, vocabulary: int | None = None, **changes: Any) -> Any:

@@ -63,6 +63,7 @@ PEFT, PEFT_LIGER, PEFT_COMPILED, UNSLOTH = "HF + PEFT", "HF + PEFT + Liger", "HF
 PEFT_PREPARED = f"{PEFT}, prepared"
 LAYERS, BLOCKS, BLOCKS_LIGER = "fastlora layers", "fastlora blocks", "fastlora blocks + Liger"
 BLOCKS_LOSS = f"{BLOCKS} + loss"
+LOSS_GRAPH = f"{BLOCKS_LOSS}, CUDA graph"
 OFFLOADED, GRAPH = f"{BLOCKS_LIGER}, offloaded", f"{BLOCKS_LIGER}, CUDA graph"
 STACKS: dict[str, Stack] = {
     PEFT_PREPARED: Stack("plain", prepared=True),
@@ -74,6 +75,7 @@ STACKS: dict[str, Stack] = {
     BLOCKS: Stack("plain", "blocks"),
     f"{BLOCKS}, CUDA graph": Stack("plain", "blocks", captured=True),
     BLOCKS_LOSS: Stack("plain", "blocks", whole=True),
+    LOSS_GRAPH: Stack("plain", "blocks", whole=True, captured=True),
     # Liger replaces functions of transformers for the whole process: after all that must run without it.
     BLOCKS_LIGER: Stack("plain", "blocks", liger=True, whole=True),
     OFFLOADED: Stack("plain", "blocks", liger=True, whole=True, offloaded=True),
@@ -273,8 +275,9 @@ def _model(
 
         options: dict[str, Any] = {"blocks": True, "liger": stack.liger} if stack.fuse == "blocks" else {}
         report = fastlora.accelerate(model, loss=stack.whole, **options)
-        if stack.whole and report.blocks[-1].reason is not None:
-            raise RuntimeError(f"the loss is not fused: {report.blocks[-1].reason}")
+        loss = [block.reason for block in report.blocks if block.kind == "head and loss"]
+        if loss and loss[0] is not None:
+            raise RuntimeError(f"the loss is not fused: {loss[0]}")
     return model
 
 
@@ -470,7 +473,7 @@ def here(
             try:
                 # What Unsloth and compilers make of a model is for one length and one way of checkpointing.
                 special = stack.process == "Unsloth" or stack.compiled or stack.captured
-                kind = (case.model, case.blocks, stack.fuse, stack.liger, stack.prepared)
+                kind = (case.model, case.blocks, stack.fuse, stack.liger, stack.prepared, stack.whole)
                 wanted = (*kind, *((name, case.title) if special else ()))
                 if key != wanted:
                     model, key = None, None
@@ -705,7 +708,7 @@ class Part:
 def _matrix(model: str, blocks: int = 8) -> Part:
     sizes = ((1, 2048), (4, 2048), (1, 8192))
     cases = tuple(Case(model, blocks, *size, kept) for size in sizes for kept in (False, True))
-    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, BLOCKS_LIGER, GRAPH, PEFT_LIGER, UNSLOTH), cases)
+    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, LOSS_GRAPH, BLOCKS_LIGER, GRAPH, PEFT_LIGER, UNSLOTH), cases)
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
@@ -717,7 +720,7 @@ PARTS: dict[str, Part] = {
     "breakdown": Part((PEFT, LAYERS, BLOCKS, BLOCKS_LIGER, UNSLOTH), _SMALL, _SMALL),
     "liger": Part((PEFT_LIGER,), _SMALL, _SMALL[:1]),
     "compile": Part((PEFT_COMPILED, f"{LAYERS} + torch.compile", f"{BLOCKS} + torch.compile"), (_SMALL[0], _SMALL[2])),
-    **{name: _matrix(name) for name in ("llama-3-8b", "qwen2.5-7b", "mistral-7b", "gemma-2-9b")},
+    **{name: _matrix(name) for name in ("llama-3-8b", "qwen3-8b", "qwen2.5-7b", "mistral-7b", "gemma-2-9b")},
 }
 """What is measured, by name; beside them stands the part `LOSS`."""
 LOSS = "loss"

@@ -481,9 +481,14 @@ def rotary(width: int) -> TileConfig:
 
 @functools.cache
 def norm(k: int) -> TileConfig:
-    """Of the norm: a program has a row, ``k`` elements, at most 16 of them a thread while there are warps."""
+    """Of the norm: a program has rows of ``k`` elements, as many as make `_NORM`; a thread at most 16 elements while
+    there are warps."""
     block = next_power_of_two(k)
-    return TileConfig(block_n=block, num_warps=power_of_two(max(block // 512, 1), 1, 16), num_stages=1)
+    rows = max(1, _NORM // block)
+    return TileConfig(rows, block, num_warps=power_of_two(rows * block // 512, 1, 16), num_stages=1)
+
+
+_NORM = 2048
 
 
 def cross_entropy(v: int) -> TileConfig:

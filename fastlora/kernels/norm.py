@@ -1,6 +1,8 @@
-"""The sum of a residual and its root mean square norm, see fastlora/norm.py: a program has a row."""
+"""The sum of a residual and its root mean square norm, see fastlora/norm.py: a program has some rows."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import triton.language as tl
@@ -10,76 +12,108 @@ from fastlora.kernels.launch import jit, on_device
 from fastlora.kernels.tile import cast
 
 
-@jit()
+@jit(do_not_specialize=["M"])
 def norm_kernel(
-    x_ptr,  # (M, K), contiguous, as all that follow
-    residual_ptr,  # (M, K), or None
+    x_ptr,  # (M, K): rows of K elements side by side, `inner` of them one stride apart, and these groups another
+    residual_ptr,  # (M, K), contiguous, as all that follow, or None
     w_ptr,  # (K,)
     h_ptr,  # (M, K): out, residual + x; None without a residual
     y_ptr,  # (M, K): out, the norm of that
     rstd_ptr,  # (M,) float32: out
     eps,
     offset,
+    M,
     K,
+    inner,
+    stride_outer,
+    stride_inner,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    inside = k < K
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    k = tl.arange(0, BLOCK)[None, :]
+    inside = (row < M) & (k < K)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
+    place = x_ptr + row // inner * stride_outer + row % inner * stride_inner + k
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         # What is normalized is what the next layers add to.
         h = cast(x + tl.load(residual_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32), dtype)
         tl.store(h_ptr + row * K + k, h, mask=inside)
         x = h.to(tl.float32)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 0) / K + eps)
-    w = tl.load(w_ptr + k, mask=inside, other=0.0).to(tl.float32) + offset
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / K + eps)
+    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32) + offset
     tl.store(y_ptr + row * K + k, cast(x * rstd * w, dtype), mask=inside)
-    tl.store(rstd_ptr + row, rstd)
+    tl.store(rstd_ptr + row, rstd, mask=row < M)
 
 
-@jit()
+@jit(do_not_specialize=["M"])
 def norm_backward_kernel(
-    dy_ptr,  # (M, K), contiguous, as all that follow
-    dh_ptr,  # (M, K), or None
-    h_ptr,  # (M, K)
+    dy_ptr,  # (M, K), contiguous
+    dh_ptr,  # (M, K), contiguous, or None
+    h_ptr,  # (M, K), as x of the forward pass
     w_ptr,  # (K,)
     rstd_ptr,  # (M,)
-    dx_ptr,  # (M, K): out
+    dx_ptr,  # (M, K), contiguous: out
     offset,
+    M,
     K,
+    inner,
+    stride_outer,
+    stride_inner,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    inside = k < K
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    k = tl.arange(0, BLOCK)[None, :]
+    inside = (row < M) & (k < K)
     dy = tl.load(dy_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
-    h = tl.load(h_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + k, mask=inside, other=0.0).to(tl.float32) + offset
-    rstd = tl.load(rstd_ptr + row)
+    place = h_ptr + row // inner * stride_outer + row % inner * stride_inner + k
+    h = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32) + offset
+    rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
     normal, dn = h * rstd, dy * w
-    dx = rstd * (dn - normal * (tl.sum(dn * normal, 0) / K))
+    dx = rstd * (dn - normal * (tl.sum(dn * normal, 1, keep_dims=True) / K))
     if dh_ptr is not None:
         dx += tl.load(dh_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx_ptr + row * K + k, cast(dx, dx_ptr.dtype.element_ty), mask=inside)
 
 
+def _places(x: torch.Tensor) -> tuple[int, int, int] | None:
+    """Where the rows of x lie: how many are one stride apart, the stride between these groups, and that one; None where
+    it takes more strides to say."""
+    k = x.shape[-1]
+    if x.is_contiguous():
+        return 1, k, 0
+    if x.stride(-1) != 1 or x.dim() < 2:
+        return None
+    outer = [(size, stride) for size, stride in zip(x.shape[:-2], x.stride(), strict=False) if size > 1]
+    if any(stride != size * below for (_, stride), (size, below) in itertools.pairwise(outer)):
+        return None
+    return x.shape[-2], outer[-1][1] if outer else 0, x.stride(-2)
+
+
 def forward(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, offset: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h = residual + x (x itself without one), its norm, both of the residual's type, and the inverse deviations (M,).
+    """h = residual + x, its norm, both of the residual's type, and the inverse deviations (M,).
 
-    x and residual: (..., K), contiguous; weight: (K,).
+    x and residual: (..., K); weight: (K,), contiguous. Without a residual h is x, or a contiguous copy of it.
     """
+    places = _places(x)
+    if places is None:
+        x = x.contiguous()
+        places = 1, x.shape[-1], 0
     k = x.shape[-1]
     m, tiles = x.numel() // k, config.norm(k)
+    if residual is not None:
+        residual = residual.contiguous()
     h = x if residual is None else torch.empty_like(residual)
-    y, rstd = torch.empty_like(h), x.new_empty(m, dtype=torch.float32)
+    y, rstd = x.new_empty(x.shape, dtype=h.dtype), x.new_empty(m, dtype=torch.float32)
     with on_device(x):
-        norm_kernel[(m,)](
-            x, residual, weight, None if residual is None else h, y, rstd, float(eps), float(offset), k,
-            BLOCK=tiles.block_n, **tiles.launch(),
+        norm_kernel[(config.cdiv(m, tiles.block_m),)](
+            x, residual, weight, None if residual is None else h, y, rstd, float(eps), float(offset), m, k, *places,
+            ROWS=tiles.block_m, BLOCK=tiles.block_n, **tiles.launch(),
         )  # fmt: skip
     return h, y, rstd
 
@@ -92,11 +126,16 @@ def backward(
     rstd: torch.Tensor,
     offset: float,
 ) -> torch.Tensor:
-    """The gradient of x and of the residual, of the shape of h, for the gradients of both results of `forward`."""
+    """The gradient of x and of the residual, of the shape of h, which `forward` gave, for those of its results, which
+    are contiguous."""
+    places = _places(h)
+    assert places is not None
     k = h.shape[-1]
-    dx, tiles = torch.empty_like(h), config.norm(k)
+    m, tiles = h.numel() // k, config.norm(k)
+    dx = h.new_empty(h.shape)
     with on_device(h):
-        norm_backward_kernel[(h.numel() // k,)](
-            dy, dh, h, weight, rstd, dx, float(offset), k, BLOCK=tiles.block_n, **tiles.launch()
+        norm_backward_kernel[(config.cdiv(m, tiles.block_m),)](
+            dy, dh, h, weight, rstd, dx, float(offset), m, k, *places,
+            ROWS=tiles.block_m, BLOCK=tiles.block_n, **tiles.launch(),
         )  # fmt: skip
     return dx

@@ -107,6 +107,7 @@ def test_models_have_their_published_sizes(name: str) -> None:
     heads = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
     billions = {
         "llama-3-8b": 8.03,
+        "qwen3-8b": 8.19,
         "qwen2.5-7b": 7.61,
         "mistral-7b": 7.25,
         "gemma-2-9b": 9.24,

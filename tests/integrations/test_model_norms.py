@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 from typing import Any
 
@@ -20,10 +21,13 @@ from architectures import ARCHITECTURES, assert_same
 
 from fastlora import norm
 from fastlora.integrations.peft import accelerate, norms, restore
-from fastlora.integrations.peft.norms import FusedResidual
+from fastlora.integrations.peft.norms import FusedNorm, FusedResidual
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ARCHITECTURE = pytest.mark.parametrize("name", ARCHITECTURES)
+ALONE = {"qwen3": (2, 2), "gemma2": (2, 1), "gemma3": (4, 3)}
+"""Norms of a layer behind its branches and of q and k, and those that come again where the layer is a checkpoint: what
+is behind the MLP gives nothing that its backward pass needs."""
 IDS = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(3))
 
 
@@ -42,8 +46,28 @@ def steps(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> list[bool]:
     return seen
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch, triton_runs: None) -> list[torch.Size]:
+    """The shapes of all that norms were given which stand alone."""
+    seen: list[torch.Size] = []
+
+    def added(x: torch.Tensor, *args: Any) -> Any:
+        found = norm.added(x, *args)
+        if found is not None:
+            seen.append(x.shape)
+        return found
+
+    monkeypatch.setattr(FusedNorm, "added", staticmethod(added))
+    return seen
+
+
 def layers(model: Any) -> Any:
     return model.base_model.model.model.layers
+
+
+def steps_of(model: Any) -> list[Any]:
+    """What became of the layers when the norms are fused."""
+    return [block for block in norms.fuse(model) if block.kind == "residual and norm"]
 
 
 def results(model: Any, device: str, **options: Any) -> dict[str, torch.Tensor]:
@@ -59,9 +83,11 @@ def results(model: Any, device: str, **options: Any) -> dict[str, torch.Tensor]:
 
 @ARCHITECTURE
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_like_the_model(name: str, checkpointing: bool, device: str, steps: list[bool]) -> None:
+def test_like_the_model(
+    name: str, checkpointing: bool, device: str, steps: list[bool], alone: list[torch.Size]
+) -> None:
     stock, fast = (architectures.make(name, device=device) for _ in range(2))
-    assert [block.reason for block in norms.fuse(fast)] == [None, None]
+    assert [block.reason for block in steps_of(fast)] == [None, None]
     for model in (stock, fast):
         model.train()
         if checkpointing:
@@ -69,6 +95,8 @@ def test_like_the_model(name: str, checkpointing: bool, device: str, steps: list
             model.enable_input_require_grads()
     assert_same(results(fast, device), results(stock, device))
     assert steps.count(True) == steps.count(False) == 2 * (1 + checkpointing)
+    once, again = ALONE.get(name, (0, 0))
+    assert len(alone) == 1 + 2 * (once + again * checkpointing)
     fast.eval(), stock.eval()
     with torch.no_grad():
         ids = IDS.to(device)
@@ -108,6 +136,26 @@ def test_dropped_branches_are_added_by_the_layer(device: str, steps: list[bool])
     layers(fast)[0].resid_mlp_dropout.train()
     results(fast, device)
     assert len(steps) == 8
+
+
+def test_norms_that_stand_alone_run_themselves_where_more_is_asked(device: str, alone: list[torch.Size]) -> None:
+    stock, fast = (architectures.make("qwen3", device=device).train() for _ in range(2))
+    called = []
+    for model in (stock, fast):
+        attention = layers(model)[0].self_attn
+        attention.q_norm.forward = functools.partial(type(attention.q_norm).forward, attention.q_norm)
+    parents = [block.name for block in norms.fuse(fast) if block.kind == "norm"]
+    assert parents[0].endswith("model.model")
+    assert parents[1].endswith("layers.0.self_attn")
+    assert not isinstance(layers(fast)[0].self_attn.q_norm, FusedNorm)
+    for model in (stock, fast):
+        layers(model)[0].self_attn.k_norm.weight.requires_grad_()
+        layers(model)[1].self_attn.q_norm.register_forward_hook(lambda *_: called.append(1))
+    assert_same(results(fast, device), results(stock, device))
+    assert len(called) == 2
+    assert len(alone) == 3, "the last one, and in the second layer q's and k's"
+    norms.undo(fast)
+    assert not any(isinstance(module, FusedNorm | FusedResidual) for module in fast.modules())
 
 
 def test_accelerate_reports_and_restore_gives_back(device: str) -> None:
@@ -201,7 +249,7 @@ class Needy(Elsewhere):
 )
 def test_another_layer_stays_as_it_is(kind: Any, reason: str) -> None:
     model = nn.Sequential(kind(layers(architectures.make("llama"))[0]))
-    (report,) = norms.fuse(model)
+    (report,) = steps_of(model)
     assert reason in str(report.reason)
     assert type(model[0]) is kind
 
@@ -225,18 +273,18 @@ def test_norms_of_liger_say_what_they_compute(device: str, steps: list[bool]) ->
     for layer in layers(fast):
         layer.input_layernorm = Liger(layer.input_layernorm)
         layer.post_attention_layernorm = Liger(layer.post_attention_layernorm)
-    assert [block.reason for block in norms.fuse(fast)] == [None, None]
+    assert [block.reason for block in steps_of(fast)] == [None, None]
     assert_same(results(fast, device), results(stock, device))
     assert len(steps) == 4
     del layers(fast)[0].input_layernorm.offset
     accelerate(fast)
-    assert "input_layernorm" in str(next(iter(norms.fuse(fast))).reason)
+    assert "input_layernorm" in str(steps_of(fast)[0].reason)
 
 
 def test_another_norm_stays_as_it_is() -> None:
     model = architectures.make("llama")
     layers(model)[0].input_layernorm = nn.LayerNorm(64)
     layers(model)[1].forward = lambda *args, **kwargs: None
-    first, second = norms.fuse(model)
+    first, second = steps_of(model)
     assert "input_layernorm is no root mean square norm" in str(first.reason)
     assert "replaced on the instance" in str(second.reason)

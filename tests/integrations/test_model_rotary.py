@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import architectures
 import peft
 import transformers
 
@@ -70,6 +71,28 @@ def test_a_model_reads_q_and_k_where_they_lie(device: str, triton_runs: None, ca
     assert not calls, "another model's q and k are contiguous"
     restore(model)
     assert function() is stock
+
+
+def test_a_model_that_norms_its_heads(device: str, triton_runs: None, calls: list[bool]) -> None:
+    """Its q and k lie by themselves: the cosines tell whose they are."""
+    name = "qwen3"
+    stock, fast, other = (architectures.make(name, device=device) for _ in range(3))
+    maker = type(fast.get_base_model().model.rotary_emb)
+    accelerate(fast, "torch", blocks=True)
+    loss, gradients = step(stock, device)
+    assert not calls, "another model of the type"
+    found, found_gradients = step(fast, device)
+    assert calls == [False, False, True, True]
+    torch.testing.assert_close(found, loss)
+    for got, want in zip(found_gradients, gradients, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=1e-6)
+    accelerate(other, "torch", blocks=True)
+    accelerate(fast, "torch")
+    calls.clear()
+    step(fast, device)
+    assert not calls
+    restore(other)
+    assert type(other.get_base_model().model.rotary_emb) is type(fast.get_base_model().model.rotary_emb) is maker
 
 
 def test_the_function_stays_while_a_model_wants_it() -> None:

@@ -91,7 +91,7 @@ def accelerate(
             losses.fuse(model)
     own = loss and joined[-1].reason is None
     replaced = liger_kernels.apply(model, liger_kernels.LOSSES if liger == "captured" or own else ()) if liger else ()
-    if any("qkv_proj" in block.layers or (block.reason is None and "q_proj" in block.layers) for block in joined):
+    if blocks and rotary.rotates(model):
         reason = rotary.reason(model)
         joined += (BlockReport("", "rotary embedding", (rotary.FUNCTION,), reason),)
         if reason is None:

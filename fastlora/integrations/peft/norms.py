@@ -1,8 +1,10 @@
-"""The residual stream of a decoder layer: sums and norms in one node each, see `fastlora.norm`.
+"""The norms of a model, and the residual stream of its decoder layers: sums and norms in one node each, see
+`fastlora.norm`.
 
 A layer is recognized by what its forward computes, run once on a stand-in, and a norm by its values; then the layer's
-forward is written down again with the sum and the norm as one step. Where the kernels do not take the operands of a
-call, the same is computed as the model does: by PyTorch's sum and the norm's own forward.
+forward is written down again with the sum and the norm as one step, and norms outside of such steps take a class of
+their own. Where the kernels do not take the operands of a call, the same is computed as the model does: by PyTorch's
+sum and the norm's own forward.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -73,6 +75,22 @@ class FusedResidual(Converted):
         residual, x = _step(self, modules[layout.second], x, residual)
         x = modules[MLP](x)
         return residual + (x if layout.last is None else modules[layout.last](x))
+
+
+class FusedNorm(Converted):
+    """The forward of a norm that no `FusedResidual` computes: the last one, and those of q and k."""
+
+    formula: tuple[float, str]
+    added = staticmethod(norm.added)
+
+    @while_converted
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            offset, eps = self.formula
+            found = self.added(args[0], self._parameters["weight"], getattr(self, eps), offset, None)
+            if found is not None:
+                return found[1]
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
 
 def _plain(layer: Any) -> bool:
@@ -213,6 +231,12 @@ def _reason(layer: Any, kind: Any) -> str | None:
     return None
 
 
+@functools.cache
+def _fused_norm(stock: Any, formula: tuple[float, str]) -> type:
+    """The class that takes the place of a norm's."""
+    return make_class(FusedNorm, stock, (_fused_norm, stock, formula), formula=formula)
+
+
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if {ATTENTION, MLP, _FIRST} <= module._modules.keys():
@@ -220,7 +244,8 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def fuse(model: nn.Module) -> Iterator[BlockReport]:
-    """Have the decoder layers of a model add and normalize in one step where they can. Tells what became of each."""
+    """Have the decoder layers of a model add and normalize in one step where they can, and compute its other norms by
+    the same kernels. Tells what became of each layer, and which other norms there are."""
     for name, layer in _layers(model):
         stock: Any = type(layer)
         kind: Any = stock if issubclass(stock, FusedResidual) else _fused(stock)
@@ -229,10 +254,29 @@ def fuse(model: nn.Module) -> Iterator[BlockReport]:
             become(layer, kind)
         second = "post_attention_layernorm" if isinstance(kind, str) else kind.layout.second
         yield BlockReport(name, "residual and norm", (_FIRST, second), reason)
+    for name, module in model.named_modules():
+        stepped = (_FIRST, module.layout.second) if isinstance(module, FusedResidual) else ()
+        rest = {child: m for child, m in module._modules.items() if child not in stepped and _fuse_norm(m)}
+        if rest:
+            yield BlockReport(name, "norm", tuple(rest), None)
+
+
+def _fuse_norm(module: Any) -> bool:
+    """Convert a module if it is a norm that this can compute, and say whether it is one."""
+    if isinstance(module, FusedNorm):
+        return True
+    # Liger's are one kernel each, too. What is replaced on an instance has to run.
+    if module is None or is_ligers(type(module)) or does_more(module):
+        return False
+    formula, kind = _formula_of(module), cast(Any, type(module))
+    if formula is not None:
+        become(module, _fused_norm(kind, formula))
+    return formula is not None
 
 
 def undo(model: nn.Module) -> None:
     """Take back what `fuse` did, if it did anything, but where FSDP has made a class of its own from it."""
-    for _, layer in _layers(model):
-        if isinstance(layer, FusedResidual) and type(layer) is _fused(layer.stock):
-            become(layer, layer.stock)
+    for module in model.modules():
+        kind: Any = type(module)
+        if isinstance(module, FusedResidual | FusedNorm) and kind is kind.made[0](*kind.made[1:]):
+            become(module, kind.stock)

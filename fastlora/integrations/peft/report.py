@@ -37,7 +37,7 @@ class BlockReport:
     name: str
     """The module's."""
     kind: str
-    """"shared input", "gated MLP", "residual and norm", "head and loss" or "rotary embedding"."""
+    """"shared input", "gated MLP", "residual and norm", "norm", "head and loss" or "rotary embedding"."""
     layers: tuple[str, ...]
     reason: str | None
     """Why each layer computes for itself; None when they compute together."""

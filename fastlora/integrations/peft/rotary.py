@@ -1,7 +1,8 @@
-"""The rotary embedding of attention whose q and k are views of one buffer: read where they lie, see `fastlora.rotary`.
+"""The rotary embedding of q and k in one pass over wherever they lie, see `fastlora.rotary`.
 
-transformers' models call a function of their module for it. That function is replaced while a model of the module
-computes q, k and v together, and is called as before for all that lies contiguous: so for every other model.
+transformers' models call a function of their module for it. That function is replaced while a model of the module wants
+it. What tells a call of this model from one of another is its cosines, which its own module makes and marks, and that
+q and k are views of one buffer, as projections leave them that compute together.
 """
 
 from __future__ import annotations
@@ -17,11 +18,32 @@ import torch
 from torch import nn
 
 from fastlora import rotary
+from fastlora.integrations.converted import Converted, become, does_more, make_class, while_converted
 from fastlora.integrations.inner import inner_model
 from fastlora.integrations.peft.liger import is_ligers
 
 FUNCTION = "apply_rotary_pos_emb"
-_ORIGINAL = "fastlora_original"
+MODULE = "rotary_emb"
+"""The name of what makes the cosines and sines."""
+_ORIGINAL, _MARK = "fastlora_original", "fastlora_mark"
+
+
+class Marked(Converted):
+    """The forward of what makes the cosines of a model whose q and k are to be rotated here."""
+
+    @while_converted
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
+        if isinstance(out, tuple) and not torch.compiler.is_compiling():
+            setattr(out[0], _MARK, True)
+        return out
+
+
+@functools.cache
+def _marked(stock: Any) -> type:
+    """The class that takes the place of one's whose cosines are to be marked."""
+    return make_class(Marked, stock, (_marked, stock))
+
 
 _users: dict[str, weakref.WeakSet[nn.Module]] = {}
 """The models that want the function of a module of transformers replaced."""
@@ -58,12 +80,23 @@ def _replacement(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def apply(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
         found = None
-        if not (torch.compiler.is_compiling() or args or kwargs or q.dim() != 4 or q.transpose(1, 2).is_contiguous()):
-            found = rotary.rotated(q, k, cos, sin)
+        if not (torch.compiler.is_compiling() or args or kwargs or q.dim() != 4):
+            mine = getattr(cos, _MARK, False) or not q.transpose(1, 2).is_contiguous()
+            found = rotary.rotated(q, k, cos, sin) if mine else None
         return original(q, k, cos, sin, *args, **kwargs) if found is None else found
 
     setattr(apply, _ORIGINAL, original)
     return apply
+
+
+def _makers(model: nn.Module) -> list[Any]:
+    """What makes the cosines and sines of a model."""
+    return [module for name, module in model.named_modules() if name.rpartition(".")[2] == MODULE]
+
+
+def rotates(model: nn.Module) -> bool:
+    """Whether a model has a rotary embedding."""
+    return bool(_makers(model))
 
 
 def reason(model: nn.Module) -> str | None:
@@ -79,6 +112,10 @@ def apply(model: nn.Module) -> None:
     """Replace the function for a model whose `reason` is None. Calling it again is harmless."""
     library = _library(model)
     _users.setdefault(library.__name__, weakref.WeakSet()).add(model)
+    for module in _makers(model):
+        if not isinstance(module, Marked) and not does_more(module):
+            kind: Any = type(module)
+            become(module, _marked(kind))
     _settle(library)
 
 
@@ -88,6 +125,9 @@ def undo(model: nn.Module) -> None:
     if library is not None:
         _users.get(library.__name__, weakref.WeakSet()).discard(model)
         _settle(library)
+    for module in _makers(model):
+        if isinstance(module, Marked) and type(module) is _marked(module.stock):
+            become(module, module.stock)
 
 
 def _settle(library: Any) -> None:
