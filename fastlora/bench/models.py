@@ -109,7 +109,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
 }
-"""What the hub's config.json of each model says of its shape. Llama 3, Qwen 3, Qwen 2.5 and Mistral v0.3 base models."""
+"""What the hub's config.json of each model says of its shape. Llama 3, Qwen 2.5 and 3, Mistral v0.3 base models."""
 
 
 def config(name: str, blocks: int | None = None, vocabulary: int | None = None, **changes: Any) -> Any:
