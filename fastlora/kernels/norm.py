@@ -5,11 +5,26 @@ from __future__ import annotations
 import itertools
 
 import torch
+import triton
 import triton.language as tl
 
 from fastlora.kernels import config
 from fastlora.kernels.launch import jit, on_device
 from fastlora.kernels.tile import cast
+
+
+@triton.jit
+def start(row, inner, stride_outer, stride_inner):
+    """Where a row of x begins."""
+    # There are fewer than 2^31 rows, and a division of 64-bit integers is a hundred instructions.
+    return (row // inner).to(tl.int64) * stride_outer + (row % inner).to(tl.int64) * stride_inner
+
+
+@triton.jit
+def weights(w_ptr, k, inside, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The weight for every row, read for each: one row of it would have a layout of its own, to which all others are
+    moved by way of shared memory."""
+    return tl.load(w_ptr + tl.broadcast_to(k, (ROWS, BLOCK)), mask=inside, other=0.0).to(tl.float32)
 
 
 @jit(do_not_specialize=["M"])
@@ -30,19 +45,19 @@ def norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     k = tl.arange(0, BLOCK)[None, :]
     inside = (row < M) & (k < K)
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    place = x_ptr + row // inner * stride_outer + row % inner * stride_inner + k
-    x = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + start(row, inner, stride_outer, stride_inner) + k, mask=inside, other=0.0).to(tl.float32)
+    row = row.to(tl.int64)
     if residual_ptr is not None:
         # What is normalized is what the next layers add to.
         h = cast(x + tl.load(residual_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32), dtype)
         tl.store(h_ptr + row * K + k, h, mask=inside)
         x = h.to(tl.float32)
     rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1, keep_dims=True) / K + eps)
-    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32) + offset
+    w = weights(w_ptr, k, inside, ROWS, BLOCK) + offset
     tl.store(y_ptr + row * K + k, cast(x * rstd * w, dtype), mask=inside)
     tl.store(rstd_ptr + row, rstd, mask=row < M)
 
@@ -64,13 +79,13 @@ def norm_backward_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     k = tl.arange(0, BLOCK)[None, :]
     inside = (row < M) & (k < K)
+    h = tl.load(h_ptr + start(row, inner, stride_outer, stride_inner) + k, mask=inside, other=0.0).to(tl.float32)
+    row = row.to(tl.int64)
     dy = tl.load(dy_ptr + row * K + k, mask=inside, other=0.0).to(tl.float32)
-    place = h_ptr + row // inner * stride_outer + row % inner * stride_inner + k
-    h = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(tl.float32) + offset
+    w = weights(w_ptr, k, inside, ROWS, BLOCK) + offset
     rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
     normal, dn = h * rstd, dy * w
     dx = rstd * (dn - normal * (tl.sum(dn * normal, 1, keep_dims=True) / K))

@@ -6,6 +6,7 @@ launches all of them at once.
 
 from __future__ import annotations
 
+import functools
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -68,6 +69,17 @@ class _Captured(NamedTuple):
 def _gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
     """Of those that have one."""
     return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+
+
+def _stream() -> Any:
+    """The one stream of warm-up and capture: autograd returns to the streams of the forward pass, and libraries keep a
+    workspace for every stream that they were called on."""
+    return _side_stream(torch.cuda.current_device())
+
+
+@functools.cache
+def _side_stream(index: int) -> Any:
+    return torch.cuda.Stream(index)
 
 
 class CapturedStep:
@@ -153,7 +165,7 @@ class CapturedStep:
 
     def _warm_up(self, batch: Inputs) -> None:
         """Run until nothing is compiled, tuned or allocated for the first time."""
-        stream = self._stream()
+        stream = _stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), for_graphs():
             for _ in range(_WARM_UP):
@@ -170,7 +182,7 @@ class CapturedStep:
             # Backward passes run on threads of autograd, whose calls are part of the capture as well.
             with (
                 for_graphs(),
-                torch.cuda.graph(graph, pool=self._pool, stream=self._stream(), capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self._pool, stream=_stream(), capture_error_mode="thread_local"),
             ):
                 loss = self._run(batch)
         finally:
@@ -182,12 +194,6 @@ class CapturedStep:
             return loss.clone()  # the next replay writes to the same place
 
         return replay
-
-    def _stream(self) -> Any:
-        """The one stream of warm-up and capture: autograd returns to the streams of the forward pass."""
-        if not hasattr(self, "_side"):
-            self._side = torch.cuda.Stream()
-        return self._side
 
 
 class StepLauncher:

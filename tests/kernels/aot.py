@@ -267,6 +267,10 @@ def stream(compiler: Compiler, dtype: torch.dtype) -> None:
         for other in (None, x):
             norm.forward(x, other, weight, 1e-5, 0.0)
             norm.backward(x, other, x, weight, rstd, 0.0)
+    compiler.case = f"norm of heads {dtype}"
+    heads, weight = torch.empty(3, 48, 128, dtype=dtype)[:, :32], torch.empty(128, dtype=dtype)
+    norm.forward(heads, None, weight, 1e-5, 0.0)
+    norm.backward(torch.empty(3, 32, 128, dtype=dtype), None, heads, weight, torch.empty(96), 0.0)
     q, k, cos = (torch.empty(1, heads, 3, 128, dtype=dtype) for heads in (32, 8, 1))
     for inverse in (False, True):
         compiler.case = f"rotary {inverse} {dtype}"
