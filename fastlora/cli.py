@@ -466,7 +466,7 @@ def explain(
     batch: Annotated[int, typer.Option(help="model: sequences of a batch", min=1)] = 1,
     seq: Annotated[int, typer.Option(help="model: tokens of a sequence", min=1)] = 2048,
     checkpointing: Annotated[bool, typer.Option(help="model: recompute the blocks in the backward pass")] = False,
-    blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = False,
+    blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = True,
     chunked_loss: Annotated[bool, typer.Option(help="model: head and loss some tokens at a time")] = False,
     kept_blocks: Annotated[int, typer.Option(help="model: last blocks that are not recomputed", min=0)] = 0,
 ) -> None:
