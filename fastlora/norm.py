@@ -19,6 +19,8 @@ from fastlora.groups import kernels
 
 WIDEST = 1 << 15
 """Elements of a row that a program holds."""
+MOST = 1 << 31
+"""Rows, which the kernels count in 32 bits."""
 
 
 def unsupported(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
@@ -42,8 +44,8 @@ def unsupported(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | 
         return "devices differ"
     if not x.dim() or weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         return f"shapes {[tuple(t.shape) for t in operands]} do not fit"
-    if not 0 < x.shape[-1] <= WIDEST or not x.numel():
-        return f"rows of {x.shape[-1]} elements"
+    if not 0 < x.shape[-1] <= WIDEST or not 0 < x.numel() // x.shape[-1] < MOST:
+        return f"{x.shape[:-1].numel()} rows of {x.shape[-1]} elements"
     if not weight.is_contiguous():
         return "the weight is not contiguous"
     return None

@@ -130,7 +130,8 @@ def test_what_is_not_taken(device: str) -> None:
         "shapes": (x, weight[:4], None),
         "do not fit": (x, weight, residual[:2]),
         "is not a type": (x.detach().double(), weight.double(), None),
-        "rows of": (x[:0], weight, None),
+        "0 rows of": (x[:0], weight, None),
+        "2147483648 rows of": (x[:1].expand(1 << 31, 8), weight, None),
         "the weight is not contiguous": (x, torch.ones(16, device=device)[::2], None),
     }.items():
         assert reason in str(norm.unsupported(*arguments))

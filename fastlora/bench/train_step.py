@@ -275,9 +275,9 @@ def _model(
 
         options: dict[str, Any] = {"blocks": True, "liger": stack.liger} if stack.fuse == "blocks" else {}
         report = fastlora.accelerate(model, loss=stack.whole, **options)
-        loss = [block.reason for block in report.blocks if block.kind == "head and loss"]
-        if loss and loss[0] is not None:
-            raise RuntimeError(f"the loss is not fused: {loss[0]}")
+        for block in report.blocks:
+            if block.kind == "head and loss" and block.reason is not None:
+                raise RuntimeError(f"the loss is not fused: {block.reason}")
     return model
 
 

@@ -200,6 +200,15 @@ def test_offloaded_checkpoints_change_nothing(monkeypatch: pytest.MonkeyPatch) -
     assert len(gone) == suite.WARM_UP + suite.TIMED
 
 
+def test_a_model_with_the_loss_in_chunks_is_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    real = suite._model
+    monkeypatch.setattr(suite, "_model", lambda stack, *args: made.append(stack) or real(stack, *args))
+    found = list(suite.here((BLOCKS, suite.BLOCKS_LOSS), (CASE,), CPU))
+    assert [one.absent for one in found] == [None, None]
+    assert made == [suite.STACKS[BLOCKS], suite.STACKS[suite.BLOCKS_LOSS]]
+
+
 def test_an_error_is_a_row_and_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
     real = suite.measure
 

@@ -9,9 +9,9 @@ where the fused operator computes what PEFT would; in any other situation PEFT's
     forward.py     several adapters at once, mixed batches, DoRA
     layers.py      the fused classes
     blocks.py      layers that compute together
-    norms.py       the residual stream of a decoder layer
+    norms.py       norms, and the residual stream of a decoder layer
     liger.py       Liger kernels for what is not a linear layer
-    rotary.py      the rotary embedding of q and k that are computed together
+    rotary.py      the rotary embedding of q and k
     loss.py        the head and the cross-entropy in one node
     methods.py     those of VeRA and AdaLoRA
     report.py      what became of each layer

@@ -48,8 +48,8 @@ def accelerate(
 
     model: a PEFT model, or any module with such layers inside, on a bitsandbytes 4-bit or a dense base.
     backend: see `fastlora.lora_linear`. Calling it again (after other adapters were loaded, say) is harmless.
-    blocks: let projections that share their input, gated MLPs, and sums with the norm behind them compute together: see
-        `fastlora.blocks` and `fastlora.norm`.
+    blocks: let projections that share their input, gated MLPs, and sums with the norm behind them compute together, and
+        norms and the rotary embedding in one pass each: see `fastlora.blocks`, `fastlora.norm` and `fastlora.rotary`.
     liger: have Liger kernels compute the norms, the rotary embedding and the cross-entropy of the model; "captured":
         all but the cross-entropy, which reads the number of labels on the host, so that a step can be a CUDA graph.
     loss: compute the cross-entropy of training some tokens at a time, as `fastlora.loss` does, instead of Liger's: the
