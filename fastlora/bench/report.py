@@ -41,6 +41,11 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
+def _short(value: float | None) -> str:
+    """A number that has to fit over a narrow bar."""
+    return _number(value) if value is None or value < 10_000 else f"{value / 1000:.1f}k"
+
+
 def rows_table(rows: Iterable[Row]) -> str:
     """A table of rows, a missed goal in bold."""
     return _markdown(
@@ -322,7 +327,7 @@ def bars(rows: list[Row], title: str, stem: Path) -> None:
                         values.append((_value(found, stack, what), 0.8 / len(shown)))
                 heights, widths = [value for value, _ in values], [width for _, width in values]
                 drawn = axis.bar(places, heights, widths, color=colors[stack], label=stack)
-                axis.bar_label(drawn, [_number(value) for value in heights], fontsize=5, padding=1)
+                axis.bar_label(drawn, [_short(value) for value in heights], fontsize=5, padding=1)
             axis.set_ylabel(label)
             axis.grid(True, axis="y", alpha=0.2)
         axes[-1].set_xticks(range(len(cases)), [case.replace(", ", ",\n", 2) for case in cases], fontsize=7)

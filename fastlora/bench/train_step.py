@@ -76,6 +76,7 @@ STACKS: dict[str, Stack] = {
     f"{BLOCKS}, CUDA graph": Stack("plain", "blocks", captured=True),
     BLOCKS_LOSS: Stack("plain", "blocks", whole=True),
     LOSS_GRAPH: Stack("plain", "blocks", whole=True, captured=True),
+    f"{BLOCKS_LOSS}, prepared": Stack("plain", "blocks", whole=True, prepared=True),
     # Liger replaces functions of transformers for the whole process: after all that must run without it.
     BLOCKS_LIGER: Stack("plain", "blocks", liger=True, whole=True),
     OFFLOADED: Stack("plain", "blocks", liger=True, whole=True, offloaded=True),
@@ -708,7 +709,7 @@ class Part:
 def _matrix(model: str, blocks: int = 8) -> Part:
     sizes = ((1, 2048), (4, 2048), (1, 8192))
     cases = tuple(Case(model, blocks, *size, kept) for size in sizes for kept in (False, True))
-    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, LOSS_GRAPH, BLOCKS_LIGER, GRAPH, PEFT_LIGER, UNSLOTH), cases)
+    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, LOSS_GRAPH, PEFT_LIGER, UNSLOTH), cases)
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
