@@ -97,7 +97,7 @@ def test_any_strides(device: str) -> None:
         pytest.param(lambda t: t[0, 0, :16], id="one row"),
     ],
 )
-def test_rows_of_a_wider_matrix(device: str, monkeypatch: pytest.MonkeyPatch, view: Any) -> None:
+def test_rows_of_a_wider_matrix(device: str, view: Any) -> None:
     """As the heads of q beside those of k and v are: read where they lie, with the same results."""
     wide = torch.randn(2, 5, 96, device=device)
     weight = torch.randn(16, device=device)
