@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ _WHY_NO_GPU = "needs a CUDA device: " + (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line("markers", "interpreted: a whole run, yet with Triton kernels on CPUs, too")
     config.addinivalue_line("markers", "slow: takes more than some seconds or a GiB; select with -m")
     # The sizes are tiny: threads would cost more than they save, and vary the order of sums.
     torch.set_num_threads(1)
@@ -41,6 +44,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=_WHY_NO_GPU))
+
+
+_AS_INSTALLED = {"training", "bench", "report", "test_demo.py", "test_examples.py", "test_search.py"}
+"""Rooms whose tests are of whole runs: what a CPU computes there is what it computes for users."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Without Triton's interpreter, which is a thousand times slower, in this process and those that it starts.
+
+    Around the whole test, since fixtures of a session train, too.
+    """
+    whole = item.path.relative_to(Path(__file__).parent).parts[0] in _AS_INSTALLED
+    if HAS_CUDA or not whole or item.get_closest_marker("interpreted"):
+        return (yield)
+    from fastlora import backends
+
+    machine = dataclasses.replace(backends.this_machine(), triton_interpreted=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET")
+        patch.setattr(backends, "this_machine", lambda: machine)
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

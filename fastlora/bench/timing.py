@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fastlora.tables import for_graphs
+from fastlora.training.step import capture_stream
 
 Call = Callable[[int], Any]
 """One call of a variant. The argument counts the calls, for rotating among copies of the inputs."""
@@ -55,11 +56,6 @@ def whole_rotations(calls: int, copies: int) -> int:
     return -(-calls // copies) * copies
 
 
-@functools.cache
-def _stream(index: int) -> torch.cuda.Stream:
-    return torch.cuda.Stream(index)
-
-
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
     """The stream on which `measure_graph` captures; nothing on a CPU.
@@ -71,7 +67,7 @@ def side_stream(device: torch.device) -> Iterator[None]:
         yield
         return
     outer = torch.cuda.current_stream(device)
-    stream = _stream(outer.device_index)
+    stream = capture_stream(outer.device_index)
     stream.wait_stream(outer)
     try:
         with torch.cuda.stream(stream):

@@ -157,7 +157,7 @@ def check_dimension(config: TrainConfig, name: str, dimension: Choices | Range) 
         raise UserError(f"search.space: {name} must be the same in all trials: take it out")
     for value in dimension.samples():
         try:
-            TrainConfig.model_validate(config.model_dump() | {name: value})
+            TrainConfig.model_validate(config.model_dump(exclude_unset=True) | {name: value})
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
             message = message.replace("Input should be", "it should be")

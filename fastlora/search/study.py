@@ -444,7 +444,7 @@ def _outcome(
         raise UserError(f"no trial of {folder} was finished: raise search.trials, or set search.prune false")
     files = results.write(study, settings, folder, held_out)
     path = folder / "best.yaml"
-    chosen = TrainConfig.model_validate(config.model_dump() | best.params)
+    chosen = TrainConfig.model_validate(config.model_dump(exclude_unset=True) | best.params)
     head = f"# The best of {len(results.counted(study))} trials, number {best.number}: fastlora train {path}\n"
     written = yaml.safe_dump(
         chosen.model_dump(mode="json", include=config.model_fields_set | set(best.params) | {"output_dir"}),

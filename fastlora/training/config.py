@@ -146,7 +146,7 @@ class TrainConfig(BaseModel):
     eval_batch_size: int | None = Field(None, ge=1, description="the same in evaluation [default: batch_size]")
     gradient_accumulation_steps: int = Field(1, ge=1, description="forward passes of one optimizer step")
     blocks: bool = Field(
-        True, description="compute q, k and v together, gated MLPs and norms as one; backend peft has none"
+        True, description="compute q, k and v together, gated MLPs and norms as one [default: not with backend peft]"
     )
     liger: bool = Field(False, description="norms, rotary embedding and loss by Liger kernels, where installed")
     chunked_loss: bool = Field(False, description="head and loss some tokens at a time: logits never whole")
@@ -216,8 +216,11 @@ class TrainConfig(BaseModel):
             raise ValueError("offload_checkpoints moves checkpoints beside a step that is launched: set step eager")
         if self.kept_blocks and not self.gradient_checkpointing:
             raise ValueError("kept_blocks is for gradient_checkpointing: set both or neither")
-        if (self.liger or self.chunked_loss) and self.backend == "peft":
-            raise ValueError("liger and chunked_loss belong to fastlora's layers: backend peft has none")
+        if self.backend == "peft":
+            if "blocks" not in self.model_fields_set:
+                self.__dict__["blocks"] = False  # not by assignment, which would count as given
+            if self.blocks or self.liger or self.chunked_loss:
+                raise ValueError("blocks, liger and chunked_loss belong to fastlora's layers: backend peft has none")
         self._check_method()
         if self.eval_steps is not None and self.eval_fraction == 0 and not (self.eval_data or self.eval_split):
             raise ValueError("eval_steps needs data to evaluate on: set eval_fraction, eval_data or eval_split")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 import itertools
 import statistics
 import weakref
@@ -182,10 +181,7 @@ def _is_fused_mlp(module: nn.Module) -> bool:
 
 
 def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = False, chunked_loss: bool = False) -> Any:
-    """The fused PEFT model of a transformers configuration, without a byte of memory.
-
-    Raises ValueError for ``blocks`` where `fastlora.accelerate` has none.
-    """
+    """The fused PEFT model of a transformers configuration, without a byte of memory."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -209,10 +205,7 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
         model.config._attn_implementation = _FUSED_ATTENTION
     lora = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, lora, low_cpu_mem_usage=True).train()
-    if blocks and "blocks" not in inspect.signature(fastlora.accelerate).parameters:
-        raise ValueError("fastlora.accelerate has no blocks")
-    options: dict[str, Any] = {"blocks": True} if blocks else {}
-    fastlora.accelerate(adapted, loss=chunked_loss, **options)
+    fastlora.accelerate(adapted, blocks=blocks, loss=chunked_loss)
     for module in adapted.modules():
         if _is_fused_mlp(module):
             _stand_in(module)

@@ -71,14 +71,10 @@ def _gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, torch.T
     return {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
 
 
-def _stream() -> Any:
-    """The one stream of warm-up and capture: autograd returns to the streams of the forward pass, and libraries keep a
-    workspace for every stream that they were called on."""
-    return _side_stream(torch.cuda.current_device())
-
-
 @functools.cache
-def _side_stream(index: int) -> Any:
+def capture_stream(index: int) -> torch.cuda.Stream:
+    """The one stream of a device for warm-up and capture: autograd returns to the streams of the forward pass, and
+    libraries keep a workspace for every stream that they were called on."""
     return torch.cuda.Stream(index)
 
 
@@ -165,7 +161,7 @@ class CapturedStep:
 
     def _warm_up(self, batch: Inputs) -> None:
         """Run until nothing is compiled, tuned or allocated for the first time."""
-        stream = _stream()
+        stream = capture_stream(torch.cuda.current_device())
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream), for_graphs():
             for _ in range(_WARM_UP):
@@ -175,6 +171,7 @@ class CapturedStep:
     def _record(self, batch: Inputs) -> Callable[[], torch.Tensor]:
         """The function that runs a batch as it stands in the tensors of ``batch``."""
         torch.cuda.synchronize()
+        stream = capture_stream(torch.cuda.current_device())
         graph = torch.cuda.CUDAGraph()
         gc.collect()
         gc.disable()  # a collection may free what must not be freed during a capture
@@ -182,7 +179,7 @@ class CapturedStep:
             # Backward passes run on threads of autograd, whose calls are part of the capture as well.
             with (
                 for_graphs(),
-                torch.cuda.graph(graph, pool=self._pool, stream=_stream(), capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
             ):
                 loss = self._run(batch)
         finally:

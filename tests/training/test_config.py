@@ -33,6 +33,17 @@ def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
     assert set(yaml.safe_load(path.read_text())) == set(TrainConfig.model_fields)
 
 
+def test_blocks_unless_the_backend_has_none(tmp_path: Path) -> None:
+    assert load(None, NEEDED).blocks
+    config = load(None, NEEDED | {"backend": "peft"})
+    assert not config.blocks
+    path = tmp_path / "resolved.yaml"
+    path.write_text(config.to_yaml())
+    assert load(path) == config
+    # What was not given is not kept from one backend to another.
+    assert load(None, config.model_dump(exclude_unset=True) | {"backend": "auto"}).blocks
+
+
 def test_example_is_valid_and_names_every_field() -> None:
     path = Path(__file__).parents[2] / "examples" / "train.yaml"
     load(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -74,9 +73,7 @@ def test_activations_of_a_block_are_what_autograd_saves(name: str) -> None:
     assert predicted.activations[1] == pytest.approx(two - one, rel=0.1)
 
 
-@pytest.mark.skipif(
-    "blocks" not in inspect.signature(fastlora.accelerate).parameters, reason="fastlora.accelerate has no blocks"
-)
+@pytest.mark.interpreted
 @pytest.mark.parametrize("name", models.CONFIGS)
 def test_activations_of_a_fused_block_are_what_autograd_saves(name: str) -> None:
     ids = torch.zeros(2, 96, dtype=torch.long)
