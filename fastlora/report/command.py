@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,10 +14,14 @@ def report(
 ) -> list[Path]:
     """Write the page of runs, and with ``plots`` each picture as SVG and PNG into that folder. Returns the files.
 
-    folders: output folders of runs, or folders that hold some, such as that of a search. Raises UserError for folders
-    without a run, files that cannot be read, and places that cannot be written.
+    folders: output folders of runs, or folders that hold some, such as that of a search. A run that cannot be read is
+    left out, which the page says, and standard error too. Raises UserError for folders without a run that can be read,
+    and for places that cannot be written.
     """
-    made = page.make(runs.find([Path(folder) for folder in folders]))
+    found, unread = runs.find([Path(folder) for folder in folders])
+    for reason in unread:
+        print(reason, file=sys.stderr)
+    made = page.make(found, unread)
     if title is None:
         title = f"Run {made.runs[0].name}" if len(made.runs) == 1 else f"{len(made.runs)} runs compared"
     written = [page.write(made, Path(out), title)]

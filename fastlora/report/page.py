@@ -40,14 +40,14 @@ class Report:
         return [*self.curves, *self.comparisons, *(heat for heats in self.layers.values() for heat in heats)]
 
 
-def make(runs: Sequence[Run]) -> Report:
-    """The charts of runs, and the runs sorted by their score."""
+def make(runs: Sequence[Run], unread: Sequence[str] = ()) -> Report:
+    """The charts of runs, and the runs sorted by their score. unread: what to say of others."""
     measure = score(runs)
     ordered = sorted(runs, key=measure.order) if measure else list(runs)
     colours: dict[str, int | None] = {run.name: (i if i < COLOURS else None) for i, run in enumerate(ordered)}
     layers: dict[str, list[Heat]] = {}
     ranks: dict[str, float] = {}
-    notes = []
+    notes = [*unread]
     for run in ordered:
         if run.adapter is None:
             continue

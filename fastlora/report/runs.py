@@ -122,10 +122,11 @@ def is_run(folder: Path) -> bool:
     )
 
 
-def find(paths: Sequence[Path]) -> list[Run]:
-    """The runs that ``paths`` are, or hold at most two folders deep, named by what tells their folders apart.
+def find(paths: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that ``paths`` are, or hold at most two folders deep, named by what tells their folders apart; and for
+    each one that cannot be read, why.
 
-    Raises UserError for a path without a run, and for files that cannot be read.
+    Raises UserError for a path without a run, and where no run can be read.
     """
     folders: list[Path] = []
     for path in paths:
@@ -136,10 +137,19 @@ def find(paths: Sequence[Path]) -> list[Run]:
         if not found:
             raise UserError(f"{path} holds no run: name an output folder of fastlora train or fastlora search")
         folders += [folder for folder in found if folder not in folders]
-    runs = [read(folder) for folder in folders]
-    for run, name in zip(runs, _names(folders), strict=True):
-        run.name = name
-    return runs
+    runs: list[Run] = []
+    unread: list[UserError] = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        try:
+            run = read(folder)
+        except UserError as error:
+            unread.append(error)
+        else:
+            run.name = name
+            runs.append(run)
+    if not runs:
+        raise unread[0]
+    return runs, [f"Left out: {error}" for error in unread]
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
@@ -175,7 +185,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         return _mapping(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): leave this run out") from error
+        raise UserError(f"cannot read {path} ({first_line(error)}): use another copy") from error
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -183,13 +193,13 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): leave this run out") from error
+        raise UserError(f"cannot read {path} ({first_line(error)}): use another copy") from error
     for i, line in enumerate(lines):
         try:
             entries.append(_mapping(json.loads(line)))
         except ValueError as error:
             if i < len(lines) - 1:  # the last one may be cut short by a crash
-                raise UserError(f"cannot read {path} line {i + 1} ({first_line(error)}): leave this run out") from error
+                raise UserError(f"cannot read {path} line {i + 1} ({first_line(error)}): use another copy") from error
     return entries
 
 
@@ -200,7 +210,7 @@ def _yaml(path: Path) -> dict[str, Any]:
     try:
         return _mapping(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}): leave this run out") from error
+        raise UserError(f"cannot read {path} ({first_line(error)}): use another copy") from error
 
 
 def score(runs: Sequence[Run]) -> Score | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -106,13 +107,14 @@ def test_layers_of_adalora_and_convolutions(tmp_path: Path) -> None:
 
 
 def test_runs_are_found_and_named(runs: Path, tmp_path: Path) -> None:
-    found = reading.find([runs])
+    found, unread = reading.find([runs])
+    assert unread == []
     assert [run.name for run in found] == ["a", "b", "c", "d <&> e"]
     assert [run.failed for run in found] == ["", "", "", "not finished"]
     assert found[0].series("loss")[-1][0] == STEPS
     assert found[0].measures == ["eval_loss"]
     other = write_run(tmp_path / "others" / "a")
-    assert [run.name for run in reading.find([runs / "a", other, runs / "a"])] == ["runs/a", "others/a"]
+    assert [run.name for run in reading.find([runs / "a", other, runs / "a"])[0]] == ["runs/a", "others/a"]
     assert set(reading.differing(found)) == {"method", "r", "lr"}
     assert reading.score(found) == reading.Score("eval_loss", False)
 
@@ -144,6 +146,18 @@ def test_files_of_another_form_are_named(runs: Path, name: str, text: str) -> No
         reading.read(runs / "a")
 
 
+def test_a_damaged_run_does_not_take_the_others(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (runs / "a" / "result.json").write_text("{")
+    found, (reason,) = reading.find([runs])
+    assert [run.name for run in found] == ["b", "c", "d <&> e"]
+    assert reason.startswith(f"Left out: cannot read {runs / 'a' / 'result.json'} (")
+    assert main(["report", str(runs), "--out", str(tmp_path / "r.html")]) == 0
+    assert capsys.readouterr().err == reason + "\n"
+    assert html.escape(reason) in (tmp_path / "r.html").read_text()
+    with pytest.raises(UserError, match="cannot read"):
+        reading.find([runs / "a"])
+
+
 def test_layers_of_one_name_in_a_block_stay_on_the_grid() -> None:
     names = ("attention.output.dense", "intermediate.dense", "output.dense")
     layers = ["bert.pooler.dense", *(f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in names)]
@@ -154,7 +168,7 @@ def test_layers_of_one_name_in_a_block_stay_on_the_grid() -> None:
 
 
 def test_a_score_that_all_have_comes_first(runs: Path) -> None:
-    found = reading.find([runs])
+    found = reading.find([runs])[0]
     for i, run in enumerate(found):
         run.log.append({"eval_accuracy": 0.5 + i / 10, "step": STEPS})
     measure = reading.score(found)
@@ -189,7 +203,7 @@ def test_the_page_is_whole_and_alone(runs: Path, tmp_path: Path, capsys: pytest.
 
 
 def test_one_run_alone(runs: Path) -> None:
-    made = page.make(reading.find([runs / "b"]))
+    made = page.make(*reading.find([runs / "b"]))
     text = page.html(made, "b")
     assert made.comparisons == []
     assert "differs" not in text.partition("<main>")[2]
@@ -200,7 +214,7 @@ def test_one_run_alone(runs: Path) -> None:
 def test_many_runs_stay_readable(tmp_path: Path) -> None:
     for i in range(9):
         write_run(tmp_path / "s" / f"t{i}", r=2**i, end=1 + i / 10, finished=False)
-    made = page.make(reading.find([tmp_path / "s"]))
+    made = page.make(*reading.find([tmp_path / "s"]))
     colours = [series.colour for series in made.curves[0].series]
     assert colours == [0, 1, 2, 3, 4, 5, None, None, None]
     assert "3 others" in page.html(made, "s")
@@ -250,7 +264,7 @@ def test_lines_lie_where_the_values_are() -> None:
 
 
 def test_alternative_texts_say_what_is_seen(runs: Path) -> None:
-    made = page.make(reading.find([runs]))
+    made = page.make(*reading.find([runs]))
     assert made.curves[1].alt == (
         "evaluation loss against step. b goes from 6 to 1.5; c goes from 6 to 2.5; a goes from 6 to 3; "
         "d <&> e goes from 6 to 4."
