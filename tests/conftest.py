@@ -30,10 +30,7 @@ _WHY_NO_GPU = "needs a CUDA device: " + (
 )
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
-    config.addinivalue_line("markers", "interpreted: a whole run, yet with Triton kernels on CPUs, too")
-    config.addinivalue_line("markers", "slow: takes more than some seconds or a GiB; select with -m")
+def pytest_configure() -> None:
     # The sizes are tiny: threads would cost more than they save, and vary the order of sums.
     torch.set_num_threads(1)
 

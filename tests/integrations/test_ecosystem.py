@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import os
 import warnings
@@ -11,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
-from torch.distributed.elastic.utils.distributed import get_free_port
+from torch import distributed, multiprocessing
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -28,6 +28,8 @@ from fastlora.integrations.peft.situation import situation  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WORLD = 2
+_TIMEOUT = datetime.timedelta(minutes=4)
+"""Of one collective: longer than a loaded machine needs, shorter than a test may take."""
 Maker = Callable[..., Any]
 
 
@@ -112,14 +114,17 @@ def test_sft_trainer_that_makes_the_adapters(tmp_path: Path, make_llama: Maker) 
 # -- several processes ---------------------------------------------------------------------------------------------
 
 
-def join(rank: int, port: int) -> None:
-    """The environment that a launcher would give to a process."""
+def join(rank: int, folder: str) -> None:
+    """The environment that a launcher would give to a process, and the group that it would join.
+
+    By a file: whoever asks for a free port may find it taken when the processes have imported what they need.
+    """
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "LOCAL_WORLD_SIZE": str(WORLD),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    os.environ |= dict(zip(names, map(str, (rank, rank, WORLD, WORLD, "127.0.0.1", 1)), strict=True))
+    store = distributed.FileStore(f"{folder}/store", WORLD)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=_TIMEOUT)
 
 
 def tokens() -> torch.Tensor:
@@ -133,10 +138,10 @@ def whole_gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def ddp(rank: int, port: int, folder: str, base: str, use_dora: bool) -> None:
+def ddp(rank: int, folder: str, base: str, use_dora: bool) -> None:
     import accelerate as hf_accelerate
 
-    join(rank, port)
+    join(rank, folder)
     accelerator = hf_accelerate.Accelerator(cpu=True)
     try:
         single, model = (peft_models.llama(base, use_dora=use_dora) for _ in range(2))
@@ -159,13 +164,13 @@ def ddp(rank: int, port: int, folder: str, base: str, use_dora: bool) -> None:
 
 @pytest.mark.parametrize(("base", "use_dora"), [("4bit", False), ("dense", True)])
 def test_ddp_by_accelerate(base: str, use_dora: bool, tmp_path: Path) -> None:
-    multiprocessing.spawn(ddp, (get_free_port(), str(tmp_path), base, use_dora), nprocs=WORLD)
+    multiprocessing.spawn(ddp, (str(tmp_path), base, use_dora), nprocs=WORLD)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
-def zero3(rank: int, port: int, folder: str) -> None:
-    join(rank, port)
+def zero3(rank: int, folder: str) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
+    join(rank, folder)
     import deepspeed
 
     # Shared memory for reductions, which would be compiled first.
@@ -204,13 +209,13 @@ def zero3(rank: int, port: int, folder: str) -> None:
                     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6 + 1e-4 * scale, msg=name)
         Path(folder, f"done-{rank}").touch()
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def test_zero3_is_left_to_peft(tmp_path: Path) -> None:
     """ZeRO-3 gathers a module's weights when the module is called, which PEFT's forward does."""
     pytest.importorskip("deepspeed")
-    multiprocessing.spawn(zero3, (get_free_port(), str(tmp_path)), nprocs=WORLD)
+    multiprocessing.spawn(zero3, (str(tmp_path),), nprocs=WORLD)
     assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
 
 
