@@ -467,7 +467,7 @@ def explain(
     seq: Annotated[int, typer.Option(help="model: tokens of a sequence", min=1)] = 2048,
     checkpointing: Annotated[bool, typer.Option(help="model: recompute the blocks in the backward pass")] = False,
     blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = True,
-    chunked_loss: Annotated[bool, typer.Option(help="model: head and loss some tokens at a time")] = False,
+    chunked_loss: Annotated[bool, typer.Option(help="model: head and loss some tokens at a time")] = True,
     kept_blocks: Annotated[int, typer.Option(help="model: last blocks that are not recomputed", min=0)] = 0,
 ) -> None:
     """Show which backend runs one layer, and why; or what memory a training step of a model takes."""

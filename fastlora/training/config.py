@@ -38,8 +38,8 @@ FREE_ON_RESUME = frozenset(
     {
         *("step", "distributed"),
         *("output_dir", "resume", "overwrite", "tensorboard", "logging_steps", "save_steps", "save_total_limit"),
-        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "blocks", "liger", "offload_checkpoints"),
-        "gradient_checkpointing",
+        *("eval_steps", "eval_batch_size", "max_steps", "epochs", "backend", "blocks", "liger", "chunked_loss"),
+        *("gradient_checkpointing", "offload_checkpoints"),
     }
 )
 """Fields that may change between a checkpoint and the run that resumes it; all others change what is learned."""
@@ -149,7 +149,11 @@ class TrainConfig(BaseModel):
         True, description="compute q, k and v together, gated MLPs and norms as one [default: not with backend peft]"
     )
     liger: bool = Field(False, description="norms, rotary embedding and loss by Liger kernels, where installed")
-    chunked_loss: bool = Field(False, description="head and loss some tokens at a time: logits never whole")
+    chunked_loss: bool = Field(
+        True,
+        description="head and loss some tokens at a time: logits never whole "
+        "[default: for causal-lm with trainer transformers, not with backend peft]",
+    )
     attention: Literal["stock", "auto", "pytorch", "flash", "cudnn"] = Field(
         "stock", description="stock, with masks; else none, padding on the right, and the kernel: auto by the GPU"
     )
@@ -217,10 +221,11 @@ class TrainConfig(BaseModel):
         if self.kept_blocks and not self.gradient_checkpointing:
             raise ValueError("kept_blocks is for gradient_checkpointing: set both or neither")
         if self.backend == "peft":
-            if "blocks" not in self.model_fields_set:
-                self.__dict__["blocks"] = False  # not by assignment, which would count as given
+            self._off_unless_given("blocks", "chunked_loss")
             if self.blocks or self.liger or self.chunked_loss:
                 raise ValueError("blocks, liger and chunked_loss belong to fastlora's layers: backend peft has none")
+        if self.trainer != "transformers" or self.task != "causal-lm":
+            self._off_unless_given("chunked_loss")
         self._check_method()
         if self.eval_steps is not None and self.eval_fraction == 0 and not (self.eval_data or self.eval_split):
             raise ValueError("eval_steps needs data to evaluate on: set eval_fraction, eval_data or eval_split")
@@ -229,6 +234,10 @@ class TrainConfig(BaseModel):
         if self.template not in ("auto", "chat", "plain") and "{" not in self.template:
             raise ValueError(f"template is chat, plain, auto or a format with {{column}}, not {self.template!r}")
         return self
+
+    def _off_unless_given(self, *names: str) -> None:
+        # Not by assignment, after which they would count as given.
+        self.__dict__.update({name: False for name in names if name not in self.model_fields_set})
 
     def _check_method(self) -> None:
         lora = self.method not in ("vera", "adalora", "prompt", "prefix", "bottleneck", "layers", "full", "head")

@@ -289,7 +289,7 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
         advice.append(f"lower max_length (now {config.max_length})")
         if config.quantization == "none":
             advice.append("set quantization nf4")
-        if not config.chunked_loss and config.backend != "peft":
+        if not config.chunked_loss and config.backend != "peft" and config.task == "causal-lm":
             advice.append("set chunked_loss true")
         where = "GPU memory" if isinstance(error, torch.OutOfMemoryError) or "CU" in str(error) else "memory"
         done = checkpoints.finished(config.output_dir)

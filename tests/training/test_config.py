@@ -33,15 +33,22 @@ def test_resolved_configuration_reads_back(tmp_path: Path) -> None:
     assert set(yaml.safe_load(path.read_text())) == set(TrainConfig.model_fields)
 
 
-def test_blocks_unless_the_backend_has_none(tmp_path: Path) -> None:
-    assert load(None, NEEDED).blocks
+def test_fused_by_default_where_that_can_be(tmp_path: Path) -> None:
+    config = load(None, NEEDED)
+    assert (config.blocks, config.chunked_loss) == (True, True)
+    for values in ({"trainer": "trl"}, {"trainer": "auto"}, {"task": "sequence-classification"}):
+        config = load(None, NEEDED | values)
+        assert (config.blocks, config.chunked_loss) == (True, False)
     config = load(None, NEEDED | {"backend": "peft"})
-    assert not config.blocks
+    assert (config.blocks, config.chunked_loss) == (False, False)
     path = tmp_path / "resolved.yaml"
     path.write_text(config.to_yaml())
     assert load(path) == config
     # What was not given is not kept from one backend to another.
     assert load(None, config.model_dump(exclude_unset=True) | {"backend": "auto"}).blocks
+    for name in ("blocks", "chunked_loss", "liger"):
+        with pytest.raises(UserError, match="backend peft has none"):
+            load(None, NEEDED | {"backend": "peft", name: True})
 
 
 def test_example_is_valid_and_names_every_field() -> None:

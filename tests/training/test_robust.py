@@ -226,7 +226,7 @@ def test_a_loss_that_is_no_number_names_step_and_checkpoint(
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried"),
-            {},
+            {"chunked_loss": False},
             ["GPU memory", "batch_size (now 2)", "chunked_loss true"],
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), {"batch_size": 1}, ["out of memory: set grad"]),
