@@ -300,7 +300,7 @@ def _out_of_memory(config: TrainConfig) -> Iterator[None]:
 def check_step(config: TrainConfig, device: torch.device) -> None:
     """Raises UserError when the step cannot be launched as ``config`` asks."""
     if config.trainer == "trl" and config.chunked_loss:
-        raise UserError("chunked_loss: TRL's SFTTrainer looks at logits, and there are none: set chunked_loss false")
+        raise UserError("chunked_loss: TRL's SFTTrainer computes the loss itself: set chunked_loss false")
     if without_masks(config) and config.method == "prefix":
         raise UserError("method: prefix puts keys before every token: set step eager and attention stock")
     if config.attention != "stock" and config.trainer == "trl":

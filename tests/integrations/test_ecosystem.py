@@ -50,7 +50,13 @@ def unpacked(model: Any) -> Any:
 # -- TRL -----------------------------------------------------------------------------------------------------------
 
 
-def sft_losses(model: Any, tokenizer: Any, folder: Path, device: str) -> list[float]:
+def word_tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w1"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
+
+
+def sft_losses(model: Any, folder: Path, device: str) -> list[float]:
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
     rows = torch.randint(5, 128, (12, 10), generator=torch.Generator().manual_seed(2)).tolist()
     settings = trl.SFTConfig(
@@ -58,7 +64,7 @@ def sft_losses(model: Any, tokenizer: Any, folder: Path, device: str) -> list[fl
         disable_tqdm=True, use_cpu=device == "cpu", dataloader_pin_memory=False, save_strategy="no", seed=0,
     )  # fmt: skip
     data = datasets.Dataset.from_dict({"input_ids": rows})
-    trainer = trl.SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
+    trainer = trl.SFTTrainer(model, settings, train_dataset=data, processing_class=word_tokenizer())
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -70,9 +76,6 @@ def test_sft_trainer(
     base: str, fields: dict[str, Any], make_llama: Maker, tmp_path: Path, device: str, monkeypatch: Any
 ) -> None:
     """With TRL's defaults: bfloat16 autocast, adapters cast to bfloat16 on a 4-bit base, gradient checkpointing."""
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w1"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
     calls = []
     real = layers_module.situation
     monkeypatch.setattr(layers_module, "situation", lambda layer: calls.append(real(layer)) or calls[-1])
@@ -81,7 +84,7 @@ def test_sft_trainer(
         model = make_llama(base, dtype=torch.bfloat16, **fields).to(device)
         if name == "fused":
             assert not accelerate(model).skipped
-        losses[name] = sft_losses(model, tokenizer, tmp_path / name, device)
+        losses[name] = sft_losses(model, tmp_path / name, device)
     assert len(losses["fused"]) == 4
     assert losses["fused"] == pytest.approx(losses["stock"], rel=2e-2)
     assert losses["fused"][-1] < losses["fused"][0]
@@ -89,12 +92,22 @@ def test_sft_trainer(
     assert not [found for found in calls if isinstance(found, str)]
 
 
+@pytest.mark.parametrize("loss", [False, True])
+def test_sft_trainer_of_blocks(loss: bool, make_llama: Maker, tmp_path: Path, device: str) -> None:
+    """TRL computes the loss itself, from the states before the head: it does not miss logits."""
+    trl = pytest.importorskip("trl")
+    if loss and tuple(map(int, trl.__version__.split(".")[:2])) < (1, 15):
+        pytest.skip("TRL before 1.15 reads logits")
+    stock = make_llama("4bit", dtype=torch.bfloat16).to(device)
+    whole = make_llama("4bit", dtype=torch.bfloat16).to(device)
+    assert not accelerate(whole, blocks=True, loss=loss).skipped
+    want = sft_losses(stock, tmp_path / "stock", device)
+    assert sft_losses(whole, tmp_path / "whole", device) == pytest.approx(want, rel=2e-2)
+
+
 def test_sft_trainer_that_makes_the_adapters(tmp_path: Path, make_llama: Maker) -> None:
     """`SFTTrainer(peft_config=...)` within `fused`."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    tokenizers = pytest.importorskip("tokenizers")
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(128)}, unk_token="w1"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2")
     settings = trl.SFTConfig(
         str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to=[], disable_tqdm=True, use_cpu=True,
         dataloader_pin_memory=False, save_strategy="no",
@@ -103,7 +116,7 @@ def test_sft_trainer_that_makes_the_adapters(tmp_path: Path, make_llama: Maker) 
     data = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8]] * 4})
     with fused():
         trainer = trl.SFTTrainer(
-            make_llama("dense", adapters=False), settings, train_dataset=data, processing_class=tokenizer,
+            make_llama("dense", adapters=False), settings, train_dataset=data, processing_class=word_tokenizer(),
             peft_config=config,
         )  # fmt: skip
     trainer.train()
