@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib
 import os
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -20,6 +19,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")
 
 import peft_models  # noqa: E402
+import processes  # noqa: E402
 import surface  # noqa: E402
 
 from fastlora.integrations.peft import accelerate, fused, restore  # noqa: E402
@@ -27,9 +27,6 @@ from fastlora.integrations.peft import layers as layers_module  # noqa: E402
 from fastlora.integrations.peft.situation import situation  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-WORLD = 2
-_TIMEOUT = datetime.timedelta(minutes=4)
-"""Of one collective: longer than a loaded machine needs, shorter than a test may take."""
 Maker = Callable[..., Any]
 
 
@@ -128,26 +125,23 @@ def test_sft_trainer_that_makes_the_adapters(tmp_path: Path, make_llama: Maker) 
 
 
 def join(rank: int, folder: str) -> None:
-    """The environment that a launcher would give to a process, and the group that it would join.
+    """The group that a process joins.
 
     By a file: whoever asks for a free port may find it taken when the processes have imported what they need.
     """
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    os.environ |= dict(zip(names, map(str, (rank, rank, WORLD, WORLD, "127.0.0.1", 1)), strict=True))
-    store = distributed.FileStore(f"{folder}/store", WORLD)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=_TIMEOUT)
+    store = distributed.FileStore(f"{folder}/store", processes.WORLD)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes.WORLD)
 
 
 def tokens() -> torch.Tensor:
-    return torch.randint(1, 128, (WORLD * 2, 12), generator=torch.Generator().manual_seed(3))
+    return torch.randint(1, 128, (processes.WORLD * 2, 12), generator=torch.Generator().manual_seed(3))
 
 
 def whole_gradients(model: Any) -> dict[str, torch.Tensor]:
     """Those of the mean of the losses of all processes."""
-    for ids in tokens().chunk(WORLD):
-        (model(input_ids=ids, labels=ids).loss / WORLD).backward()
+    for ids in tokens().chunk(processes.WORLD):
+        (model(input_ids=ids, labels=ids).loss / processes.WORLD).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -163,22 +157,20 @@ def ddp(rank: int, folder: str, base: str, use_dora: bool) -> None:
         want = whole_gradients(single)
         wrapped = accelerator.prepare_model(model)
         assert type(wrapped).__name__ == "DistributedDataParallel"
-        ids = tokens().chunk(WORLD)[rank]
+        ids = tokens().chunk(processes.WORLD)[rank]
         accelerator.backward(wrapped(input_ids=ids, labels=ids).loss)
         got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert got.keys() == want.keys()
         for name, grad in want.items():
             torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6 + 1e-5 * grad.abs().max().item(), msg=name)
         assert paths_of(accelerator.unwrap_model(wrapped)) == {"fused"}
-        Path(folder, f"done-{rank}").touch()
     finally:
         accelerator.end_training()
 
 
 @pytest.mark.parametrize(("base", "use_dora"), [("4bit", False), ("dense", True)])
 def test_ddp_by_accelerate(base: str, use_dora: bool, tmp_path: Path) -> None:
-    multiprocessing.spawn(ddp, (str(tmp_path), base, use_dora), nprocs=WORLD)
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    processes.check(processes.run(ddp, str(tmp_path), base, use_dora, folder=tmp_path))
 
 
 def zero3(rank: int, folder: str) -> None:
@@ -206,7 +198,7 @@ def zero3(rank: int, folder: str) -> None:
         learned = [p for p in model.parameters() if p.requires_grad]
         engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(learned, lr=1.0), config=settings)
         assert paths_of(model) == {"the base weight is partitioned by DeepSpeed"}
-        ids = tokens().chunk(WORLD)[rank]
+        ids = tokens().chunk(processes.WORLD)[rank]
         with torch.no_grad():
             before = peft_models.llama("dense")(input_ids=ids, labels=ids).loss
         loss = engine(input_ids=ids, labels=ids).loss
@@ -220,7 +212,6 @@ def zero3(rank: int, folder: str) -> None:
                     moved, expected = p.data - want[name], after[name].data - want[name]
                     scale = expected.abs().max().item()
                     torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6 + 1e-4 * scale, msg=name)
-        Path(folder, f"done-{rank}").touch()
     finally:
         distributed.destroy_process_group()
 
@@ -228,8 +219,7 @@ def zero3(rank: int, folder: str) -> None:
 def test_zero3_is_left_to_peft(tmp_path: Path) -> None:
     """ZeRO-3 gathers a module's weights when the module is called, which PEFT's forward does."""
     pytest.importorskip("deepspeed")
-    multiprocessing.spawn(zero3, (str(tmp_path),), nprocs=WORLD)
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    processes.check(processes.run(zero3, str(tmp_path), folder=tmp_path))
 
 
 # -- loading -------------------------------------------------------------------------------------------------------

@@ -8,21 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import peft_models
+import processes
 import surface
 
 import fastlora
 from fastlora import NF4Weight
 from fastlora.integrations.peft import layers as layers_module
 from fastlora.linear import base_weight
-
-WORLD = 2
 
 
 def make(use_dora: bool) -> Any:
@@ -57,12 +56,11 @@ def run(rank: int, folder: str, use_dora: bool) -> None:
     from torch.distributed.fsdp import fully_shard
 
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", WORLD)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD)
+    store = distributed.FileStore(f"{folder}/store", processes.WORLD)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes.WORLD)
     try:
         single, model = make(use_dora), make(use_dora)
-        mesh = distributed.init_device_mesh("cpu", (WORLD,))
+        mesh = distributed.init_device_mesh("cpu", (processes.WORLD,))
         for block in model.base_model.model.model.layers:
             fully_shard(block, mesh=mesh)
         paths: list[Any] = []
@@ -83,7 +81,7 @@ def run(rank: int, folder: str, use_dora: bool) -> None:
         for ours, theirs in names.items():
             weight = ours.base_layer.weight
             assert hasattr(weight, "full_tensor")
-            assert weight.to_local().numel() * WORLD == theirs.base_layer.weight.numel()
+            assert weight.to_local().numel() * processes.WORLD == theirs.base_layer.weight.numel()
             assert same_bytes(weight.full_tensor(), theirs.base_layer.weight.data)
         want = step(single)
         layers_module.situation = watch
@@ -101,12 +99,10 @@ def run(rank: int, folder: str, use_dora: bool) -> None:
             if name in state:
                 assert same_bytes(state[name], t), name
         assert any("lora_A" in name for name in state)
-        Path(folder, f"done-{rank}").touch()
     finally:
         distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
 def test_two_processes_are_as_one(use_dora: bool, tmp_path: Path) -> None:
-    multiprocessing.spawn(run, (str(tmp_path), use_dora), nprocs=WORLD)
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    processes.check(processes.run(run, str(tmp_path), use_dora, folder=tmp_path))

@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
 import peft_models
+import processes
 import surface
 
 import fastlora
 from fastlora.integrations import fsdp
 from fastlora.linear import base_weight
-
-WORLD = 2
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:
@@ -88,16 +87,15 @@ def save_and_load(model: Any, wanted: dict[str, dict[str, torch.Tensor]], folder
 
 def run(rank: int, folder: str, device: str) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    store = distributed.FileStore(f"{folder}/store", WORLD)
+    store = distributed.FileStore(f"{folder}/store", processes.WORLD)
     if device == "cuda":
         torch.cuda.set_device(rank)
         device = f"cuda:{rank}"
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=WORLD)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=processes.WORLD)
     near = {"rtol": 1.3e-6, "atol": 1e-5} if device == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
-    ids = torch.randint(1, 128, (2 * WORLD, 12), generator=torch.Generator().manual_seed(3)).to(device)
-    mine = ids.chunk(WORLD)[rank]
+    ids = torch.randint(1, 128, (2 * processes.WORLD, 12), generator=torch.Generator().manual_seed(3)).to(device)
+    mine = ids.chunk(processes.WORLD)[rank]
     try:
         single = make(device, blocks=True)
         expected, loss = weights(single), step(single, ids)
@@ -126,7 +124,7 @@ def run(rank: int, folder: str, device: str) -> None:
                 model.zero_grad()
                 mean = step(call, mine)
                 distributed.all_reduce(mean)
-                torch.testing.assert_close(mean / WORLD, loss, msg=name, **near)
+                torch.testing.assert_close(mean / processes.WORLD, loss, msg=name, **near)
                 for key, grad in gradients(model).items():
                     torch.testing.assert_close(grad, wanted[key], msg=f"{name}: {key}", **near)
             assert_same_bits(weights(model), expected)
@@ -143,17 +141,15 @@ def run(rank: int, folder: str, device: str) -> None:
         with torch.no_grad():
             model(input_ids=mine)
         assert_same_bits(weights(model), spoiled)
-        Path(folder, f"done-{rank}").touch()
     finally:
         distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_two_processes_are_as_one(tmp_path: Path, kind: str) -> None:
-    if kind == "cuda" and torch.cuda.device_count() < WORLD:
-        pytest.skip(f"needs {WORLD} GPUs")
-    multiprocessing.spawn(run, (str(tmp_path), kind), nprocs=WORLD)
-    assert {path.name for path in tmp_path.glob("done-*")} == {"done-0", "done-1"}
+    if kind == "cuda" and torch.cuda.device_count() < processes.WORLD:
+        pytest.skip(f"needs {processes.WORLD} GPUs")
+    processes.check(processes.run(run, str(tmp_path), kind, folder=tmp_path))
 
 
 def test_blocks_are_found_where_peft_finds_none() -> None:

@@ -1,4 +1,7 @@
-"""Several processes. Without a GPU they are forked from one server process, which imports the libraries once."""
+"""Several processes. Without a GPU they are forked from one server process, which imports the libraries once.
+
+They end without taking the interpreter down, where a thread of gloo's that wants it may abort the process or hang.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,7 @@ def _child(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= launcher_environment(rank, port)
+    os.environ.pop("TRITON_INTERPRET", None)  # the server has that of the test that came first
     sys.path[:] = paths
     torch.set_num_threads(1)
     try:
