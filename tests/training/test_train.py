@@ -89,9 +89,7 @@ def test_plain_peft_gives_the_same_logits(trained: TrainResult, tiny_model: Path
             logits.append(model.eval()(ids).logits)
             with model.disable_adapter():
                 assert not torch.allclose(logits[-1], model(ids).logits, atol=1e-2)
-    # Sums of float32 in another order, through two blocks with adapters from a high learning rate: of the ids of 100
-    # seeds, the worst logit is 9e-6 of the largest one off.
-    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5 * logits[0].abs().max().item())
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("values", [{"backend": "peft"}, {"trainer": "trl"}, {"gradient_checkpointing": True}])
