@@ -798,6 +798,118 @@ Tensor dense_weight(const PackedWeight& w, const Tensor& like, const Launch& lau
   return out;
 }
 
+// A matrix (m, n) with rows of neighbours, at any distance, that a kernel reads or writes 16 bytes at a time.
+int64_t stride_of_rows(const char* name, const Tensor& t, const Tensor& like) {
+  if (t.dim() != 2 || t.sizes()[0] != like.sizes()[0] || t.sizes()[1] != like.sizes()[1]) {
+    fail(name, " must have shape ", shape_of(like), ", got ", shape_of(t));
+  }
+  if (t.scalar_type() != like.scalar_type()) {
+    fail(name, " must be ", name_of(like.scalar_type()), ", got ", name_of(t.scalar_type()));
+  }
+  check_device(name, t, like);
+  const int64_t n = t.sizes()[1], stride = t.sizes()[0] > 1 ? t.stride(0) : n;
+  const bool aligned = reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kAlignment == 0 && stride % 8 == 0;
+  if (t.stride(1) != 1 || stride < n || n % 8 != 0 || !aligned) {
+    fail(name, " must have contiguous rows of a multiple of 8 elements, each 16-byte aligned");
+  }
+  return stride;
+}
+
+int32_t narrow_side(const char* name, int64_t ranks) {
+  if (ranks != 16 && ranks != 32) fail(name, " must be 16 or 32, got ", ranks);
+  return static_cast<int32_t>(ranks);
+}
+
+// What both directions of a gated MLP's activation take: gate and up, what the activation is.
+template <typename Params>
+void take_gated(Params& p, const Tensor& gate, const Tensor& up, int64_t activation) {
+  p.dtype = dtype_of("gate", gate);
+  if (p.dtype == DType::kFloat32) fail("gate must be bfloat16 or float16, got float32");
+  if (gate.dim() != 2 || gate.sizes()[0] < 1) fail("gate must have rows, got shape ", shape_of(gate));
+  if (activation < 0 || activation > static_cast<int64_t>(Activation::kGeluTanh)) {
+    fail("activation must be from 0 to 2, got ", activation);
+  }
+  p.m = gate.sizes()[0];
+  p.n = gate.sizes()[1];
+  constexpr int64_t kMostRows = 1 << 30;
+  if (p.m > kMostRows) fail("gate must have at most ", kMostRows, " rows, got ", p.m);
+  p.stride = stride_of_rows("gate", gate, gate);
+  if (stride_of_rows("up", up, gate) != p.stride) fail("the rows of up must be as far apart as those of gate");
+  p.gate = gate.const_data_ptr();
+  p.up = up.const_data_ptr();
+  p.activation = static_cast<Activation>(activation);
+}
+
+void gated_forward_operator(Tensor gate, Tensor up, Tensor lora_a, int64_t activation, Tensor h, Tensor u) {
+  GatedForward p{};
+  take_gated(p, gate, up, activation);
+  const ScalarType type = gate.scalar_type();
+  p.rd = narrow_side("the rank of down", lora_a.dim() == 2 ? lora_a.sizes()[0] : 0);
+  p.lora_a = checked<void>("lora_a", lora_a, gate, type, p.rd * p.n);
+  checked<void>("h", h, gate, type, p.m * p.n);
+  checked<void>("u", u, gate, type, p.m * p.rd);
+  p.h = h.mutable_data_ptr();
+  p.u = u.mutable_data_ptr();
+  const Launch launch(gate);
+  GatedPlan plan{};
+  Launch::check("gated_forward", gated_forward_plan(p.m, p.n, plan));
+  Tensor parts = new_empty(gate, {plan.strips * p.m * p.rd}, ScalarType::Float);
+  p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  Launch::check("gated_forward", gated_forward_cuda(p, plan, launch.stream()));
+}
+
+void gated_gradients_operator(
+    Tensor gate,
+    Tensor up,
+    Tensor dh,
+    Tensor u,
+    Tensor du_down,
+    Tensor lora_b,
+    double scale_gate,
+    double scale_up,
+    bool shared,
+    int64_t activation,
+    Tensor dgate,
+    Tensor dup,
+    Tensor du,
+    Tensor db,
+    Tensor da) {
+  GatedGradients p{};
+  take_gated(p, gate, up, activation);
+  const ScalarType type = gate.scalar_type();
+  if (stride_of_rows("dh", dh, gate) != p.n) fail("dh must be contiguous");
+  p.stride_d = stride_of_rows("dgate", dgate, gate);
+  if (stride_of_rows("dup", dup, gate) != p.stride_d) fail("the rows of dup must be as far apart as those of dgate");
+  const int64_t width = u.dim() == 2 ? u.sizes()[1] : 0;
+  p.shared = shared;
+  p.r = narrow_side("the rank of gate and up", shared ? width : width / 2);
+  p.rd = narrow_side("the rank of down", du_down.dim() == 2 ? du_down.sizes()[1] : 0);
+  p.dh = dh.const_data_ptr();
+  p.u = checked<void>("u", u, gate, type, p.m * width);
+  p.du_down = checked<void>("du_down", du_down, gate, type, p.m * p.rd);
+  p.lora_b = checked<void>("lora_b", lora_b, gate, type, 2 * p.n * width);
+  checked<void>("du", du, gate, type, p.m * width);
+  checked<void>("db", db, gate, db.scalar_type(), 2 * p.n * p.r);
+  checked<void>("da", da, gate, da.scalar_type(), p.rd * p.n);
+  p.dgate = dgate.mutable_data_ptr();
+  p.dup = dup.mutable_data_ptr();
+  p.du = du.mutable_data_ptr();
+  p.db = db.mutable_data_ptr();
+  p.da = da.mutable_data_ptr();
+  p.db_dtype = dtype_of("db", db);
+  p.da_dtype = dtype_of("da", da);
+  p.scale_gate = static_cast<float>(scale_gate);
+  p.scale_up = static_cast<float>(scale_up);
+  const Launch launch(gate);
+  GatedPlan plan{};
+  Launch::check("gated_gradients", gated_gradients_plan(p.m, p.n, p.r, p.rd, plan));
+  const int64_t of_parts = plan.parts * p.n * (2 * p.r + p.rd), of_strips = plan.strips * p.m * width;
+  Tensor sums = new_empty(gate, {of_parts + of_strips}, ScalarType::Float);
+  p.parts = static_cast<float*>(sums.mutable_data_ptr());
+  p.du_parts = p.parts + of_parts;
+  Launch::check("gated_gradients", gated_gradients_cuda(p, plan, launch.stream()));
+}
+
 Outputs library_forward(ForwardArguments& a) {
   const auto p = prepare_forward<LinearForward<int64_t>>(a);
   const Tensor& x = a.x;
@@ -920,6 +1032,11 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
       "cross_entropy(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore_index, float label_smoothing, "
       "bool gradient, int capability, Tensor(b!) losses) -> ()");
   define("dropout(Tensor x, Tensor seed, int threshold, float gain, Tensor(a!) out) -> ()");
+  define("gated_forward(Tensor gate, Tensor up, Tensor lora_a, int activation, Tensor(a!) h, Tensor(b!) u) -> ()");
+  define(
+      "gated_gradients(Tensor gate, Tensor up, Tensor dh, Tensor u, Tensor du_down, Tensor lora_b, float scale_gate, "
+      "float scale_up, bool shared, int activation, Tensor(a!) dgate, Tensor(b!) dup, Tensor(c!) du, Tensor(d!) db, "
+      "Tensor(e!) da) -> ()");
   define("linear" + forward + ", int capability" + dropout + ") -> (Tensor, Tensor)");
   define("linear" + backward + ", int capability" + dropout + ") -> (Tensor, Tensor, Tensor)");
   define(
@@ -948,6 +1065,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
   m.impl("dequantize", &fastlora::dequantize_operator<fastlora::dequantize_on_cuda>);
   m.impl("dropout", TORCH_BOX(&fastlora::dropout_cuda_operator));
+  m.impl("gated_forward", TORCH_BOX(&fastlora::gated_forward_operator));
+  m.impl("gated_gradients", TORCH_BOX(&fastlora::gated_gradients_operator));
   m.impl("few_rows_forward", &fastlora::forward_operator<fastlora::few_rows_forward>);
   m.impl("few_rows_packed", &fastlora::few_rows_packed_operator);
   m.impl("tile_forward", &fastlora::forward_operator<fastlora::tile_forward>);

@@ -143,6 +143,61 @@ struct FinishParams {
   DType out_dtype;
 };
 
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+
+// h = act(gate) * up, and u = h A^T of down.
+struct GatedForward {
+  const void* gate;  // (m, n) of dtype, rows `stride` elements apart, as up
+  const void* up;
+  const void* lora_a;  // (rd, n) of dtype
+  void* h;             // (m, n) of dtype
+  void* u;             // (m, rd) of dtype
+  float* parts;        // (strips, m, rd): u of a strip of columns
+  int64_t m;
+  int64_t n;
+  int64_t stride;
+  int32_t rd;  // 16 or 32
+  Activation activation;
+  DType dtype;
+};
+
+// dgate and dup of h = act(gate) * up, and what the adapters around it get: du of gate and up, dB of both, dA of down.
+struct GatedGradients {
+  const void* gate;  // (m, n) of dtype, rows `stride` elements apart, as up
+  const void* up;
+  const void* dh;       // (m, n) of dtype, contiguous
+  void* dgate;          // (m, n) of dtype, rows `stride_d` elements apart, as dup; may be gate
+  void* dup;            // may be up
+  const void* u;        // (m, 2 r) of dtype: of gate, and of up; where `shared` (m, r), of both
+  const void* du_down;  // (m, rd) of dtype
+  const void* lora_b;   // (2 n, columns of u) of dtype, multiplied by the scales: of gate, and below it of up
+  void* du;             // (m, columns of u) of dtype
+  void* db;             // (2 n, r) of db_dtype: of gate, and below it of up
+  void* da;             // (rd, n) of da_dtype
+  float* parts;         // (parts, 2 n r + rd n): dB and dA of a part of the rows
+  float* du_parts;      // (strips, m, columns of u): du of a strip of columns
+  float scale_gate;
+  float scale_up;
+  int64_t m;
+  int64_t n;
+  int64_t stride;
+  int64_t stride_d;
+  int32_t r;  // 16 or 32, as rd
+  int32_t rd;
+  bool shared;
+  Activation activation;
+  DType dtype;
+  DType db_dtype;
+  DType da_dtype;
+};
+
+// How the work is cut: `parts` of at most `rows` rows, and `strips` of columns.
+struct GatedPlan {
+  int64_t rows;
+  int32_t parts;
+  int32_t strips;
+};
+
 enum class CpuCapability : int32_t { kPlain = 0, kAVX2 = 1, kAVX512 = 2, kAVX512BF16 = 3 };
 
 // The most capable path that this processor runs.
@@ -166,6 +221,12 @@ int finish_cuda(const FinishParams& params, void* stream);
 // One launch each, of any dtype and of bfloat16 or float16.
 int dropout_cuda(const DropoutParams& params, void* stream);
 int dropped_gradient_cuda(const DroppedGradient& params, void* stream);
+// On the current device, which a plan is for. m is at most 2^30, n is a multiple of 8, rows and pointers are 16-byte
+// aligned.
+int gated_forward_plan(int64_t m, int64_t n, GatedPlan& plan);
+int gated_forward_cuda(const GatedForward& params, const GatedPlan& plan, void* stream);
+int gated_gradients_plan(int64_t m, int64_t n, int r, int rd, GatedPlan& plan);
+int gated_gradients_cuda(const GatedGradients& params, const GatedPlan& plan, void* stream);
 
 // What a status means. The runtime forgets it: the next launch, of whomever, would be said to have failed.
 const char* take_cuda_error(int status);

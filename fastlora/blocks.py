@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastlora import activation as plain
-from fastlora import backends, groups, ops, recomputed
+from fastlora import backends, groups, native, ops, recomputed
 from fastlora.groups import Each, Form, Needs, Projection, Stacked, kernels
 from fastlora.linear import _autocast, check_out_dtype, lora_linear
 from fastlora.nf4 import QUANT_TYPES
@@ -154,7 +154,10 @@ class _GatedMLP(torch.autograd.Function):
         _refuse_trained_base([*inner, down])
         with ops.without_autocast(x.device.type):
             again = form.adapters(inner, x) if isinstance(form, Stacked) and recomputed.running() else None
-            ys, inner_kept = form.forward(x, inner, None, again)
+            if again is None:
+                ys, inner_kept = form.forward(x, inner, None)
+            else:
+                ys, inner_kept = form.forward(x, inner, None, again, keep=True)
         middle.gate, middle.up = gate, up = _halves(ys)
         if again is not None:
             recomputed.hand_over(gate, again)
@@ -200,8 +203,13 @@ class _Down(torch.autograd.Function):
         gate, up = middle.gate, middle.up
         middle.gate = middle.up = None
         with ops.without_autocast(gate.device.type):
-            compute = kernels("gated").forward if _on_kernels(gate, form) else plain.forward
-            (y,), kept = form.forward(compute(gate, up, activation), [down], out_dtype)
+            if isinstance(form, Stacked):
+                adapters = form.adapters([down], gate)
+                h, u = _activated(gate, up, activation, adapters)
+                (y,), kept = form.forward(h, [down], out_dtype, adapters, u)
+            else:
+                compute = kernels("gated").forward if _on_kernels(gate, form) else plain.forward
+                (y,), kept = form.forward(compute(gate, up, activation), [down], out_dtype)
         if ctx.needs_input_grad[0] and down.lora_b is not None and down.lora_b.requires_grad:
             middle.kept = kept
         return y.data
@@ -216,6 +224,15 @@ def _on_kernels(x: torch.Tensor, form: Form) -> bool:
     if isinstance(form, Stacked):
         return True
     return x.is_cuda and x.dtype in backends.COMPUTE_DTYPES and backends.this_machine().triton is None
+
+
+def _activated(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, adapters: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """h, and u of down with these packed adapters where the same pass makes it."""
+    if native.gates(gate, up, adapters.span):
+        return native.gated_forward(gate, up, activation, adapters.a)
+    return kernels("gated").forward(gate, up, activation), None
 
 
 def _halves(ys: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,14 +268,20 @@ def _mlp_backward(
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
         in_place = ops.freed_after_use() and groups.as_one([gate, up]) is not None
         last = Needs(False, down_needs.da, down_needs.db)
-        together = _together(inner_adapters, adapters, inner_needs, down_needs)
+        together, known = _together(inner_adapters, adapters, inner_needs, down_needs), None
         if together:
             kinds = form.kinds(inner)[1], form.kinds([down])[0]
             scales = inner_adapters.scales[0], inner_adapters.scales[-1]
             u, shared = inner_kept[0], len(inner) == 1
-            d, db, da = gated.gradients(
-                gate, up, dh, activation, u, scales, du, kinds, shared=shared, in_place=in_place
-            )
+            if native.gates(gate, up, inner_adapters.span, adapters.span):
+                d, inner_du, db, da = native.gated_gradients(
+                    gate, up, dh, activation, u, scales, du, inner_adapters.b, kinds, shared=shared, in_place=in_place
+                )
+                known = d, inner_du
+            else:
+                d, db, da = gated.gradients(
+                    gate, up, dh, activation, u, scales, du, kinds, shared=shared, in_place=in_place
+                )
             last = dataclasses.replace(last, da=(False,))
             inner_needs = dataclasses.replace(inner_needs, db=(False,) * len(inner))
             h = None
@@ -267,7 +290,7 @@ def _mlp_backward(
         _, das, dbs = form.backward([dy], h, down_kept, [down], last, dtype, adapters, (dy, du))
         del dh, h
         parts = groups.columns(d, groups.sizes(inner))
-        dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype, inner_adapters)
+        dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype, inner_adapters, known)
         if together:
             das = form.gradients_a(da, adapters, [down])
             inner_dbs = form.gradients_b(db, inner_adapters, inner)

@@ -59,9 +59,9 @@ class Form(Protocol):
     """A way to compute a group."""
 
     def forward(
-        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, keep: Any = None
+        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """y of each, and what the backward pass needs. keep: see `Stacked`, which makes such."""
+        """y of each, and what the backward pass needs."""
         ...
 
     def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]: ...
@@ -99,7 +99,7 @@ class Each:
         self.backend = backend
 
     def forward(
-        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, keep: Any = None
+        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         ys, us = [], []
         for p in projections:
@@ -143,7 +143,7 @@ class Library:
     """Library products of the stacked weight, ordered so that y is rounded once."""
 
     def forward(
-        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None, keep: Any = None
+        self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         w, u = self._stack(projections, x.dtype), self._project(x, projections)
         dtype, narrow = out_dtype or x.dtype, self._narrow(u, projections)
@@ -249,12 +249,15 @@ class Stacked:
         x: torch.Tensor,
         projections: Sequence[Projection],
         out_dtype: torch.dtype | None,
-        keep: Any = None,
+        adapters: Any = None,
+        u: torch.Tensor | None = None,
+        *,
+        keep: bool = False,
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """``keep``: the packed adapters, which are to hold W as well from now on."""
+        """``adapters``, packed, and u are given where they are known. ``keep``: the adapters hold W from now on."""
         weights, biases = [p.w for p in projections], [p.bias for p in projections]
-        adapters = keep or self.adapters(projections, x)
-        y, u = kernels("stacked").forward(x, weights, adapters, biases, out_dtype, keep=keep is not None)
+        adapters = adapters or self.adapters(projections, x)
+        y, u = kernels("stacked").forward(x, weights, adapters, biases, out_dtype, u, keep=keep)
         return columns(y, sizes(projections)), [u]
 
     def project(self, x: torch.Tensor, projections: Sequence[Projection]) -> list[torch.Tensor]:

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from fastlora import tables
+from fastlora.activation import ACTIVATIONS
 from fastlora.dropout import Dropout
 from fastlora.int8 import Int8Matrix
 from fastlora.nf4 import NF4Weight
+from fastlora.stacking import side_by_side
 
 CAPABILITIES = ("plain", "avx2", "avx512", "avx512_bf16")
 """CPU code paths, from the least to the most capable; all dequantize to the same bits."""
@@ -331,3 +333,66 @@ def backward(
         else:
             grads.append(grad.to(adapter.dtype) if adapter.shape == grad.shape else torch.zeros_like(adapter))
     return grads[0], grads[1], grads[2]
+
+
+_NARROW = (16, 32)
+"""Widths of the packed adapters whose sums over a strip of columns fit the registers of a GPU."""
+
+
+def gates(gate: torch.Tensor, up: torch.Tensor, *widths: int) -> bool:
+    """Whether `gated_forward` and `gated_gradients` serve gate and up (M, N) and adapters of these widths.
+
+    They were measured to be faster than the Triton kernels on compute capability 9.0, and are taken there.
+    """
+    if gate.device.type != "cuda" or gate.dtype not in (torch.bfloat16, torch.float16) or not gate.shape[0]:
+        return False
+    if available("cuda") is not None or gpu(gate.device.index)[0] != (9, 0) or not set(widths) <= set(_NARROW):
+        return False
+    row, column = gate.stride()
+    even = gate.shape[1] % 8 == 0 and row % 8 == 0 and gate.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0
+    return even and column == 1 and up.stride() == (row, column)
+
+
+def gated_forward(
+    gate: torch.Tensor, up: torch.Tensor, activation: str, lora_a: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """h = act(gate) * up (M, N), and u = h A^T (M, RD) of down, from one read of gate and up (M, N).
+
+    lora_a: (RD, N) of their type. `gates` must accept them. Raises RuntimeError where the extension does not serve the
+    device, ValueError for tensors that do not fit.
+    """
+    h, u = gate.new_empty(gate.shape), gate.new_empty(gate.shape[0], lora_a.shape[0])
+    _operator("gated_forward", "cuda")(gate, up, lora_a, ACTIVATIONS.index(activation), h, u)
+    return h, u
+
+
+def gated_gradients(
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    dh: torch.Tensor,
+    activation: str,
+    u: torch.Tensor,
+    scales: tuple[float, float],
+    du_down: torch.Tensor,
+    lora_b: torch.Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    *,
+    shared: bool = False,
+    in_place: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dgate and dup side by side (M, 2 N), du of both, dB of gate above that of up (2 N, R), and dA of down (RD, N).
+
+    u and du: (M, 2 R), of gate and of up, or where ``shared`` (M, R), of both. lora_b: (2 N, columns of u), of gate
+    above that of up, multiplied by the scales. du_down: (M, RD). dtypes: of dB and dA. ``in_place``: over gate and up,
+    which must lie side by side. The sums repeat to the bit. `gates` must accept gate, up, R and RD. Raises as
+    `gated_forward`.
+    """
+    n = gate.shape[1]
+    d, du = side_by_side(gate, up, in_place=in_place), torch.empty_like(u)
+    db = gate.new_empty(2 * n, u.shape[1] // (1 if shared else 2), dtype=dtypes[0])
+    da = gate.new_empty(du_down.shape[1], n, dtype=dtypes[1])
+    _operator("gated_gradients", "cuda")(
+        gate, up, dh.contiguous(), u, du_down, lora_b, *map(float, scales), shared, ACTIVATIONS.index(activation),
+        *d.chunk(2, 1), du, db, da,
+    )  # fmt: skip
+    return d, du, db, da

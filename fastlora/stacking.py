@@ -20,3 +20,9 @@ def as_one(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
         start += part.shape[1]
     n = start - first.storage_offset()
     return first.as_strided((first.shape[0], n), (stride, 1)) if stride >= n else None
+
+
+def side_by_side(gate: torch.Tensor, up: torch.Tensor, *, in_place: bool) -> torch.Tensor:
+    """A matrix (M, 2 N) for what is made of gate and up (M, N): a new one, or ``in_place`` the one that they are in."""
+    m, n = gate.shape
+    return gate.as_strided((m, 2 * n), (gate.stride(0), 1)) if in_place else up.new_empty(m, 2 * n)

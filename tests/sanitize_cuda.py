@@ -35,6 +35,25 @@ def run(problem: Problem, backend: str, form: str) -> None:
     print(backend, form, *problem.x.shape, problem.w.shape[0], problem.x.dtype, flush=True)
 
 
+def run_gated(m: int, r: int, dtype: torch.dtype) -> None:
+    """Both directions of the gated activation with what its adapters get, where they are taken."""
+    n = 1096
+    both, dh = torch.randn(m, 2 * n, device="cuda", dtype=dtype), torch.randn(m, n, device="cuda", dtype=dtype)
+    narrow, lora_b = (
+        torch.randn(m, 2 * r, device="cuda", dtype=dtype),
+        torch.randn(2 * n, 2 * r, device="cuda").to(dtype),
+    )
+    gate, up = both.chunk(2, 1)
+    if not native.gates(gate, up, r):
+        return
+    native.gated_forward(gate, up, "silu", lora_b.T[:r, :n].contiguous())
+    native.gated_gradients(
+        gate, up, dh, "silu", narrow, (1.0, 1.0), narrow[:, :r].contiguous(), lora_b, (dtype, dtype), in_place=True
+    )
+    torch.cuda.synchronize()
+    print("gated", m, n, r, dtype, flush=True)
+
+
 _HAZARD = re.compile(r"Race reported between .*(?:\n=+ +and .*)+")
 _LIBRARY = re.compile(r"access at *(?:$|(?:void )?(?:nvjet|cutlass|cublas|sm\d+_))", re.MULTILINE)
 
@@ -92,6 +111,9 @@ def main(filled_once: bool = False) -> None:
         run(problem, "triton", "decode")
         for form in native.forms(33, 72, 192, 16, 64, capability):
             run(problem, "cuda", form)
+        for m in (20,) if filled_once else (20, 300):
+            for r in (16, 32):
+                run_gated(m, r, dtype)
         x, weight = torch.randn(5, 1000, device="cuda", dtype=dtype), torch.ones(1000, device="cuda", dtype=dtype)
         for residual in (None, x):
             h, y, rstd = norm.forward(x, residual, weight, 1e-5, 0.0)

@@ -30,6 +30,11 @@ __device__ __forceinline__ void arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives once the copies that this thread has asked for by `copy_async` are there.
+__device__ __forceinline__ void arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives, and has the barrier wait for `bytes` of copies besides.
 __device__ __forceinline__ void expect_bytes(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
@@ -239,7 +244,7 @@ struct BlockTable {
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-// A map of a contiguous matrix (rows, columns) for boxes of (box_rows, box_columns).
+// A map of a matrix (rows, columns), whose rows lie `stride` elements apart, for boxes of (box_rows, box_columns).
 inline cudaError_t make_map(
     CUtensorMap& map,
     CUtensorMapDataType type,
@@ -247,6 +252,7 @@ inline cudaError_t make_map(
     const void* base,
     int64_t rows,
     int64_t columns,
+    int64_t stride,
     int box_rows,
     int box_columns,
     CUtensorMapSwizzle swizzle) {
@@ -267,7 +273,7 @@ inline cudaError_t make_map(
     known.store(encode, std::memory_order_relaxed);
   }
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(columns) * static_cast<cuuint64_t>(element_bytes)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * static_cast<cuuint64_t>(element_bytes)};
   const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)};
   const cuuint32_t steps[2] = {1, 1};
   const CUresult result = encode(
@@ -311,11 +317,12 @@ cudaError_t make_token_maps(
     int tokens,
     int columns) {
   const cudaError_t status = make_map(
-      rows_map, tensor_map_type<T>(), sizeof(T), operands.rows, p.m, reduced, tokens, columns,
+      rows_map, tensor_map_type<T>(), sizeof(T), operands.rows, p.m, reduced, reduced, tokens, columns,
       CU_TENSOR_MAP_SWIZZLE_128B);
   if (status != cudaSuccess || p.r == 0) return status;
+  const int64_t width = cut(p.r, 8) * 8;
   return make_map(
-      narrow_map, tensor_map_type<T>(), sizeof(T), operands.narrow, p.m, cut(p.r, 8) * 8, tokens, columns,
+      narrow_map, tensor_map_type<T>(), sizeof(T), operands.narrow, p.m, width, width, tokens, columns,
       CU_TENSOR_MAP_SWIZZLE_128B);
 }
 

@@ -394,11 +394,13 @@ cudaError_t launch_product(
   status = make_token_maps<T>(rows_map, narrow_map, p, operands, kBackward ? p.n : p.k, kTokensTile, kStep);
   if (status != cudaSuccess) return status;
   status = make_map(
-      w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.w_packed, p.n, p.k / 2, kStep, kStep / 2, CU_TENSOR_MAP_SWIZZLE_32B);
+      w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.w_packed, p.n, p.k / 2, p.k / 2, kStep, kStep / 2,
+      CU_TENSOR_MAP_SWIZZLE_32B);
   if (status != cudaSuccess) return status;
   if (p.out_dtype != DType::kFloat32) {
     status = make_map(
-        out_map, tensor_map_type<T>(), sizeof(T), p.out, p.m, side, kStoreTokens, kStep, CU_TENSOR_MAP_SWIZZLE_128B);
+        out_map, tensor_map_type<T>(), sizeof(T), p.out, p.m, side, side, kStoreTokens, kStep,
+        CU_TENSOR_MAP_SWIZZLE_128B);
     if (status != cudaSuccess) return status;
   }
   Codes codes{};

@@ -503,7 +503,7 @@ struct Launcher {
         make_token_maps<T>(rows_map, narrow_map, p, operands, kBackward ? p.n : p.k, kTokensTile, kStep);
     if (status != cudaSuccess) return status;
     status = make_map(
-        w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.w_packed, p.n, p.k / 2, kRows, kWeightStep / 2,
+        w_map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 1, p.w_packed, p.n, p.k / 2, p.k / 2, kRows, kWeightStep / 2,
         CU_TENSOR_MAP_SWIZZLE_64B);
     if (status != cudaSuccess) return status;
     const int64_t all = tiles(p, kTokensTile);

@@ -18,6 +18,7 @@ from fastlora.kernels import config
 from fastlora.kernels.launch import jit, on_device, with_rows
 from fastlora.kernels.lora import _add_parts
 from fastlora.kernels.tile import cast, dot
+from fastlora.stacking import side_by_side
 
 
 @triton.jit
@@ -193,8 +194,9 @@ def backward(
     gate: torch.Tensor, up: torch.Tensor, dh: torch.Tensor, activation: str, *, in_place: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dgate and dup side by side (M, 2 N), h (M, N)). ``in_place``: over gate and up, which must lie so, and dh."""
-    dh = dh.contiguous()
-    out, (gate, up, dgate, dup) = _targets(gate, up, in_place)
+    gate, up, dh = with_rows(gate), with_rows(up), dh.contiguous()
+    out = side_by_side(gate, up, in_place=in_place)
+    dgate, dup = out.chunk(2, 1)
     h = dh if in_place else torch.empty_like(dh)
     m, n = gate.shape
     tiles = config.gated()
@@ -226,8 +228,9 @@ def gradients(
     two from 16 to `WIDEST`. dtypes: of dB and dA. The sums over rows repeat to the bit. ``in_place`` as for
     `backward`, but dh stays.
     """
-    dh = dh.contiguous()
-    out, (gate, up, dgate, dup) = _targets(gate, up, in_place)
+    gate, up, dh = with_rows(gate), with_rows(up), dh.contiguous()
+    out = side_by_side(gate, up, in_place=in_place)
+    dgate, dup = out.chunk(2, 1)
     (m, n), rd = gate.shape, du.shape[1]
     r = u.shape[1] // (1 if shared else 2)
     device = config.Device.of(gate.device)
@@ -250,13 +253,3 @@ def gradients(
         if partials is not None:
             _add_parts(partials, db, da)
     return out, db, da
-
-
-def _targets(gate: torch.Tensor, up: torch.Tensor, in_place: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Where dgate and dup, one matrix, go; and gate, up, dgate and dup with contiguous rows."""
-    m, n = gate.shape
-    if in_place:
-        return gate.as_strided((m, 2 * n), (gate.stride(0), 1)), (gate, up, gate, up)
-    gate, up = with_rows(gate), with_rows(up)
-    out = gate.new_empty(m, 2 * n)
-    return out, (gate, up, out[:, :n], out[:, n:])

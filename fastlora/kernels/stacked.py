@@ -455,16 +455,17 @@ def forward(
     adapters: Adapters,
     biases: Sequence[torch.Tensor | None],
     out_dtype: torch.dtype | None = None,
+    u: torch.Tensor | None = None,
     *,
     keep: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """y (M, sum N), of ``out_dtype`` or x's type, and u (M, P S), for x (M, K).
 
-    keep: leave W in ``adapters.dense``.
+    u: given where something else made it. keep: leave W in ``adapters.dense``.
     """
     check_dtype(x.dtype)
     x = x.clone() if unaligned(x) else x
-    u = project(x, adapters)
+    u = project(x, adapters) if u is None else u
     # After the pass over x: the product then finds W in the cache.
     dense = stack(weights, x.dtype)
     dense = dense.clone() if unaligned(dense) else dense
