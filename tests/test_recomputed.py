@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fastlora import groups, recomputed
+from fastlora import groups, native, recomputed
 from fastlora.blocks import Projection, gated_mlp
 from fastlora.nf4 import NF4Weight
 
@@ -165,7 +165,8 @@ def test_a_backward_pass_that_fails_leaves_nothing(
     y = problem.checkpointed(reentrant, run)
     with monkeypatch.context() as patch:
         if where == "inside":
-            patch.setattr(groups.kernels("gated"), "gradients", Mock(side_effect=ArithmeticError))
+            for module, name in ((groups.kernels("gated"), "gradients"), (native, "gated_gradients")):
+                patch.setattr(module, name, Mock(side_effect=ArithmeticError))
         with pytest.raises(ArithmeticError):
             y.backward(problem.dy)
     del y
