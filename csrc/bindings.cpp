@@ -845,6 +845,7 @@ void gated_forward_operator(Tensor gate, Tensor up, Tensor lora_a, int64_t activ
   take_gated(p, gate, up, activation);
   const ScalarType type = gate.scalar_type();
   p.rd = narrow_side("the rank of down", lora_a.dim() == 2 ? lora_a.sizes()[0] : 0);
+  align(lora_a);
   p.lora_a = checked<void>("lora_a", lora_a, gate, type, p.rd * p.n);
   checked<void>("h", h, gate, type, p.m * p.n);
   checked<void>("u", u, gate, type, p.m * p.rd);
@@ -885,6 +886,8 @@ void gated_gradients_operator(
   p.r = narrow_side("the rank of gate and up", shared ? width : width / 2);
   p.rd = narrow_side("the rank of down", du_down.dim() == 2 ? du_down.sizes()[1] : 0);
   p.dh = dh.const_data_ptr();
+  align(u);
+  align(du_down);
   p.u = checked<void>("u", u, gate, type, p.m * width);
   p.du_down = checked<void>("du_down", du_down, gate, type, p.m * p.rd);
   p.lora_b = checked<void>("lora_b", lora_b, gate, type, 2 * p.n * width);
