@@ -150,22 +150,19 @@ def ddp(rank: int, folder: str, base: str, use_dora: bool) -> None:
 
     join(rank, folder)
     accelerator = hf_accelerate.Accelerator(cpu=True)
-    try:
-        single, model = (peft_models.llama(base, use_dora=use_dora) for _ in range(2))
-        accelerate(single)
-        accelerate(model)
-        want = whole_gradients(single)
-        wrapped = accelerator.prepare_model(model)
-        assert type(wrapped).__name__ == "DistributedDataParallel"
-        ids = tokens().chunk(processes.WORLD)[rank]
-        accelerator.backward(wrapped(input_ids=ids, labels=ids).loss)
-        got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        assert got.keys() == want.keys()
-        for name, grad in want.items():
-            torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6 + 1e-5 * grad.abs().max().item(), msg=name)
-        assert paths_of(accelerator.unwrap_model(wrapped)) == {"fused"}
-    finally:
-        accelerator.end_training()
+    single, model = (peft_models.llama(base, use_dora=use_dora) for _ in range(2))
+    accelerate(single)
+    accelerate(model)
+    want = whole_gradients(single)
+    wrapped = accelerator.prepare_model(model)
+    assert type(wrapped).__name__ == "DistributedDataParallel"
+    ids = tokens().chunk(processes.WORLD)[rank]
+    accelerator.backward(wrapped(input_ids=ids, labels=ids).loss)
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6 + 1e-5 * grad.abs().max().item(), msg=name)
+    assert paths_of(accelerator.unwrap_model(wrapped)) == {"fused"}
 
 
 @pytest.mark.parametrize(("base", "use_dora"), [("4bit", False), ("dense", True)])
@@ -181,39 +178,36 @@ def zero3(rank: int, folder: str) -> None:
     # Shared memory for reductions, which would be compiled first.
     importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed("gloo", verbose=False)
-    try:
-        single, model = (peft_models.llama("dense") for _ in range(2))
-        want = {name: p.detach().clone() for name, p in single.named_parameters()}
-        optimizer = torch.optim.SGD([p for p in single.parameters() if p.requires_grad], lr=1.0)
-        grads = whole_gradients(single)
-        optimizer.step()
-        accelerate(model)
-        settings = {
-            "train_micro_batch_size_per_gpu": 2,
-            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "gradient_clipping": 1e9,
-        }
-        learned = [p for p in model.parameters() if p.requires_grad]
-        engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(learned, lr=1.0), config=settings)
-        assert paths_of(model) == {"the base weight is partitioned by DeepSpeed"}
-        ids = tokens().chunk(processes.WORLD)[rank]
-        with torch.no_grad():
-            before = peft_models.llama("dense")(input_ids=ids, labels=ids).loss
-        loss = engine(input_ids=ids, labels=ids).loss
-        torch.testing.assert_close(loss.detach(), before)
-        engine.backward(loss)
-        engine.step()
-        after = dict(single.named_parameters())
-        for name, p in model.named_parameters():
-            if name in grads:
-                with deepspeed.zero.GatheredParameters(p):
-                    moved, expected = p.data - want[name], after[name].data - want[name]
-                    scale = expected.abs().max().item()
-                    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6 + 1e-4 * scale, msg=name)
-    finally:
-        distributed.destroy_process_group()
+    single, model = (peft_models.llama("dense") for _ in range(2))
+    want = {name: p.detach().clone() for name, p in single.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in single.parameters() if p.requires_grad], lr=1.0)
+    grads = whole_gradients(single)
+    optimizer.step()
+    accelerate(model)
+    settings = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 1e9,
+    }
+    learned = [p for p in model.parameters() if p.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(learned, lr=1.0), config=settings)
+    assert paths_of(model) == {"the base weight is partitioned by DeepSpeed"}
+    ids = tokens().chunk(processes.WORLD)[rank]
+    with torch.no_grad():
+        before = peft_models.llama("dense")(input_ids=ids, labels=ids).loss
+    loss = engine(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(loss.detach(), before)
+    engine.backward(loss)
+    engine.step()
+    after = dict(single.named_parameters())
+    for name, p in model.named_parameters():
+        if name in grads:
+            with deepspeed.zero.GatheredParameters(p):
+                moved, expected = p.data - want[name], after[name].data - want[name]
+                scale = expected.abs().max().item()
+                torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6 + 1e-4 * scale, msg=name)
 
 
 def test_zero3_is_left_to_peft(tmp_path: Path) -> None:

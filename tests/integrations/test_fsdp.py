@@ -58,49 +58,46 @@ def run(rank: int, folder: str, use_dora: bool) -> None:
     warnings.simplefilter("ignore")
     store = distributed.FileStore(f"{folder}/store", processes.WORLD)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes.WORLD)
-    try:
-        single, model = make(use_dora), make(use_dora)
-        mesh = distributed.init_device_mesh("cpu", (processes.WORLD,))
-        for block in model.base_model.model.model.layers:
-            fully_shard(block, mesh=mesh)
-        paths: list[Any] = []
-        real = layers_module.situation
+    single, model = make(use_dora), make(use_dora)
+    mesh = distributed.init_device_mesh("cpu", (processes.WORLD,))
+    for block in model.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    paths: list[Any] = []
+    real = layers_module.situation
 
-        def watch(layer: Any) -> Any:
-            found = real(layer)
-            paths.append(found)
-            if not isinstance(found, str):
-                same = names[layer]
-                expected = base_weight(same.base_layer).tensors()
-                got = found[2].tensors()
-                assert expected.keys() == got.keys()
-                assert all(same_bytes(got[name], t) for name, t in expected.items()), "other bytes when gathered"
-            return found
+    def watch(layer: Any) -> Any:
+        found = real(layer)
+        paths.append(found)
+        if not isinstance(found, str):
+            same = names[layer]
+            expected = base_weight(same.base_layer).tensors()
+            got = found[2].tensors()
+            assert expected.keys() == got.keys()
+            assert all(same_bytes(got[name], t) for name, t in expected.items()), "other bytes when gathered"
+        return found
 
-        names = dict(zip(surface.lora_layers(model), surface.lora_layers(single), strict=True))
-        for ours, theirs in names.items():
-            weight = ours.base_layer.weight
-            assert hasattr(weight, "full_tensor")
-            assert weight.to_local().numel() * processes.WORLD == theirs.base_layer.weight.numel()
-            assert same_bytes(weight.full_tensor(), theirs.base_layer.weight.data)
-        want = step(single)
-        layers_module.situation = watch
-        got = step(model)
-        layers_module.situation = real
-        fused = [path for path in paths if not isinstance(path, str)]
-        assert len(fused) == len(paths) == 14, [path for path in paths if isinstance(path, str)]
-        torch.testing.assert_close(got, want)
-        theirs = dict(single.named_parameters())
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                torch.testing.assert_close(whole(p.grad), theirs[name].grad, msg=name)
-        state = {name: whole(t) for name, t in model.state_dict().items()}
-        for name, t in single.state_dict().items():
-            if name in state:
-                assert same_bytes(state[name], t), name
-        assert any("lora_A" in name for name in state)
-    finally:
-        distributed.destroy_process_group()
+    names = dict(zip(surface.lora_layers(model), surface.lora_layers(single), strict=True))
+    for ours, theirs in names.items():
+        weight = ours.base_layer.weight
+        assert hasattr(weight, "full_tensor")
+        assert weight.to_local().numel() * processes.WORLD == theirs.base_layer.weight.numel()
+        assert same_bytes(weight.full_tensor(), theirs.base_layer.weight.data)
+    want = step(single)
+    layers_module.situation = watch
+    got = step(model)
+    layers_module.situation = real
+    fused = [path for path in paths if not isinstance(path, str)]
+    assert len(fused) == len(paths) == 14, [path for path in paths if isinstance(path, str)]
+    torch.testing.assert_close(got, want)
+    theirs = dict(single.named_parameters())
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(whole(p.grad), theirs[name].grad, msg=name)
+    state = {name: whole(t) for name, t in model.state_dict().items()}
+    for name, t in single.state_dict().items():
+        if name in state:
+            assert same_bytes(state[name], t), name
+    assert any("lora_A" in name for name in state)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])

@@ -96,53 +96,50 @@ def run(rank: int, folder: str, device: str) -> None:
     near = {"rtol": 1.3e-6, "atol": 1e-5} if device == "cpu" else {"rtol": 1e-3, "atol": 1e-4}
     ids = torch.randint(1, 128, (2 * processes.WORLD, 12), generator=torch.Generator().manual_seed(3)).to(device)
     mine = ids.chunk(processes.WORLD)[rank]
-    try:
-        single = make(device, blocks=True)
-        expected, loss = weights(single), step(single, ids)
-        wanted = gradients(single)
-        forms: dict[str, dict[str, Any] | None] = {
-            "ddp": None,
-            "replicated": {},
-            "gathered once": {"reshard": False},
-            "sharded": {"adapters": "sharded"},
-            "checkpointing": {"prefetch": 2},
-        }
-        for name, options in forms.items():
-            model = make(device, blocks=True)
-            if options is not None:
-                whole = fsdp.base_bytes(model)
-                assert len(fsdp.shard(model, **options)) == 2
-                assert whole / 2 <= fsdp.base_bytes(model) <= 1.1 * whole / 2, name
-                assert all(p.device_mesh is not None for p in model.parameters() if not p.requires_grad)
-            if name == "checkpointing":
-                from fastlora.training.step import checkpoint_blocks
+    single = make(device, blocks=True)
+    expected, loss = weights(single), step(single, ids)
+    wanted = gradients(single)
+    forms: dict[str, dict[str, Any] | None] = {
+        "ddp": None,
+        "replicated": {},
+        "gathered once": {"reshard": False},
+        "sharded": {"adapters": "sharded"},
+        "checkpointing": {"prefetch": 2},
+    }
+    for name, options in forms.items():
+        model = make(device, blocks=True)
+        if options is not None:
+            whole = fsdp.base_bytes(model)
+            assert len(fsdp.shard(model, **options)) == 2
+            assert whole / 2 <= fsdp.base_bytes(model) <= 1.1 * whole / 2, name
+            assert all(p.device_mesh is not None for p in model.parameters() if not p.requires_grad)
+        if name == "checkpointing":
+            from fastlora.training.step import checkpoint_blocks
 
-                checkpoint_blocks(model.get_base_model())
-            adapters_sharded = (options or {}).get("adapters") == "sharded"
-            call = model if adapters_sharded else fsdp.replicate(model, torch.device(device))
-            for _ in range(2):  # the second step gathers into storage that was emptied
-                model.zero_grad()
-                mean = step(call, mine)
-                distributed.all_reduce(mean)
-                torch.testing.assert_close(mean / processes.WORLD, loss, msg=name, **near)
-                for key, grad in gradients(model).items():
-                    torch.testing.assert_close(grad, wanted[key], msg=f"{name}: {key}", **near)
-            assert_same_bits(weights(model), expected)
-            kept = [layer.__dict__["fastlora_weight"][2] for layer in surface.lora_layers(model)]
-            held = sum(w.w_packed.untyped_storage().nbytes() for w in kept)
-            assert (held == 0) == (options is not None), f"{name}: {held} gathered bytes are kept after the step"
-            if name == "replicated":
-                save_and_load(model, expected, folder, device)
+            checkpoint_blocks(model.get_base_model())
+        adapters_sharded = (options or {}).get("adapters") == "sharded"
+        call = model if adapters_sharded else fsdp.replicate(model, torch.device(device))
+        for _ in range(2):  # the second step gathers into storage that was emptied
+            model.zero_grad()
+            mean = step(call, mine)
+            distributed.all_reduce(mean)
+            torch.testing.assert_close(mean / processes.WORLD, loss, msg=name, **near)
+            for key, grad in gradients(model).items():
+                torch.testing.assert_close(grad, wanted[key], msg=f"{name}: {key}", **near)
+        assert_same_bits(weights(model), expected)
+        kept = [layer.__dict__["fastlora_weight"][2] for layer in surface.lora_layers(model)]
+        held = sum(w.w_packed.untyped_storage().nbytes() for w in kept)
+        assert (held == 0) == (options is not None), f"{name}: {held} gathered bytes are kept after the step"
+        if name == "replicated":
+            save_and_load(model, expected, folder, device)
 
-        model = make(device)
-        spoil_with_nan(model)
-        spoiled = weights(model)
-        fsdp.shard(model)
-        with torch.no_grad():
-            model(input_ids=mine)
-        assert_same_bits(weights(model), spoiled)
-    finally:
-        distributed.destroy_process_group()
+    model = make(device)
+    spoil_with_nan(model)
+    spoiled = weights(model)
+    fsdp.shard(model)
+    with torch.no_grad():
+        model(input_ids=mine)
+    assert_same_bits(weights(model), spoiled)
 
 
 @pytest.mark.parametrize("kind", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
