@@ -153,11 +153,12 @@ class _GatedMLP(torch.autograd.Function):
     ) -> Any:
         _refuse_trained_base([*inner, down])
         with ops.without_autocast(x.device.type):
-            again = form.adapters(inner, x) if isinstance(form, Stacked) and recomputed.running() else None
-            if again is None:
-                ys, inner_kept = form.forward(x, inner, None)
-            else:
+            again = None
+            if isinstance(form, Stacked) and recomputed.running():
+                again = form.adapters(inner, x)
                 ys, inner_kept = form.forward(x, inner, None, again, keep=True)
+            else:
+                ys, inner_kept = form.forward(x, inner, None)
         middle.gate, middle.up = gate, up = _halves(ys)
         if again is not None:
             recomputed.hand_over(gate, again)
@@ -208,7 +209,7 @@ class _Down(torch.autograd.Function):
                 h, u = _activated(gate, up, activation, adapters)
                 (y,), kept = form.forward(h, [down], out_dtype, adapters, u)
             else:
-                compute = kernels("gated").forward if _on_kernels(gate, form) else plain.forward
+                compute = kernels("gated").forward if _on_kernels(gate) else plain.forward
                 (y,), kept = form.forward(compute(gate, up, activation), [down], out_dtype)
         if ctx.needs_input_grad[0] and down.lora_b is not None and down.lora_b.requires_grad:
             middle.kept = kept
@@ -219,10 +220,8 @@ class _Down(torch.autograd.Function):
         return dy, None, None, None, None, None
 
 
-def _on_kernels(x: torch.Tensor, form: Form) -> bool:
-    """Whether the activation is a Triton kernel."""
-    if isinstance(form, Stacked):
-        return True
+def _on_kernels(x: torch.Tensor) -> bool:
+    """Whether the activation is a Triton kernel where the products are not."""
     return x.is_cuda and x.dtype in backends.COMPUTE_DTYPES and backends.this_machine().triton is None
 
 
@@ -297,7 +296,7 @@ def _mlp_backward(
     else:
         dh, _, _ = form.backward([dy], None, down_kept, [down], first, dtype)
         assert dh is not None
-        if _on_kernels(dy, form):
+        if _on_kernels(dy):
             d, h = kernels("gated").backward(gate, up, dh, activation)
             parts = groups.columns(d, groups.sizes(inner))
         else:
