@@ -799,9 +799,9 @@ Tensor dense_weight(const PackedWeight& w, const Tensor& like, const Launch& lau
 }
 
 // A matrix (m, n) with rows of neighbours, at any distance, that a kernel reads or writes 16 bytes at a time.
-int64_t stride_of_rows(const char* name, const Tensor& t, const Tensor& like) {
-  if (t.dim() != 2 || t.sizes()[0] != like.sizes()[0] || t.sizes()[1] != like.sizes()[1]) {
-    fail(name, " must have shape ", shape_of(like), ", got ", shape_of(t));
+int64_t stride_of_rows(const char* name, const Tensor& t, int64_t rows, int64_t columns, const Tensor& like) {
+  if (t.dim() != 2 || t.sizes()[0] != rows || t.sizes()[1] != columns) {
+    fail(name, " must have shape (", rows, ", ", columns, "), got ", shape_of(t));
   }
   if (t.scalar_type() != like.scalar_type()) {
     fail(name, " must be ", name_of(like.scalar_type()), ", got ", name_of(t.scalar_type()));
@@ -815,24 +815,33 @@ int64_t stride_of_rows(const char* name, const Tensor& t, const Tensor& like) {
   return stride;
 }
 
+int64_t stride_of_rows(const char* name, const Tensor& t, const Tensor& like) {
+  return stride_of_rows(name, t, like.sizes()[0], like.sizes()[1], like);
+}
+
 int32_t narrow_side(const char* name, int64_t ranks) {
   if (ranks != 16 && ranks != 32) fail(name, " must be 16 or 32, got ", ranks);
   return static_cast<int32_t>(ranks);
+}
+
+// The rows of a 16-bit matrix that a kernel walks down.
+int64_t check_rows(const char* name, const Tensor& t) {
+  if (dtype_of(name, t) == DType::kFloat32) fail(name, " must be bfloat16 or float16, got float32");
+  if (t.dim() != 2 || t.sizes()[0] < 1) fail(name, " must have rows, got shape ", shape_of(t));
+  constexpr int64_t kMostRows = 1 << 30;
+  if (t.sizes()[0] > kMostRows) fail(name, " must have at most ", kMostRows, " rows, got ", t.sizes()[0]);
+  return t.sizes()[0];
 }
 
 // What both directions of a gated MLP's activation take: gate and up, what the activation is.
 template <typename Params>
 void take_gated(Params& p, const Tensor& gate, const Tensor& up, int64_t activation) {
   p.dtype = dtype_of("gate", gate);
-  if (p.dtype == DType::kFloat32) fail("gate must be bfloat16 or float16, got float32");
-  if (gate.dim() != 2 || gate.sizes()[0] < 1) fail("gate must have rows, got shape ", shape_of(gate));
+  p.m = check_rows("gate", gate);
   if (activation < 0 || activation > static_cast<int64_t>(Activation::kGeluTanh)) {
     fail("activation must be from 0 to 2, got ", activation);
   }
-  p.m = gate.sizes()[0];
   p.n = gate.sizes()[1];
-  constexpr int64_t kMostRows = 1 << 30;
-  if (p.m > kMostRows) fail("gate must have at most ", kMostRows, " rows, got ", p.m);
   p.stride = stride_of_rows("gate", gate, gate);
   if (stride_of_rows("up", up, gate) != p.stride) fail("the rows of up must be as far apart as those of gate");
   p.gate = gate.const_data_ptr();
@@ -852,7 +861,7 @@ void gated_forward_operator(Tensor gate, Tensor up, Tensor lora_a, int64_t activ
   p.h = h.mutable_data_ptr();
   p.u = u.mutable_data_ptr();
   const Launch launch(gate);
-  GatedPlan plan{};
+  StripPlan plan{};
   Launch::check("gated_forward", gated_forward_plan(p.m, p.n, plan));
   Tensor parts = new_empty(gate, {plan.strips * p.m * p.rd}, ScalarType::Float);
   p.parts = static_cast<float*>(parts.mutable_data_ptr());
@@ -904,13 +913,61 @@ void gated_gradients_operator(
   p.scale_gate = static_cast<float>(scale_gate);
   p.scale_up = static_cast<float>(scale_up);
   const Launch launch(gate);
-  GatedPlan plan{};
+  StripPlan plan{};
   Launch::check("gated_gradients", gated_gradients_plan(p.m, p.n, p.r, p.rd, plan));
   const int64_t of_parts = plan.parts * p.n * (2 * p.r + p.rd), of_strips = plan.strips * p.m * width;
   Tensor sums = new_empty(gate, {of_parts + of_strips}, ScalarType::Float);
   p.parts = static_cast<float*>(sums.mutable_data_ptr());
   p.du_parts = p.parts + of_parts;
   Launch::check("gated_gradients", gated_gradients_cuda(p, plan, launch.stream()));
+}
+
+// All dy side by side in `joined`, where that is given, and du and dB of them.
+void du_db_operator(StableIValue* stack, uint64_t count, uint64_t) {
+  Stack in(stack, count);
+  DuDb p{};
+  const auto first = in.take<Tensor>();
+  Tensor dys[DuDb::kMost] = {first, first, first, first};
+  p.count = 1;
+  for (int i = 1; i < DuDb::kMost; ++i) {
+    if (auto other = in.take_optional(); other.has_value()) dys[p.count++] = *other;
+  }
+  for (float& scale : p.scale) scale = static_cast<float>(in.take<double>());
+  auto u = in.take<Tensor>(), lora_b = in.take<Tensor>();
+  const auto joined = in.take_optional();
+  const auto du = in.take<Tensor>(), db = in.take<Tensor>();
+  const ScalarType type = first.scalar_type();
+  p.dtype = dtype_of("dy", first);
+  p.m = check_rows("dy", first);
+  for (int i = 0; i < p.count; ++i) {
+    p.n[i] = dys[i].dim() == 2 ? dys[i].sizes()[1] : 0;
+    p.stride[i] = stride_of_rows("dy", dys[i], p.m, p.n[i], first);
+    p.dy[i] = dys[i].const_data_ptr();
+    p.total += p.n[i];
+  }
+  const int64_t width = u.dim() == 2 ? u.sizes()[1] : 0;
+  p.r = narrow_side("the rank", width / p.count);
+  align(u);
+  p.u = checked<void>("u", u, first, type, p.m * p.count * p.r);
+  p.lora_b = checked<void>("lora_b", lora_b, first, type, p.total * width);
+  checked<void>("du", du, first, type, p.m * width);
+  checked<void>("db", db, first, db.scalar_type(), p.total * p.r);
+  if (joined.has_value()) {
+    if (stride_of_rows("joined", *joined, p.m, p.total, first) != p.total) fail("joined must be contiguous");
+    p.joined = joined->mutable_data_ptr();
+  }
+  p.du = du.mutable_data_ptr();
+  p.db = db.mutable_data_ptr();
+  p.db_dtype = dtype_of("db", db);
+  const Launch launch(first);
+  StripPlan plan{};
+  Launch::check("du_db", du_db_plan(p, plan));
+  const int64_t of_du = plan.strips * p.m * p.r, of_db = plan.parts * p.total * p.r;
+  Tensor sums = new_empty(first, {of_du + of_db}, ScalarType::Float);
+  p.du_parts = static_cast<float*>(sums.mutable_data_ptr());
+  p.db_parts = p.du_parts + of_du;
+  Launch::check("du_db", du_db_cuda(p, plan, launch.stream()));
+  in.put(std::tuple<>());
 }
 
 Outputs library_forward(ForwardArguments& a) {
@@ -1040,6 +1097,9 @@ STABLE_TORCH_LIBRARY(fastlora_native, m) {
       "gated_gradients(Tensor gate, Tensor up, Tensor dh, Tensor u, Tensor du_down, Tensor lora_b, float scale_gate, "
       "float scale_up, bool shared, int activation, Tensor(a!) dgate, Tensor(b!) dup, Tensor(c!) du, Tensor(d!) db, "
       "Tensor(e!) da) -> ()");
+  define(
+      "du_db(Tensor dy0, Tensor? dy1, Tensor? dy2, Tensor? dy3, float scale0, float scale1, float scale2, "
+      "float scale3, Tensor u, Tensor lora_b, Tensor(a!)? joined, Tensor(b!) du, Tensor(c!) db) -> ()");
   define("linear" + forward + ", int capability" + dropout + ") -> (Tensor, Tensor)");
   define("linear" + backward + ", int capability" + dropout + ") -> (Tensor, Tensor, Tensor)");
   define(
@@ -1070,6 +1130,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora_native, CUDA, m) {
   m.impl("dropout", TORCH_BOX(&fastlora::dropout_cuda_operator));
   m.impl("gated_forward", TORCH_BOX(&fastlora::gated_forward_operator));
   m.impl("gated_gradients", TORCH_BOX(&fastlora::gated_gradients_operator));
+  m.impl("du_db", &fastlora::du_db_operator);
   m.impl("few_rows_forward", &fastlora::forward_operator<fastlora::few_rows_forward>);
   m.impl("few_rows_packed", &fastlora::few_rows_packed_operator);
   m.impl("tile_forward", &fastlora::forward_operator<fastlora::tile_forward>);

@@ -191,8 +191,30 @@ struct GatedGradients {
   DType da_dtype;
 };
 
+// du_i = dy_i B_i and dB_i = scale_i * dy_i^T u_i of up to four projections.
+struct DuDb {
+  static constexpr int32_t kMost = 4;
+  const void* dy[kMost];  // (m, n[i]) of dtype, rows stride[i] elements apart
+  int64_t n[kMost];
+  int64_t stride[kMost];
+  float scale[kMost];
+  const void* u;       // (m, count r) of dtype
+  const void* lora_b;  // (total, count r) of dtype, block diagonal, multiplied by the scales
+  void* joined;        // (m, total) of dtype: all dy side by side; or null
+  void* du;            // (m, count r) of dtype
+  void* db;            // (total, r) of db_dtype
+  float* du_parts;     // (strips, m, r): du of a strip of columns
+  float* db_parts;     // (parts, total r): dB of a part of the rows
+  int64_t m;
+  int64_t total;  // the sum of n
+  int32_t count;
+  int32_t r;  // 16 or 32
+  DType dtype;
+  DType db_dtype;
+};
+
 // How the work is cut: `parts` of at most `rows` rows, and `strips` of columns.
-struct GatedPlan {
+struct StripPlan {
   int64_t rows;
   int32_t parts;
   int32_t strips;
@@ -223,10 +245,12 @@ int dropout_cuda(const DropoutParams& params, void* stream);
 int dropped_gradient_cuda(const DroppedGradient& params, void* stream);
 // On the current device, which a plan is for. m is at most 2^30, n is a multiple of 8, rows and pointers are 16-byte
 // aligned.
-int gated_forward_plan(int64_t m, int64_t n, GatedPlan& plan);
-int gated_forward_cuda(const GatedForward& params, const GatedPlan& plan, void* stream);
-int gated_gradients_plan(int64_t m, int64_t n, int r, int rd, GatedPlan& plan);
-int gated_gradients_cuda(const GatedGradients& params, const GatedPlan& plan, void* stream);
+int gated_forward_plan(int64_t m, int64_t n, StripPlan& plan);
+int gated_forward_cuda(const GatedForward& params, const StripPlan& plan, void* stream);
+int gated_gradients_plan(int64_t m, int64_t n, int r, int rd, StripPlan& plan);
+int gated_gradients_cuda(const GatedGradients& params, const StripPlan& plan, void* stream);
+int du_db_plan(const DuDb& params, StripPlan& plan);
+int du_db_cuda(const DuDb& params, const StripPlan& plan, void* stream);
 
 // What a status means. The runtime forgets it: the next launch, of whomever, would be said to have failed.
 const char* take_cuda_error(int status);

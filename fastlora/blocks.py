@@ -263,13 +263,16 @@ def _mlp_backward(
     if isinstance(form, Stacked):
         stacked, gated = kernels("stacked"), kernels("gated")
         adapters, inner_adapters = form.adapters([down], dy), recomputed.take(gate) or form.adapters(inner, dy)
-        dy, du = stacked.project_gradients([dy], adapters, dtype)
+        of_down = form.kinds([down])
+        dy, du, db_down = form.output_side(
+            [dy], down_kept[0] if down_needs.db[0] else None, adapters, of_down[1], dtype
+        )
         dh = stacked.input_gradient(dy, du, [down.w], adapters)
         in_place = ops.freed_after_use() and groups.as_one([gate, up]) is not None
-        last = Needs(False, down_needs.da, down_needs.db)
+        last = Needs(False, down_needs.da, (down_needs.db[0] and db_down is None,))
         together, known = _together(inner_adapters, adapters, inner_needs, down_needs), None
         if together:
-            kinds = form.kinds(inner)[1], form.kinds([down])[0]
+            kinds = form.kinds(inner)[1], of_down[0]
             scales = inner_adapters.scales[0], inner_adapters.scales[-1]
             u, shared = inner_kept[0], len(inner) == 1
             if native.gates(gate, up, inner_adapters.span, adapters.span):
@@ -290,6 +293,8 @@ def _mlp_backward(
         del dh, h
         parts = groups.columns(d, groups.sizes(inner))
         dx, inner_das, inner_dbs = form.backward(parts, x, inner_kept, inner, inner_needs, dtype, inner_adapters, known)
+        if db_down is not None:
+            dbs = form.gradients_b(db_down, adapters, [down])
         if together:
             das = form.gradients_a(da, adapters, [down])
             inner_dbs = form.gradients_b(db, inner_adapters, inner)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastlora import backends, ops, tables
+from fastlora import backends, native, ops, tables
 from fastlora.nf4 import NF4Weight, Weight
 from fastlora.stacking import as_one
 
@@ -277,22 +277,40 @@ class Stacked:
     ) -> Grads:
         """``adapters`` and ``known``, dy as one matrix and du, are given where they are known."""
         adapters = adapters or self.adapters(projections, dys[0].new_empty(0, dtype=dtype))
-        kinds = self.kinds(projections)
+        kinds, u, db = self.kinds(projections), kept[0] if any(needs.db) else None, None
+        if known is None:
+            dy, du, db = self.output_side(dys, u, adapters, kinds[1], dtype)
+            known = dy, du
         dx, das, dbs = kernels("stacked").backward(
-            dys,
+            *known,
             x,
-            kept[0] if kept else None,
+            u if db is None else None,
             [p.w for p in projections],
             adapters,
             kinds,
-            dtype,
-            (needs.dx, any(needs.da), any(needs.db)),
-            known,
+            (needs.dx, any(needs.da), u is not None and db is None),
         )
+        if db is not None:
+            dbs = kernels("stacked").apart_b(db, adapters)
         for i, p in enumerate(projections):
             das[i] = _typed(das[i], p.lora_a, needs.da[i])
             dbs[i] = _typed(dbs[i], p.lora_b, needs.db[i])
         return dx, das, dbs
+
+    @staticmethod
+    def output_side(
+        dys: Sequence[torch.Tensor], u: torch.Tensor | None, adapters: Any, kind: torch.dtype, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """All dy as one matrix of ``dtype``, du, and dB of all projections, packed, where the same read makes it.
+
+        u: None where dB is not needed.
+        """
+        if u is None or adapters.b is None or dys[0].dtype != dtype or not native.one_pass(dys, adapters.span):
+            return *kernels("stacked").project_gradients(dys, adapters, dtype), None
+        dy, joined = as_one(dys), None
+        if dy is None:
+            dy = joined = u.new_empty(u.shape[0], sum(adapters.sizes))
+        return dy, *native.du_db(dys, u, adapters.b, adapters.scales, kind, joined)
 
     @staticmethod
     def kinds(projections: Sequence[Projection]) -> tuple[torch.dtype, torch.dtype]:

@@ -10,6 +10,7 @@ import importlib
 import os
 import platform
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -339,18 +340,27 @@ _NARROW = (16, 32)
 """Widths of the packed adapters whose sums over a strip of columns fit the registers of a GPU."""
 
 
-def gates(gate: torch.Tensor, up: torch.Tensor, *widths: int) -> bool:
-    """Whether `gated_forward` and `gated_gradients` serve gate and up (M, N) and adapters of these widths.
+def _strips(*wide: torch.Tensor) -> bool:
+    """Whether the kernels that walk down strips of columns read these matrices (M, N).
 
     They were measured to be faster than the Triton kernels on compute capability 9.0, and are taken there.
     """
-    if gate.device.type != "cuda" or gate.dtype not in (torch.bfloat16, torch.float16) or not gate.shape[0]:
+    first = wide[0]
+    if first.device.type != "cuda" or first.dtype not in (torch.bfloat16, torch.float16) or not first.shape[0]:
         return False
-    if available("cuda") is not None or gpu(gate.device.index)[0] != (9, 0) or not set(widths) <= set(_NARROW):
+    if available("cuda") is not None or gpu(first.device.index)[0] != (9, 0):
         return False
-    row, column = gate.stride()
-    even = gate.shape[1] % 8 == 0 and row % 8 == 0 and gate.data_ptr() % 16 == 0 and up.data_ptr() % 16 == 0
-    return even and column == 1 and up.stride() == (row, column)
+    for t in wide:
+        row, column = t.stride()
+        rows = column == 1 and row >= t.shape[1] and row % 8 == 0
+        if not rows or t.dtype != first.dtype or t.shape[1] % 8 or t.data_ptr() % 16:
+            return False
+    return True
+
+
+def gates(gate: torch.Tensor, up: torch.Tensor, *widths: int) -> bool:
+    """Whether `gated_forward` and `gated_gradients` serve gate and up (M, N) and adapters of these widths."""
+    return set(widths) <= set(_NARROW) and gate.stride() == up.stride() and _strips(gate, up)
 
 
 def gated_forward(
@@ -396,3 +406,33 @@ def gated_gradients(
         *d.chunk(2, 1), du, db, da,
     )  # fmt: skip
     return d, du, db, da
+
+
+_MOST_PROJECTIONS = 4
+
+
+def one_pass(dys: Sequence[torch.Tensor], rank: int) -> bool:
+    """Whether `du_db` serves the gradients dy_i (M, N_i) and packed adapters of this rank."""
+    return rank in _NARROW and len(dys) <= _MOST_PROJECTIONS and _strips(*dys)
+
+
+def du_db(
+    dys: Sequence[torch.Tensor],
+    u: torch.Tensor,
+    lora_b: torch.Tensor,
+    scales: Sequence[float],
+    dtype: torch.dtype,
+    joined: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """du (M, P R), all dy_i B_i side by side, and dB (sum N, R) of ``dtype``, all scale_i * dy_i^T u_i.
+
+    From one read of the dy_i (M, N_i). u: (M, P R). lora_b: (sum N, P R) of their type, block diagonal, multiplied by
+    the scales. ``joined``, (M, sum N), is filled with all dy_i side by side. The sums repeat to the bit.
+
+    `one_pass` must accept the dy_i and R. Raises RuntimeError where the extension does not serve the device, ValueError
+    for tensors that do not fit.
+    """
+    absent = _MOST_PROJECTIONS - len(dys)
+    du, db = torch.empty_like(u), u.new_empty(lora_b.shape[0], u.shape[1] // len(dys), dtype=dtype)
+    _operator("du_db", "cuda")(*dys, *[None] * absent, *map(float, scales), *[1.0] * absent, u, lora_b, joined, du, db)
+    return du, db

@@ -35,8 +35,8 @@ def run(problem: Problem, backend: str, form: str) -> None:
     print(backend, form, *problem.x.shape, problem.w.shape[0], problem.x.dtype, flush=True)
 
 
-def run_gated(m: int, r: int, dtype: torch.dtype) -> None:
-    """Both directions of the gated activation with what its adapters get, where they are taken."""
+def run_strips(m: int, r: int, dtype: torch.dtype) -> None:
+    """Both directions of the gated activation with what its adapters get, and du and dB, where they are taken."""
     n = 1096
     both, dh = torch.randn(m, 2 * n, device="cuda", dtype=dtype), torch.randn(m, n, device="cuda", dtype=dtype)
     narrow, lora_b = (
@@ -50,8 +50,9 @@ def run_gated(m: int, r: int, dtype: torch.dtype) -> None:
     native.gated_gradients(
         gate, up, dh, "silu", narrow, (1.0, 1.0), narrow[:, :r].contiguous(), lora_b, (dtype, dtype), in_place=True
     )
+    native.du_db([gate, up], narrow, lora_b, (1.0, 1.0), dtype, torch.empty_like(both))
     torch.cuda.synchronize()
-    print("gated", m, n, r, dtype, flush=True)
+    print("strips", m, n, r, dtype, flush=True)
 
 
 _HAZARD = re.compile(r"Race reported between .*(?:\n=+ +and .*)+")
@@ -113,7 +114,7 @@ def main(filled_once: bool = False) -> None:
             run(problem, "cuda", form)
         for m in (20,) if filled_once else (20, 300):
             for r in (16, 32):
-                run_gated(m, r, dtype)
+                run_strips(m, r, dtype)
         x, weight = torch.randn(5, 1000, device="cuda", dtype=dtype), torch.ones(1000, device="cuda", dtype=dtype)
         for residual in (None, x):
             h, y, rstd = norm.forward(x, residual, weight, 1e-5, 0.0)

@@ -12,7 +12,7 @@ import torch
 from tolerance import assert_close
 
 from fastlora import activation as plain
-from fastlora import blocks, groups, ops, reference, tables
+from fastlora import blocks, groups, native, ops, reference, tables
 from fastlora.activation import ACTIVATIONS
 from fastlora.blocks import Projection, gated_mlp, lora_linears
 from fastlora.nf4 import NF4Weight
@@ -495,6 +495,36 @@ def test_gradients_of_an_mlp_come_with_the_activation_where_all_are_needed(
     assert [name for name, spy in passes.items() if spy.called] == ["gradients" if frozen == "nothing" else "backward"]
     for a, b in zip(found, expected, strict=True):
         assert (a.float() - b.float()).norm() <= 0.03 * b.float().norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "B frozen"])
+@pytest.mark.parametrize("rank", [16, 40])
+def test_du_and_db_come_from_one_read_of_dy_where_both_are_needed(
+    rank: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if native.available("cuda") is not None or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the extension and compute capability 9.0")
+    pytest.importorskip("triton")
+    monkeypatch.setattr(groups.kernels("config"), "form", lambda *args: "persistent")
+    spy = Mock(wraps=native.du_db)
+    monkeypatch.setattr(native, "du_db", spy)
+    inner = [make(n, 256, rank, torch.bfloat16, "cuda") for n in (512, 512)]
+    down = make(256, 512, rank, torch.bfloat16, "cuda")
+    for p in (*inner, down) if frozen else ():
+        p.lora_b.requires_grad_(False)
+    x = torch.randn(70, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    every = [x, *(t for t in leaves([*inner, down]) if t.requires_grad)]
+
+    def run(backend: str) -> list[torch.Tensor]:
+        a, b = lora_linears(x, inner, backend=backend)
+        y = gated_mlp(x, inner, down, backend=backend).float().square().sum()
+        return list(torch.autograd.grad(y + (a.float() * b.float()).sum(), every))
+
+    found, called = run("triton"), spy.call_count
+    assert called == (0 if frozen or rank > 32 else 2)  # of the group, whose dys lie apart, and of down
+    for got, expected in zip(found, run("torch"), strict=True):
+        assert (got.float() - expected.float()).norm() <= 0.03 * expected.float().norm()
 
 
 @pytest.mark.gpu

@@ -1,24 +1,18 @@
 // The activation of a gated MLP, h = act(gate) * up, and in the same pass what its adapters make of it. No torch.
 //
-// For compute capability 9.0. What is read comes through the tensor memory accelerator, each warp's own columns a few
-// steps ahead: a multiprocessor has more bytes under way than its registers could take.
-//
-// A block takes a strip of columns and walks down rows, so that what it multiplies by, A of down or B of gate and up,
-// stays where it is. u and du are sums over columns: over those of a strip the warps of a block add theirs up, and a
-// second launch adds up the strips. dB and dA are sums over rows, which stay in registers until the block ends.
+// A block takes a strip of columns (strips.cuh) and walks down rows, so that what it multiplies by, A of down or B of
+// gate and up, stays where it is. u and du are sums over columns, dB and dA sums over rows.
 //
 // In a fragment of the tensor core, lane (g, t), g = lane / 4 and t = lane % 4, has pairs of what is summed over. For
 // sums over columns these are neighbours in memory. For sums over rows a lane has columns of the rows 2 t, 2 t + 1,
 // 2 t + 8 and 2 t + 9, and packs results of two rows; where the same results are summed over columns as well, one
 // instruction turns 8 x 8 of them.
 
-#include "hopper.cuh"
+#include "strips.cuh"
 
 namespace fastlora {
 namespace {
 
-constexpr int kGatedThreads = 256;
-constexpr int kWarps = kGatedThreads / 32;
 constexpr int kGroups = 8;  // of columns, of a fragment
 constexpr int kInner = 2;   // gate and up
 
@@ -75,87 +69,12 @@ __device__ __forceinline__ uint32_t turned(uint32_t two) {
   return other;
 }
 
-// Four such matrices in shared memory, turned: lane l gives where the row l % 8 of matrix l / 8 begins.
-__device__ __forceinline__ void load_turned(uint32_t row, uint32_t (&a)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-               : "r"(row));
-}
-
 #endif
-
-// The buffers of a warp for what it reads in a step: kSlots steps are under way.
-template <int kSlots, int kBytes>
-class Arriving {
- public:
-  struct Shared {
-    alignas(1024) unsigned char of[kSlots][kBytes];
-  };
-  using Barriers = uint64_t[kSlots];
-
-  __device__ __forceinline__ Arriving(Shared& buffers, Barriers& barriers) : buffers_(buffers), barriers_(barriers) {
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) init_barrier(shared_address(&barriers_[slot]), 1);
-      publish_barriers();
-    }
-    __syncwarp();
-  }
-  // Asks for step `index`; copy(target, barrier) of one lane copies kBytes.
-  template <typename Copy>
-  __device__ __forceinline__ void ask(int index, Copy copy) {
-    if (threadIdx.x % 32 != 0) return;
-    const int slot = index % kSlots;
-    const uint32_t barrier = shared_address(&barriers_[slot]);
-    expect_bytes(barrier, kBytes);
-    copy(shared_address(buffers_.of[slot]), barrier);
-  }
-  // Where step `index` is, once it is there.
-  __device__ __forceinline__ const unsigned char* await(int index) {
-    const int slot = index % kSlots;
-    wait_barrier(shared_address(&barriers_[slot]), static_cast<uint32_t>(index / kSlots % 2));
-    return buffers_.of[slot];
-  }
-
- private:
-  Shared& buffers_;
-  Barriers& barriers_;
-};
 
 // gate, up and, backward, dh.
 template <int kCount>
 struct Maps {
   CUtensorMap of[kCount];
-};
-
-// What the warps of a block have of kRowsOfSum rows of u or du, at most kColumns wide.
-template <int kRowsOfSum, int kColumns>
-struct WarpSums {
-  static constexpr int kPitch = kColumns + 8;  // rows that a warp stores at once lie on different banks
-  float of[kWarps][kRowsOfSum][kPitch];
-
-  // What a lane has of a fragment: two neighbours of the rows g and g + 8.
-  __device__ __forceinline__ void put(int warp, int row, int column, const float (&sums)[4]) {
-    const int g = static_cast<int>(threadIdx.x) % 32 / 4, t = static_cast<int>(threadIdx.x) % 4;
-    *reinterpret_cast<float2*>(&of[warp][row + g][column + 2 * t]) = make_float2(sums[0], sums[1]);
-    *reinterpret_cast<float2*>(&of[warp][row + g + 8][column + 2 * t]) = make_float2(sums[2], sums[3]);
-  }
-
-  // out (rows, width) is the sum over the warps, by all threads; width is a power of two.
-  __device__ __forceinline__ void add_up(int rows, int width, float* out) const {
-    const int pairs = width / 2, shift = __ffs(pairs) - 1;
-    const int count = (rows < kRowsOfSum ? rows : kRowsOfSum) * pairs;
-    for (int i = static_cast<int>(threadIdx.x); i < count; i += kGatedThreads) {
-      const int row = i >> shift, column = (i & (pairs - 1)) * 2;
-      float2 sum = make_float2(0.0f, 0.0f);
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) {
-        const float2 one = *reinterpret_cast<const float2*>(&of[warp][row][column]);
-        sum.x += one.x, sum.y += one.y;
-      }
-      reinterpret_cast<float2*>(out)[i] = sum;
-    }
-  }
 };
 
 // kTiles: of 16 ranks.
@@ -180,7 +99,7 @@ struct Forward {
 
 // Rows [first, first + part), as many as there are, of one strip of h, and u over that strip.
 template <typename T, Activation kActivation, int kTiles>
-__global__ void __launch_bounds__(kGatedThreads, 2)
+__global__ void __launch_bounds__(kStripThreads, 2)
     gated_forward_kernel(const __grid_constant__ Maps<kInner> maps, const GatedForward p, int part) {
 #if defined(FASTLORA_HOPPER)
   using S = Forward<kTiles>;
@@ -282,13 +201,12 @@ struct Backward {
   static constexpr int kRanks = kFragment * kTiles;
   static constexpr int kSteps = 2 / kTiles;  // of kFragment rows, between two sums of du over the warps
   static constexpr int kSlots = kTiles + 1;  // steps of rows under way
-  static constexpr int kSums = 2;            // groups of kSteps that a warp may be ahead of another
-  static constexpr int kAhead = 2;           // groups whose narrow rows are under way
-  static constexpr int kNarrowSlots = kAhead + kSums;
+  using Sums = GroupSums<kSteps * kFragment, kInner * kRanks>;
+  static constexpr int kAhead = 2;  // groups whose narrow rows are under way
+  static constexpr int kNarrowSlots = kAhead + Sums::kBuffers;
   static constexpr int kFactors = kInner * kWords * kTiles;  // 16-byte words of B that a lane multiplies
   static constexpr int kNarrow = (kInner + 1) * kRanks;      // u of gate and of up, du of down, side by side
   static constexpr int kNarrowPitch = kNarrow + 8;           // eight rows of 16 bytes lie on different banks
-  using Sums = WarpSums<kSteps * kFragment, kInner * kRanks>;
   using Buffers = Arriving<kSlots, (kInner + 1) * kBoxBytes>;
   static constexpr CUtensorMapSwizzle kSwizzle = kTiles == 1 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
 
@@ -301,17 +219,17 @@ struct Backward {
   template <typename T>
   struct Shared {
     typename Buffers::Shared arriving[kWarps];
-    Sums du[kSums];
+    typename Sums::Shared du;
     uint4 b[kWarps][kFactors][32];
     T narrow[kNarrowSlots][kSteps * kFragment][kNarrowPitch];
     typename Buffers::Barriers barriers[kWarps];
-    uint64_t narrow_there[kNarrowSlots], du_there[kSums], du_read[kSums];
+    uint64_t narrow_there[kNarrowSlots];
   };
 };
 
 // Rows [first, first + part), as many as there are, of one strip: dgate and dup, and what the adapters get of them.
 template <typename T, Activation kActivation, int kTiles>
-__global__ void __launch_bounds__(kGatedThreads, 1)
+__global__ void __launch_bounds__(kStripThreads, 1)
     gated_gradients_kernel(const __grid_constant__ Maps<kInner + 1> maps, const GatedGradients p, int part) {
 #if defined(FASTLORA_HOPPER)
   using S = Backward<kTiles>;
@@ -343,21 +261,17 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
 #pragma unroll
   for (int index = 0; index < S::kSlots; ++index) ask(index);
 
+  typename S::Sums of_du(shared.du);
   if (threadIdx.x == 0) {
 #pragma unroll
-    for (uint64_t& barrier : shared.narrow_there) init_barrier(shared_address(&barrier), kGatedThreads);
-#pragma unroll
-    for (int i = 0; i < S::kSums; ++i) {
-      init_barrier(shared_address(&shared.du_there[i]), kWarps);
-      init_barrier(shared_address(&shared.du_read[i]), kWarps);
-    }
+    for (uint64_t& barrier : shared.narrow_there) init_barrier(shared_address(&barrier), kStripThreads);
   }
   __syncthreads();
   const auto copy_narrow = [&](int group) {
     const int slot = group % S::kNarrowSlots, top = first + group * kRowsOfSum;
     if (top >= last) return;
     constexpr int kPieces = S::kRanks * static_cast<int>(sizeof(T)) / 16;  // of a row of one of three
-    for (int i = static_cast<int>(threadIdx.x); i < kRowsOfSum * (kInner + 1) * kPieces; i += kGatedThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < kRowsOfSum * (kInner + 1) * kPieces; i += kStripThreads) {
       const int piece = i % kPieces, which = i / kPieces % (kInner + 1), row = i / (kPieces * (kInner + 1));
       const int rank = piece * 8, ranks = which < kInner ? p.r : p.rd;
       const bool there = rank < ranks && top + row < last;
@@ -404,18 +318,14 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
 
   // The matrices of 8 ranks and 8 rows that make a fragment of turned ranks.
   const int narrow_row = lane % 8 + lane / 16 * 8, narrow_rank = lane / 8 % 2 * 8;
-  // Adds up du of a group once all warps have left theirs.
   const auto add_up = [&](int group) {
-    const int slot = group % S::kSums, top = first + group * kRowsOfSum;
-    wait_barrier(shared_address(&shared.du_there[slot]), static_cast<uint32_t>(group / S::kSums % 2));
-    shared.du[slot].add_up(last - top, width, p.du_parts + (blockIdx.x * p.m + top) * width);
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(&shared.du_read[slot]));
+    const int top = first + group * kRowsOfSum;
+    of_du.add_up(group, last - top, width, p.du_parts + (blockIdx.x * p.m + top) * width);
   };
   int group = 0, index = 0;
   for (int top = first; top < last; top += kRowsOfSum, ++group) {
     copy_narrow(group + S::kAhead);
-    const int narrow_slot = group % S::kNarrowSlots, slot = group % S::kSums;
+    const int narrow_slot = group % S::kNarrowSlots;
     wait_barrier(shared_address(&shared.narrow_there[narrow_slot]), static_cast<uint32_t>(group / S::kNarrowSlots % 2));
 #pragma unroll 1
     for (int step = 0; step < S::kSteps; ++step) {
@@ -506,9 +416,7 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
       }
       dgate_row += kFragment * p.stride_d;
       dup_row += kFragment * p.stride_d;
-      if (step == 0 && group >= S::kSums) {
-        wait_barrier(shared_address(&shared.du_read[slot]), static_cast<uint32_t>((group / S::kSums - 1) % 2));
-      }
+      if (step == 0) of_du.open(group);
 #pragma unroll
       for (int tile = 0; tile < kRankTiles; ++tile) {
         if (tile * kTokens >= p.r) break;
@@ -516,14 +424,13 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
 #pragma unroll
           for (int i = 0; i < 4; ++i) du[0][tile][i] += du[1][tile][i];
         } else {
-          shared.du[slot].put(warp, step * kFragment, p.r + tile * kTokens, du[1][tile]);
+          of_du.of(group).put(warp, step * kFragment, p.r + tile * kTokens, du[1][tile]);
         }
-        shared.du[slot].put(warp, step * kFragment, tile * kTokens, du[0][tile]);
+        of_du.of(group).put(warp, step * kFragment, tile * kTokens, du[0][tile]);
       }
     }
-    __syncwarp();
-    if (lane == 0) arrive(shared_address(&shared.du_there[slot]));
-    if (group > 0) add_up(group - 1);  // of the group before, for which no warp waits long
+    of_du.close(group);
+    if (group > 0) add_up(group - 1);
   }
   add_up(group - 1);
 
@@ -552,125 +459,55 @@ __global__ void __launch_bounds__(kGatedThreads, 1)
 #endif
 }
 
-// out = scale * the sum of `count` matrices of `numel` elements, `stride` apart; `scale` of the upper half is its own.
-struct PartsOf {
-  const float* parts;
-  void* out;
-  int64_t numel;  // a multiple of 8
-  int64_t stride;
-  int32_t count;
-  DType dtype;
-  float lower, upper;
-};
-
-template <int kOutputs>
-struct AllParts {
-  PartsOf of[kOutputs];
-};
-
-constexpr int kQuad = 4;
-
-template <int kOutputs>
-__global__ void __launch_bounds__(kThreads) add_parts_kernel(const AllParts<kOutputs> p) {
-  int64_t index = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kQuad;
-#pragma unroll
-  for (int which = 0; which < kOutputs; ++which) {
-    const PartsOf& of = p.of[which];
-    if (index >= of.numel) {
-      index -= of.numel;
-      continue;
-    }
-    const float* from = of.parts + index;
-    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll 8
-    for (int i = 0; i < of.count; ++i) {
-      const float4 one = __ldg(reinterpret_cast<const float4*>(from + i * of.stride));
-      sum.x += one.x, sum.y += one.y, sum.z += one.z, sum.w += one.w;
-    }
-    const float scale = index < of.numel / 2 ? of.lower : of.upper;
-    sum.x *= scale, sum.y *= scale, sum.z *= scale, sum.w *= scale;
-    if (of.dtype == DType::kFloat32) {
-      reinterpret_cast<float4*>(of.out)[index / kQuad] = sum;
-    } else if (of.dtype == DType::kBFloat16) {
-      reinterpret_cast<uint2*>(of.out)[index / kQuad] =
-          make_uint2(Numeric<__nv_bfloat16>::pack(sum.x, sum.y), Numeric<__nv_bfloat16>::pack(sum.z, sum.w));
-    } else {
-      reinterpret_cast<uint2*>(of.out)[index / kQuad] =
-          make_uint2(Numeric<__half>::pack(sum.x, sum.y), Numeric<__half>::pack(sum.z, sum.w));
-    }
-    return;
-  }
-}
-
 // ---------------------------------------------------------------------------------------------------------------- host
-
-template <int kOutputs>
-cudaError_t add_parts(const AllParts<kOutputs>& p, cudaStream_t stream) {
-  int64_t numel = 0;
-  for (const PartsOf& of : p.of) numel += of.numel;
-  if (numel == 0) return cudaSuccess;
-  add_parts_kernel<kOutputs><<<static_cast<unsigned>(cut(numel, kThreads * kQuad)), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
-}
 
 int tiles_of(int ranks) { return ranks / kFragment; }
 
-template <typename T, typename Shared, typename Params, int kCount>
-cudaError_t launch_strips(
-    Slots& slots_of_kernel,
-    void (*kernel)(Maps<kCount>, Params, int),
+template <typename T, typename Params, int kCount>
+cudaError_t make_maps(
+    Maps<kCount>& maps,
     const Params& p,
-    const GatedPlan& plan,
     const void* const (&sources)[kCount],
     int box_columns,
-    CUtensorMapSwizzle swizzle,
-    cudaStream_t stream) {
-  constexpr int kShared = sizeof(Shared);
-  static_assert(kShared <= 227 * 1024);
-  DeviceLimits limits{};
-  cudaError_t status = current_limits(limits);
-  if (status != cudaSuccess) return status;
-  if (!limits.hopper || kShared > limits.shared_memory) return cudaErrorInvalidConfiguration;
-  const int* slots = nullptr;  // asked for what the query sets: how much shared memory a block may have
-  status = slots_of_kernel.find(kernel, kGatedThreads, kShared, limits, slots);
-  if (status != cudaSuccess) return status;
-  Maps<kCount> maps{};
+    CUtensorMapSwizzle swizzle) {
   for (int i = 0; i < kCount; ++i) {
-    status = make_map(
+    const cudaError_t status = make_map(
         maps.of[i], tensor_map_type<T>(), sizeof(T), sources[i], p.m, p.n, i < kInner ? p.stride : p.n, kFragment,
         box_columns, swizzle);
     if (status != cudaSuccess) return status;
   }
-  const dim3 grid(static_cast<unsigned>(plan.strips), static_cast<unsigned>(plan.parts));
-  kernel<<<grid, kGatedThreads, kShared, stream>>>(maps, p, static_cast<int>(plan.rows));
-  return cudaGetLastError();
+  return cudaSuccess;
 }
 
 template <typename T, Activation kActivation, int kTiles>
-cudaError_t launch(const GatedForward& p, const GatedPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const GatedForward& p, const StripPlan& plan, cudaStream_t stream) {
   using S = Forward<kTiles>;
   static Slots slots;
-  const cudaError_t status = launch_strips<T, typename S::Shared>(
-      slots, gated_forward_kernel<T, kActivation, kTiles>, p, plan, {p.gate, p.up}, S::kBoxColumns,
-      CU_TENSOR_MAP_SWIZZLE_NONE, stream);
+  Maps<kInner> maps{};
+  cudaError_t status = make_maps<T>(maps, p, {p.gate, p.up}, S::kBoxColumns, CU_TENSOR_MAP_SWIZZLE_NONE);
+  if (status != cudaSuccess) return status;
+  status =
+      launch_strips<typename S::Shared>(slots, gated_forward_kernel<T, kActivation, kTiles>, plan, stream, maps, p);
   if (status != cudaSuccess) return status;
   const int64_t numel = p.m * p.rd;
-  return add_parts<1>({{{p.parts, p.u, numel, numel, plan.strips, p.dtype, 1.0f, 1.0f}}}, stream);
+  return add_parts<1>({{whole_parts(p.parts, p.u, numel, numel, plan.strips, p.dtype)}}, stream);
 }
 
 template <typename T, Activation kActivation, int kTiles>
-cudaError_t launch(const GatedGradients& p, const GatedPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const GatedGradients& p, const StripPlan& plan, cudaStream_t stream) {
   using S = Backward<kTiles>;
   static Slots slots;
-  const cudaError_t status = launch_strips<T, typename S::template Shared<T>>(
-      slots, gated_gradients_kernel<T, kActivation, kTiles>, p, plan, {p.gate, p.up, p.dh}, S::kSpan, S::kSwizzle,
-      stream);
+  Maps<kInner + 1> maps{};
+  cudaError_t status = make_maps<T>(maps, p, {p.gate, p.up, p.dh}, S::kSpan, S::kSwizzle);
+  if (status != cudaSuccess) return status;
+  status = launch_strips<typename S::template Shared<T>>(
+      slots, gated_gradients_kernel<T, kActivation, kTiles>, plan, stream, maps, p);
   if (status != cudaSuccess) return status;
   const int64_t of_b = kInner * p.n * p.r, of_a = p.n * p.rd, of_du = p.m * (p.shared ? 1 : kInner) * p.r;
   const AllParts<3> all{
-      {{p.parts, p.db, of_b, of_b + of_a, plan.parts, p.db_dtype, p.scale_gate, p.scale_up},
-       {p.parts + of_b, p.da, of_a, of_b + of_a, plan.parts, p.da_dtype, 1.0f, 1.0f},
-       {p.du_parts, p.du, of_du, of_du, plan.strips, p.dtype, 1.0f, 1.0f}}};
+      {whole_parts(p.parts, p.db, of_b, of_b + of_a, plan.parts, p.db_dtype, p.scale_gate, p.scale_up),
+       whole_parts(p.parts + of_b, p.da, of_a, of_b + of_a, plan.parts, p.da_dtype),
+       whole_parts(p.du_parts, p.du, of_du, of_du, plan.strips, p.dtype)}};
   return add_parts(all, stream);
 }
 
@@ -678,13 +515,13 @@ int ranks_of(const GatedForward& p) { return p.rd; }
 int ranks_of(const GatedGradients& p) { return p.r > p.rd ? p.r : p.rd; }
 
 template <typename T, Activation kActivation, typename Params>
-cudaError_t launch(const Params& p, const GatedPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const Params& p, const StripPlan& plan, cudaStream_t stream) {
   return tiles_of(ranks_of(p)) == 1 ? launch<T, kActivation, 1>(p, plan, stream)
                                     : launch<T, kActivation, 2>(p, plan, stream);
 }
 
 template <typename T, typename Params>
-cudaError_t launch(const Params& p, const GatedPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const Params& p, const StripPlan& plan, cudaStream_t stream) {
   switch (p.activation) {
     case Activation::kSilu:
       return launch<T, Activation::kSilu>(p, plan, stream);
@@ -697,50 +534,30 @@ cudaError_t launch(const Params& p, const GatedPlan& plan, cudaStream_t stream) 
 }
 
 template <typename Params>
-cudaError_t launch(const Params& p, const GatedPlan& plan, cudaStream_t stream) {
+cudaError_t launch(const Params& p, const StripPlan& plan, cudaStream_t stream) {
   if (p.dtype == DType::kBFloat16) return launch<__nv_bfloat16>(p, plan, stream);
   if (p.dtype == DType::kFloat16) return launch<__half>(p, plan, stream);
   return cudaErrorInvalidValue;
 }
 
-// How (m, n) is cut into strips of columns and parts of rows. In bytes of a multiprocessor: what a step of a strip
-// moves at `per_element` bytes, what starting and ending a block takes meanwhile, and what each part leaves to be added
-// up, of which all multiprocessors move their share.
-cudaError_t plan_for(int64_t m, int64_t n, int64_t strip, int64_t per_element, int64_t of_part, GatedPlan& plan) {
-  DeviceLimits limits{};
-  if (const cudaError_t status = current_limits(limits); status != cudaSuccess) return status;
-  const int64_t strips = cut(n, strip), steps = cut(m, kFragment), of_step = kFragment * strip * per_element;
-  constexpr int64_t kOfBlock = 1 << 17, kMostParts = 64;
-  int64_t best = INT64_MAX;
-  for (int64_t parts = 1; parts <= kMostParts && parts <= steps; ++parts) {
-    const int64_t waves = cut(strips * parts, limits.multiprocessors);
-    const int64_t bytes = waves * (cut(steps, parts) * of_step + kOfBlock) + parts * of_part / limits.multiprocessors;
-    if (bytes >= best) continue;
-    best = bytes;
-    plan.rows = cut(steps, parts) * kFragment;
-  }
-  plan.strips = static_cast<int32_t>(strips);
-  plan.parts = static_cast<int32_t>(cut(m, plan.rows));
-  return cudaSuccess;
-}
-
 }  // namespace
 
-int gated_forward_plan(int64_t m, int64_t n, GatedPlan& plan) {
+int gated_forward_plan(int64_t m, int64_t n, StripPlan& plan) {
   static_assert(Forward<1>::kSpan == Forward<2>::kSpan);
-  return plan_for(m, n, kWarps * Forward<1>::kSpan, 6, 0, plan);
+  constexpr int64_t kStrip = kWarps * Forward<1>::kSpan;
+  return plan_strips(m, cut(n, kStrip), kFragment, kFragment * kStrip * 6, 0, plan);
 }
 
-int gated_gradients_plan(int64_t m, int64_t n, int r, int rd, GatedPlan& plan) {
+int gated_gradients_plan(int64_t m, int64_t n, int r, int rd, StripPlan& plan) {
   const int64_t strip = kWarps * (tiles_of(r > rd ? r : rd) == 1 ? Backward<1>::kSpan : Backward<2>::kSpan);
-  return plan_for(m, n, strip, 10, (kInner * r + rd) * n * 8, plan);
+  return plan_strips(m, cut(n, strip), kFragment, kFragment * strip * 10, (kInner * r + rd) * n * 8, plan);
 }
 
-int gated_forward_cuda(const GatedForward& params, const GatedPlan& plan, void* stream) {
+int gated_forward_cuda(const GatedForward& params, const StripPlan& plan, void* stream) {
   return launch(params, plan, static_cast<cudaStream_t>(stream));
 }
 
-int gated_gradients_cuda(const GatedGradients& params, const GatedPlan& plan, void* stream) {
+int gated_gradients_cuda(const GatedGradients& params, const StripPlan& plan, void* stream) {
   return launch(params, plan, static_cast<cudaStream_t>(stream));
 }
 

@@ -509,22 +509,20 @@ def input_gradient(dy: torch.Tensor, du: torch.Tensor, weights: Sequence[Weight]
 
 
 def backward(
-    dys: Sequence[torch.Tensor],
+    dy: torch.Tensor,
+    du: torch.Tensor,
     x: torch.Tensor | None,
     u: torch.Tensor | None,
     weights: Sequence[Weight],
     adapters: Adapters,
     dtypes: tuple[torch.dtype, torch.dtype],
-    dtype: torch.dtype,
     needs: tuple[bool, bool, bool],
-    known: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:
-    """dx (M, K), and dA_i (R_i, K) and dB_i (N_i, R_i) of ``dtypes``, for dy_i (M, N_i); None where not needed.
+    """dx (M, K), and dA_i (R_i, K) and dB_i (N_i, R_i) of ``dtypes``, for dy (M, sum N) and du (M, P S).
 
-    ``dtype``: the type computed in. ``known``: dy as one matrix and du, where something else made them.
+    None where not needed.
     """
     need_dx, need_da, need_db = needs
-    dy, du = known or project_gradients(dys, adapters, dtype)
     dx = input_gradient(dy, du, weights, adapters) if need_dx else None
     p = len(adapters.sizes)
     das: list[torch.Tensor | None] = [None] * p

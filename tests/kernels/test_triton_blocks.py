@@ -173,9 +173,8 @@ def test_backward(group: Group, joined: bool) -> None:
         dys = list(torch.cat(dys, 1).split(group.case.sizes, 1))
     u = stacked.project(group.x, group.adapters)
     kind = next((a.dtype for a in group.a if a is not None), group.dtype)
-    dx, das, dbs = stacked.backward(
-        dys, group.x, u, group.weights, group.adapters, (kind, kind), group.dtype, (True, True, True)
-    )
+    dy, du = stacked.project_gradients(dys, group.adapters, group.dtype)
+    dx, das, dbs = stacked.backward(dy, du, group.x, u, group.weights, group.adapters, (kind, kind), (True, True, True))
     for name, got in (("dx", dx), ("da", das), ("db", dbs)):
         group.hold(name, got)
 
@@ -186,7 +185,8 @@ def test_some_gradients(group: Group, needs: tuple[bool, bool, bool]) -> None:
     u = stacked.project(group.x, group.adapters) if needs[2] else None
     x = group.x if needs[1] else None
     kind = next(a.dtype for a in group.a if a is not None)
-    dx, das, dbs = stacked.backward(group.dys, x, u, group.weights, group.adapters, (kind, kind), group.dtype, needs)
+    dy, du = stacked.project_gradients(group.dys, group.adapters, group.dtype)
+    dx, das, dbs = stacked.backward(dy, du, x, u, group.weights, group.adapters, (kind, kind), needs)
     assert dx is None
     for name, got, need in (("da", das, needs[1]), ("db", dbs, needs[2])):
         if need:
