@@ -1148,12 +1148,14 @@ PyMODINIT_FUNC PyInit__C() {
   PyObject* module = PyModule_Create(&definition);
 #if defined(FASTLORA_WITH_CUDA)
   constexpr long with_cuda = 1;
+  const long with_hopper = fastlora::has_hopper_code() ? 1 : 0;
 #else
-  constexpr long with_cuda = 0;
+  constexpr long with_cuda = 0, with_hopper = 0;
 #endif
-  if (module != nullptr && PyModule_AddIntConstant(module, "WITH_CUDA", with_cuda) != 0) {
-    Py_DECREF(module);
-    return nullptr;
+  if (module == nullptr || (PyModule_AddIntConstant(module, "WITH_CUDA", with_cuda) == 0 &&
+                            PyModule_AddIntConstant(module, "WITH_HOPPER", with_hopper) == 0)) {
+    return module;
   }
-  return module;
+  Py_DECREF(module);
+  return nullptr;
 }

@@ -252,6 +252,9 @@ int gated_gradients_cuda(const GatedGradients& params, const StripPlan& plan, vo
 int du_db_plan(const DuDb& params, StripPlan& plan);
 int du_db_cuda(const DuDb& params, const StripPlan& plan, void* stream);
 
+// Whether there is code for compute capability 9.0, without which what asks for it fails to launch there.
+bool has_hopper_code();
+
 // What a status means. The runtime forgets it: the next launch, of whomever, would be said to have failed.
 const char* take_cuda_error(int status);
 

@@ -161,6 +161,12 @@ def cross_entropy(
     operator(logits, labels, scale, ignore_index, label_smoothing, gradient, _capability(), loss)
 
 
+def _on_hopper(capability: tuple[int, int]) -> bool:
+    """Whether kernels for this compute capability alone run there: it is 9.0, and the extension, if any, has them."""
+    module, _ = _load()
+    return capability == (9, 0) and (module is None or not module.WITH_CUDA or bool(module.WITH_HOPPER))
+
+
 def few_rows(capability: tuple[int, int]) -> int:
     """The most rows of x or dy that the kernels for few rows take on a GPU of this compute capability.
 
@@ -182,7 +188,7 @@ def forms(
     """
     few = m <= few_rows(capability) and k % 32 == 0 and n % 8 == 0
     fits = k % 64 == 0 and n % 8 == 0 and blocksize % 64 == 0
-    tile = capability == (9, 0) and fits and (direction == "forward" or r % 8 == 0)
+    tile = _on_hopper(capability) and fits and (direction == "forward" or r % 8 == 0)
     return (*(("few_rows",) if few else ()), *(("tile",) if tile else ()), "library")
 
 
@@ -348,7 +354,7 @@ def _strips(*wide: torch.Tensor) -> bool:
     first = wide[0]
     if first.device.type != "cuda" or first.dtype not in (torch.bfloat16, torch.float16) or not first.shape[0]:
         return False
-    if available("cuda") is not None or gpu(first.device.index)[0] != (9, 0):
+    if available("cuda") is not None or not _on_hopper(gpu(first.device.index)[0]):
         return False
     for t in wide:
         row, column = t.stride()

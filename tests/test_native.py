@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +255,16 @@ def test_the_form_without_a_table(
     monkeypatch.setattr(native, "gpu", lambda index: (capability, device))
     with tables.use(tables.Tables()):
         assert native.chosen_form(m, n, k, 64, torch.bfloat16, 0, r, direction, False) == form
+
+
+@pytest.mark.parametrize(("cuda", "hopper", "taken"), [(1, 1, True), (1, 0, False), (0, 0, True)])
+def test_a_build_without_code_for_hopper_is_not_asked_for_it(
+    cuda: int, hopper: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without CUDA says nothing about the machine that is asked about."""
+    monkeypatch.setattr(native, "_load", lambda: (SimpleNamespace(WITH_CUDA=cuda, WITH_HOPPER=hopper), None))
+    assert ("tile" in native.forms(512, 4096, 4096, 16, 64, (9, 0))) == taken
+    assert "tile" not in native.forms(512, 4096, 4096, 16, 64, (10, 0))
 
 
 def test_the_form_by_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 // What the launchers ask of the CUDA runtime: what they may use of a device, and what an error means. No torch.
 
 #include <algorithm>
+#include <iterator>
 
 #include "few_rows.cuh"
 
@@ -38,6 +39,11 @@ cudaError_t current_limits(DeviceLimits& limits) {
   const cudaError_t status = known.get(device, [device](DeviceLimits& value) { return query(device, value); }, found);
   if (status == cudaSuccess) limits = *found;
   return status;
+}
+
+bool has_hopper_code() {
+  constexpr int kBuiltFor[] = {__CUDA_ARCH_LIST__};
+  return std::find(std::begin(kBuiltFor), std::end(kBuiltFor), 900) != std::end(kBuiltFor);
 }
 
 const char* take_cuda_error(int status) {
