@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) du_db_kernel(const __grid_co
   const uint32_t u_place = (lane % 8 + lane / 16 * 8) * S::kPitch + lane / 8 % 2 * 16;
   for (int index = 0; index < steps; ++index) {
     copy_u(index + S::kAhead);
-    ask();  // into the buffer of the step before, which all lanes have read
+    ask();  // into the buffer of the step before
     wait_copies<kSlots - 1>();
     __syncwarp();
     const unsigned char* of_step = buffers[index % kSlots];
@@ -184,6 +184,7 @@ __global__ void __launch_bounds__(kStripThreads, 1) du_db_kernel(const __grid_co
     }
     du.close(index);
     if (index > 0) add_up(index - 1);
+    __syncwarp();  // all lanes have read the rows of this step
   }
   add_up(steps - 1);
 
