@@ -15,6 +15,7 @@ constexpr int kStepRows = 32;
 constexpr int kSlots = 3;  // steps whose rows are there or under way
 constexpr int kRowBytes = kSpan * 2;
 constexpr int kStepBytes = kStepRows * kRowBytes;
+
 // kTiles: of 16 ranks.
 template <int kTiles>
 struct Shared {

@@ -71,6 +71,44 @@ __device__ __forceinline__ uint32_t turned(uint32_t two) {
 
 #endif
 
+// The buffers of a warp for what it reads in a step, by the tensor memory accelerator: kSlots steps are under way.
+template <int kSlots, int kBytes>
+class Arriving {
+ public:
+  struct Shared {
+    alignas(1024) unsigned char of[kSlots][kBytes];
+  };
+  using Barriers = uint64_t[kSlots];
+
+  __device__ __forceinline__ Arriving(Shared& buffers, Barriers& barriers) : buffers_(buffers), barriers_(barriers) {
+    if (threadIdx.x % 32 == 0) {
+#pragma unroll
+      for (int slot = 0; slot < kSlots; ++slot) init_barrier(shared_address(&barriers_[slot]), 1);
+      publish_barriers();
+    }
+    __syncwarp();
+  }
+  // Asks for step `index`; copy(target, barrier) of one lane copies kBytes.
+  template <typename Copy>
+  __device__ __forceinline__ void ask(int index, Copy copy) {
+    if (threadIdx.x % 32 != 0) return;
+    const int slot = index % kSlots;
+    const uint32_t barrier = shared_address(&barriers_[slot]);
+    expect_bytes(barrier, kBytes);
+    copy(shared_address(buffers_.of[slot]), barrier);
+  }
+  // Where step `index` is, once it is there.
+  __device__ __forceinline__ const unsigned char* await(int index) {
+    const int slot = index % kSlots;
+    wait_barrier(shared_address(&barriers_[slot]), static_cast<uint32_t>(index / kSlots % 2));
+    return buffers_.of[slot];
+  }
+
+ private:
+  Shared& buffers_;
+  Barriers& barriers_;
+};
+
 // gate, up and, backward, dh.
 template <int kCount>
 struct Maps {

@@ -2,9 +2,9 @@
 // adapters' gradients share. For compute capability 9.0. No torch.
 //
 // What is read goes to shared memory, each warp's own columns a few steps ahead: a multiprocessor has more bytes under
-// way than its registers could take. Sums over columns are added up by the warps of a block, those
-// of its strips by a second launch. Sums over rows stay in registers until a block ends, and the same launch adds up
-// the blocks. The order of every sum is fixed, so two runs give the same bits.
+// way than its registers could take. Sums over columns are added up by the warps of a block, those of its strips by a
+// second launch. Sums over rows stay in registers until a block ends, and the same launch adds up the blocks. The order
+// of every sum is fixed, so two runs give the same bits.
 #pragma once
 
 #include "hopper.cuh"
@@ -15,7 +15,7 @@ constexpr int kStripThreads = 256;
 constexpr int kWarps = kStripThreads / 32;
 
 // Four 8 x 8 matrices in shared memory: lane l gives where the row l % 8 of matrix l / 8 begins, and gets two
-// neighbours of the row lane / 4 of each, or `turned` of the column.
+// neighbours of the row lane / 4 of each; turned, of the column.
 __device__ __forceinline__ void load_matrices(uint32_t row, uint32_t (&a)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
@@ -26,44 +26,6 @@ __device__ __forceinline__ void load_turned(uint32_t row, uint32_t (&a)[4]) {
                : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
                : "r"(row));
 }
-
-// The buffers of a warp for what it reads in a step: kSlots steps are under way.
-template <int kSlots, int kBytes>
-class Arriving {
- public:
-  struct Shared {
-    alignas(1024) unsigned char of[kSlots][kBytes];
-  };
-  using Barriers = uint64_t[kSlots];
-
-  __device__ __forceinline__ Arriving(Shared& buffers, Barriers& barriers) : buffers_(buffers), barriers_(barriers) {
-    if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) init_barrier(shared_address(&barriers_[slot]), 1);
-      publish_barriers();
-    }
-    __syncwarp();
-  }
-  // Asks for step `index`; copy(target, barrier) of one lane copies kBytes.
-  template <typename Copy>
-  __device__ __forceinline__ void ask(int index, Copy copy) {
-    if (threadIdx.x % 32 != 0) return;
-    const int slot = index % kSlots;
-    const uint32_t barrier = shared_address(&barriers_[slot]);
-    expect_bytes(barrier, kBytes);
-    copy(shared_address(buffers_.of[slot]), barrier);
-  }
-  // Where step `index` is, once it is there.
-  __device__ __forceinline__ const unsigned char* await(int index) {
-    const int slot = index % kSlots;
-    wait_barrier(shared_address(&barriers_[slot]), static_cast<uint32_t>(index / kSlots % 2));
-    return buffers_.of[slot];
-  }
-
- private:
-  Shared& buffers_;
-  Barriers& barriers_;
-};
 
 // What the warps of a block have of kRowsOfSum rows of a sum over columns, at most kColumns wide.
 template <int kRowsOfSum, int kColumns>
