@@ -78,12 +78,17 @@ class Arriving {
   struct Shared {
     alignas(1024) unsigned char of[kSlots][kBytes];
   };
-  using Barriers = uint64_t[kSlots];
+  struct Barriers {
+    uint64_t there[kSlots], read[kSlots];
+  };
 
   __device__ __forceinline__ Arriving(Shared& buffers, Barriers& barriers) : buffers_(buffers), barriers_(barriers) {
     if (threadIdx.x % 32 == 0) {
 #pragma unroll
-      for (int slot = 0; slot < kSlots; ++slot) init_barrier(shared_address(&barriers_[slot]), 1);
+      for (int slot = 0; slot < kSlots; ++slot) {
+        init_barrier(shared_address(&barriers_.there[slot]), 1);
+        init_barrier(shared_address(&barriers_.read[slot]), 32);
+      }
       publish_barriers();
     }
     __syncwarp();
@@ -93,15 +98,23 @@ class Arriving {
   __device__ __forceinline__ void ask(int index, Copy copy) {
     if (threadIdx.x % 32 != 0) return;
     const int slot = index % kSlots;
-    const uint32_t barrier = shared_address(&barriers_[slot]);
+    const uint32_t barrier = shared_address(&barriers_.there[slot]);
     expect_bytes(barrier, kBytes);
     copy(shared_address(buffers_.of[slot]), barrier);
   }
   // Where step `index` is, once it is there.
   __device__ __forceinline__ const unsigned char* await(int index) {
     const int slot = index % kSlots;
-    wait_barrier(shared_address(&barriers_[slot]), static_cast<uint32_t>(index / kSlots % 2));
+    wait_barrier(shared_address(&barriers_.there[slot]), static_cast<uint32_t>(index / kSlots % 2));
     return buffers_.of[slot];
+  }
+  // By all lanes, once each has loaded what it needs of step `index`: its buffer may be asked for again. A load that
+  // was issued may still wait behind stores, for longer than a copy takes, so that the order of instructions is not
+  // enough: a barrier knows of loads that are done.
+  __device__ __forceinline__ void release(int index) {
+    const uint32_t barrier = shared_address(&barriers_.read[index % kSlots]);
+    arrive(barrier);
+    if (threadIdx.x % 32 == 0) wait_barrier(barrier, static_cast<uint32_t>(index / kSlots % 2));
   }
 
  private:
@@ -190,7 +203,7 @@ __global__ void __launch_bounds__(kStripThreads, 2)
           load(from + S::kBoxes * S::kBoxBytes, up[box][i]);
         }
       }
-      __syncwarp();
+      arriving.release(index);
       ask(index++ + S::kSlots);
       float u[kRankTiles][4] = {};
 #pragma unroll
@@ -378,7 +391,7 @@ __global__ void __launch_bounds__(kStripThreads, 1)
         load(from + S::kBoxBytes, up[i]);
         load(from + 2 * S::kBoxBytes, dh[i]);
       }
-      __syncwarp();
+      arriving.release(index);
       ask(index++ + S::kSlots);
       float du[kInner][kRankTiles][4] = {};
       uint32_t of_rows[kInner + 1][kTiles][4];  // ranks, of pairs of rows
