@@ -30,7 +30,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], str]] = {
     "kernels": (("kernels", "native", "eager"), "Triton, C++ and CUDA, library products"),
     "tables": (("tables",), "what was measured where"),
     "truth": (
-        ("nf4", "int8", "dropout", "reference", "activation", "stacking"),
+        ("nf4", "int8", "dropout", "reference", "activation", "stacking", "decoded"),
         "format and mathematics, in plain PyTorch",
     ),
 }

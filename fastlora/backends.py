@@ -16,12 +16,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fastlora import eager, native, reference, tables
+from fastlora import decoded, eager, native, reference, tables
 from fastlora.nf4 import NF4Weight, Weight
 
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -128,13 +128,32 @@ def dense(w: Weight, dtype: torch.dtype) -> torch.Tensor:
     return dequantize(w, dtype) if isinstance(w, NF4Weight) else w.to(dtype)
 
 
+def multiplier(weights: Sequence[Weight], dtype: torch.dtype) -> torch.Tensor:
+    """The dense matrices (N_i, K) one below the other, (sum of N_i, K), for a product: not to be changed."""
+    packed = [w for w in weights if isinstance(w, NF4Weight)]
+    kept = decoded.find(packed, dtype) if len(packed) == len(weights) else None
+    if kept is not None:
+        return kept
+    first = weights[0]
+    if len(weights) == 1:
+        return dense(first, dtype)
+    rows = [w.shape[0] for w in weights]
+    out = torch.empty(sum(rows), first.shape[1], dtype=dtype, device=first.device)
+    for part, w in zip(out.split(rows), weights, strict=True):
+        if isinstance(w, NF4Weight):
+            dequantize(w, dtype, part)
+        else:
+            part.copy_(w)
+    return out
+
+
 def _torch_forward(x: torch.Tensor, w: Weight, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return eager.forward(x, dense(w, x.dtype), *args)
+    return eager.forward(x, multiplier([w], x.dtype), *args)
 
 
 def _torch_backward(dy: torch.Tensor, x: Any, u: Any, w: Weight, *args: Any) -> Any:
     need_dx = args[-1][0]
-    return eager.backward(dy, x, u, dense(w, dy.dtype) if need_dx else None, *args)
+    return eager.backward(dy, x, u, multiplier([w], dy.dtype) if need_dx else None, *args)
 
 
 @dataclasses.dataclass(frozen=True)

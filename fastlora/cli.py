@@ -469,6 +469,7 @@ def explain(
     blocks: Annotated[bool, typer.Option(help="model: fuse whole blocks")] = True,
     chunked_loss: Annotated[bool, typer.Option(help="model: head and loss some tokens at a time")] = True,
     kept_blocks: Annotated[int, typer.Option(help="model: last blocks that are not recomputed", min=0)] = 0,
+    decoded_memory: Annotated[float, typer.Option(help="model: GiB for dense copies of 4-bit weights", min=0)] = 0.0,
 ) -> None:
     """Show which backend runs one layer, and why; or what memory a training step of a model takes."""
     one_of("quant", quant, ("nf4", "fp4", "none"))
@@ -477,7 +478,8 @@ def explain(
             raise UserError(f"--{given} is of a layer: give it, or --model")
         if kept_blocks and not checkpointing:
             raise UserError("--kept-blocks are those that --checkpointing does not recompute: give both")
-        chosen = {"blocks": blocks, "chunked_loss": chunked_loss, "kept_blocks": kept_blocks}
+        chosen: dict[str, Any] = {"blocks": blocks, "chunked_loss": chunked_loss, "kept_blocks": kept_blocks}
+        chosen["decoded_memory"] = decoded_memory
         print(_memory(model, batch, seq, r=r, checkpointing=checkpointing, quantized=quant != "none", **chosen))
         return
     if m is None or n is None or k is None:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from fastlora import backends, ops
 from fastlora.linear import _run
-from fastlora.nf4 import NF4Weight, Weight, code_table
+from fastlora.nf4 import NF4Weight, Weight, code_table, version
 
 _CHUNK = 1 << 22
 """Bytes or elements handled at once: it bounds the float32 temporaries."""
@@ -267,7 +267,7 @@ class _Folded(torch.autograd.Function):
             x if need_a or need_m else None, u if need_b else None, lora_a, folded_b, absmax, gain, length, kept
         )
         ctx.w, ctx.scale, ctx.backend, ctx.dtype, ctx.out_dtype = w, scale, backend, x.dtype, out_dtype
-        ctx.version, ctx.magnitude_dtype = ops.version(y), magnitude.dtype
+        ctx.version, ctx.magnitude_dtype = version(y), magnitude.dtype
         return y
 
     @staticmethod
@@ -277,7 +277,7 @@ class _Folded(torch.autograd.Function):
         w, columns = _with(ctx.w, absmax), _columns(dy, ctx.backend)
         sums = None
         if need_m:
-            if ops.version(y) != ctx.version:  # the caller has changed it in place
+            if version(y) != ctx.version:  # the caller has changed it in place
                 y, _ = ops.forward(x, w, lora_a, folded_b, None, ctx.out_dtype, ctx.scale, 0.0, None, ctx.backend)
             if columns is None:
                 sums = torch.sum(dy * y, 0, dtype=gain.dtype)

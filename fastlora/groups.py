@@ -209,17 +209,7 @@ class Library:
 
     @staticmethod
     def _stack(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
-        if len(projections) == 1:
-            return backends.dense(projections[0].w, dtype)
-        first = projections[0].w
-        rows, k = sizes(projections), first.shape[1]
-        out = torch.empty(sum(rows), k, dtype=dtype, device=first.device)
-        for part, p in zip(out.split(rows), projections, strict=True):
-            if isinstance(p.w, NF4Weight):
-                backends.dequantize(p.w, dtype, part)
-            else:
-                part.copy_(p.w)
-        return out
+        return backends.multiplier([p.w for p in projections], dtype)
 
     @staticmethod
     def _project(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:

@@ -46,6 +46,12 @@ CODES = {"nf4": _NF4, "fp4": _FP4 + tuple(0.0 - v for v in _FP4)}  # both zeros 
 # Elements that the portable dequantizer handles at once: it bounds the float32 temporaries to 16 MiB.
 _CHUNK = 1 << 22
 
+
+def version(t: torch.Tensor | None) -> int:
+    """What a change of ``t`` in place changes. Tensors that were made in inference mode do not count theirs."""
+    return -1 if t is None or t.is_inference() else t._version
+
+
 _Table = TypeVar("_Table", bound=Callable[..., torch.Tensor])
 
 

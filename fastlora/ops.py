@@ -338,11 +338,6 @@ def freed_after_use() -> bool:
     return keeps is not None and not keeps()
 
 
-def version(t: torch.Tensor | None) -> int:
-    """What a change of ``t`` in place changes. Tensors that were made in inference mode do not count theirs."""
-    return -1 if t is None or t.is_inference() else t._version
-
-
 def transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is on, which knows none of these nodes."""
     if torch.compiler.is_compiling():

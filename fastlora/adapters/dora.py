@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora import dora, ops
+from fastlora import dora
 from fastlora.adapters.variant import require_layers
 from fastlora.linear import FastLoRALinear, base_weight
-from fastlora.nf4 import NF4Weight, Weight
+from fastlora.nf4 import NF4Weight, Weight, version
 
 
 class Magnitude(nn.Module):
@@ -38,7 +38,7 @@ class DoRA:
         """`fastlora.dora.row_norms` of a packed weight, taken once."""
         if not isinstance(weight, NF4Weight):
             return None
-        key = (base.weight.data_ptr(), ops.version(base.weight))
+        key = (base.weight.data_ptr(), version(base.weight))
         if self._norms is None or self._norms[0] != key:
             self._norms = key, dora.row_norms(weight)
         return self._norms[1]

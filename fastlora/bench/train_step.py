@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -57,6 +58,8 @@ class Stack:
     whole: bool = False
     """The head and its loss in chunks, attention without masks by the kernel for the GPU, and of checkpointed blocks
     the last one left out, as ``fastlora train --chunked-loss --attention auto --kept-blocks 1`` does."""
+    copies: bool = False
+    """Dense copies of all packed weights are kept, as ``fastlora train --decoded-memory`` does where they fit."""
 
 
 PEFT, PEFT_LIGER, PEFT_COMPILED, UNSLOTH = "HF + PEFT", "HF + PEFT + Liger", "HF + PEFT + torch.compile", "Unsloth"
@@ -64,6 +67,7 @@ PEFT_PREPARED = f"{PEFT}, prepared"
 LAYERS, BLOCKS, BLOCKS_LIGER = "fastlora layers", "fastlora blocks", "fastlora blocks + Liger"
 BLOCKS_LOSS = f"{BLOCKS} + loss"
 LOSS_GRAPH = f"{BLOCKS_LOSS}, CUDA graph"
+COPIES = f"{LOSS_GRAPH}, W kept"
 OFFLOADED, GRAPH = f"{BLOCKS_LIGER}, offloaded", f"{BLOCKS_LIGER}, CUDA graph"
 STACKS: dict[str, Stack] = {
     PEFT_PREPARED: Stack("plain", prepared=True),
@@ -76,6 +80,7 @@ STACKS: dict[str, Stack] = {
     f"{BLOCKS}, CUDA graph": Stack("plain", "blocks", captured=True),
     BLOCKS_LOSS: Stack("plain", "blocks", whole=True),
     LOSS_GRAPH: Stack("plain", "blocks", whole=True, captured=True),
+    COPIES: Stack("plain", "blocks", whole=True, captured=True, copies=True),
     f"{BLOCKS_LOSS}, prepared": Stack("plain", "blocks", whole=True, prepared=True),
     # Liger replaces functions of transformers for the whole process: after all that must run without it.
     BLOCKS_LIGER: Stack("plain", "blocks", liger=True, whole=True),
@@ -99,7 +104,7 @@ def skipped(name: str, case: Case) -> bool:
     """Whether a stack is not measured on a case, to save time."""
     stack = STACKS[name]
     deep = case.blocks > FEW_BLOCKS
-    if stack.offloaded and not (case.checkpointing and deep):
+    if (stack.offloaded and not (case.checkpointing and deep)) or (stack.copies and deep):
         return True
     return (stack.captured and not stack.whole and case.tokens > CAPTURED_TOKENS) or (stack.fuse == "layers" and deep)
 
@@ -275,7 +280,7 @@ def _model(
         import fastlora
 
         options: dict[str, Any] = {"blocks": True, "liger": stack.liger} if stack.fuse == "blocks" else {}
-        report = fastlora.accelerate(model, loss=stack.whole, **options)
+        report = fastlora.accelerate(model, loss=stack.whole, decoded=math.inf if stack.copies else 0, **options)
         for block in report.blocks:
             if block.kind == "head and loss" and block.reason is not None:
                 raise RuntimeError(f"the loss is not fused: {block.reason}")
@@ -474,7 +479,7 @@ def here(
             try:
                 # What Unsloth and compilers make of a model is for one length and one way of checkpointing.
                 special = stack.process == "Unsloth" or stack.compiled or stack.captured
-                kind = (case.model, case.blocks, stack.fuse, stack.liger, stack.prepared, stack.whole)
+                kind = (case.model, case.blocks, stack.fuse, stack.liger, stack.prepared, stack.whole, stack.copies)
                 wanted = (*kind, *((name, case.title) if special else ()))
                 if key != wanted:
                     model, key = None, None

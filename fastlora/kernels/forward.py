@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import triton.language as tl
 
+from fastlora import decoded
 from fastlora.dropout import Dropout
 from fastlora.kernels import config, lora, split
 from fastlora.kernels.decode import check_dtype, weight_arguments, weight_tile, weight_with_rows
@@ -125,16 +126,19 @@ def is_split(x: torch.Tensor, w: Weight, *, r: int, direction: str) -> bool:
 def buffered(
     x: torch.Tensor, w: Weight, zero: torch.Tensor | None = None, *, r: int, direction: str
 ) -> tuple[torch.Tensor | None, bool]:
-    """The base weight as a dense matrix, in a transient buffer if it is packed, and whether `gemm` multiplies by it
-    rather than a library; no matrix where tiles are decoded inside the product. ``zero``, one int32, becomes zero."""
+    """The base weight as a dense matrix, in a transient buffer if it is packed and no copy of it is kept, and whether
+    `gemm` multiplies by it rather than a library; no matrix where tiles are decoded inside the product. ``zero``, one
+    int32, becomes zero."""
     (m, _), (n, k) = x.shape, w.shape
-    form = config.form(m, n, k, x.dtype, x.device, r, direction, isinstance(w, NF4Weight))
+    known = decoded.find([w], x.dtype) if isinstance(w, NF4Weight) else w
+    form = config.form(m, n, k, x.dtype, x.device, r, direction, known is None)
     if form == "decode":
         return None, False
-    if isinstance(w, NF4Weight):
+    if isinstance(w, NF4Weight) and known is None:
         dense = dequantize(w, x.dtype, zero=zero)
     else:
-        dense = w.to(x.dtype)
+        assert known is not None
+        dense = known.to(x.dtype)
         if zero is not None:
             zero.zero_()
     return dense, form == "persistent" and (n | k) * x.element_size() % 16 == 0 and not unaligned(x, dense)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastlora import decoded
 from fastlora.kernels import config
 from fastlora.kernels.decode import check_dtype
 from fastlora.kernels.dequantize import dequantize, dequantize_stacked
@@ -309,9 +310,13 @@ class Adapters:
 
 
 def stack(weights: Sequence[Weight], dtype: torch.dtype) -> torch.Tensor:
-    """The base weights (N_i, K) one below the other, dense, (sum N, K): one launch where all of them are packed."""
+    """The base weights (N_i, K) one below the other, dense, (sum N, K), not to be changed: one launch where all of them
+    are packed, none where a copy is kept."""
     packed = [w for w in weights if isinstance(w, NF4Weight)]
     if len(packed) == len(weights):
+        kept = decoded.find(packed, dtype)
+        if kept is not None:
+            return kept
         return dequantize_stacked(packed, dtype) if len(packed) > 1 else dequantize(packed[0], dtype)
     if len(weights) == 1:
         assert isinstance(weights[0], torch.Tensor)

@@ -128,6 +128,8 @@ def _check(config: TrainConfig, world: World) -> None:
         )
     if config.init in methods.STARTS:
         raise UserError(f"distributed: init {config.init} changes base weights, which fsdp shards: set distributed ddp")
+    if config.decoded_memory:
+        raise UserError("distributed: decoded_memory keeps weights whole, which fsdp shards: set distributed ddp")
     if uses_trl(config):
         raise UserError("distributed: TRL's SFTTrainer wraps the model itself: set trainer transformers for fsdp")
 

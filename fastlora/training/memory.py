@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from fastlora import recomputed
+from fastlora import decoded, recomputed
 from fastlora.linear import NF4Linear, to_linear4bit
 from fastlora.nf4 import NF4Weight
 from fastlora.training import model as models
@@ -180,7 +180,15 @@ def _is_fused_mlp(module: nn.Module) -> bool:
     return hasattr(type(module), "stock") and "down_proj" in module._modules
 
 
-def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = False, chunked_loss: bool = False) -> Any:
+def meta_model(
+    config: Any,
+    *,
+    r: int,
+    quantized: bool = True,
+    blocks: bool = False,
+    chunked_loss: bool = False,
+    decoded_memory: float = 0.0,
+) -> Any:
     """The fused PEFT model of a transformers configuration, without a byte of memory."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -205,7 +213,7 @@ def meta_model(config: Any, *, r: int, quantized: bool = True, blocks: bool = Fa
         model.config._attn_implementation = _FUSED_ATTENTION
     lora = LoraConfig(r=r, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, lora, low_cpu_mem_usage=True).train()
-    fastlora.accelerate(adapted, blocks=blocks, loss=chunked_loss)
+    fastlora.accelerate(adapted, blocks=blocks, loss=chunked_loss, decoded=decoded_memory)
     for module in adapted.modules():
         if _is_fused_mlp(module):
             _stand_in(module)
@@ -223,6 +231,8 @@ class Prediction:
     """Packed base weights."""
     statistics: int
     """Their block statistics."""
+    copies: int
+    """Packed weights that are kept dense as well."""
     dense: int
     """Embeddings, head, norms, buffers."""
     adapters: int
@@ -244,7 +254,7 @@ class Prediction:
     @property
     def fixed(self) -> int:
         """There during the whole step, the adapters' gradients not counted."""
-        return self.packed + self.statistics + self.dense + self.adapters + self.optimizer + self.batch
+        return self.packed + self.statistics + self.copies + self.dense + self.adapters + self.optimizer + self.batch
 
     def table(self) -> str:
         """The parts as aligned text, in MiB."""
@@ -252,6 +262,7 @@ class Prediction:
         rows = [
             ("packed base weights", self.packed),
             ("statistics of the blocks of weights", self.statistics),
+            *([("packed weights that are kept dense", self.copies)] if self.copies else []),
             ("embeddings, head, norms", self.dense),
             ("adapters", self.adapters),
             ("optimizer (two moments of each adapter)", self.optimizer),
@@ -284,7 +295,11 @@ def _states(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield ("adapters" if tensor.requires_grad else "dense"), tensor
                 continue
             yield "packed", tensor
-            for part in NF4Weight.from_bitsandbytes(tensor, state).tensors().values():
+            weight = NF4Weight.from_bitsandbytes(tensor, state)
+            copy = decoded.find([weight], weight.dtype)
+            if copy is not None:
+                yield "copies", copy
+            for part in weight.tensors().values():
                 if part is not None and part.untyped_storage()._cdata != tensor.untyped_storage()._cdata:
                     yield "statistics", part
 
@@ -363,15 +378,19 @@ def predict(
     blocks: bool = False,
     chunked_loss: bool = False,
     kept_blocks: int = 0,
+    decoded_memory: float = 0.0,
     eight_bit_optimizer: bool = False,
 ) -> Prediction:
     """The memory of a training step of a transformers configuration on ``batch`` sequences of ``length`` tokens.
 
     chunked_loss: head and loss by `fastlora.loss`. kept_blocks: with ``checkpointing``, the last so many blocks are not
-    computed again. Raises UserError for an encoder, and for more tokens than the model has positions.
+    computed again. decoded_memory: GiB for dense copies of packed weights. Raises UserError for an encoder, and for
+    more tokens than the model has positions.
     """
     models.check_causal(config, getattr(config, "name_or_path", "") or "it")
-    model = meta_model(config, r=r, quantized=quantized, blocks=blocks, chunked_loss=chunked_loss)
+    model = meta_model(
+        config, r=r, quantized=quantized, blocks=blocks, chunked_loss=chunked_loss, decoded_memory=decoded_memory
+    )
     models.check_length(model, length, "seq")
     if checkpointing:
         checkpoint_blocks(model.get_base_model(), keep=kept_blocks)
@@ -381,7 +400,7 @@ def predict(
 def predict_model(model: Any, batch: int, length: int, *, eight_bit_optimizer: bool = False) -> Prediction:
     """The same of a model that is on the meta device."""
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    kinds: dict[str, list[torch.Tensor]] = {"packed": [], "statistics": [], "dense": [], "adapters": []}
+    kinds: dict[str, list[torch.Tensor]] = {"packed": [], "statistics": [], "copies": [], "dense": [], "adapters": []}
     for kind, tensor in _states(model):
         kinds[kind].append(tensor)
     sizes = {kind: _bytes(tensors) for kind, tensors in kinds.items()}

@@ -84,7 +84,14 @@ class Method:
 
         config = self.config
         liger = "captured" if config.liger and config.step == "cuda_graphs" else config.liger
-        return models.accelerate(model, config.backend, blocks=config.blocks, liger=liger, loss=config.chunked_loss)
+        return models.accelerate(
+            model,
+            config.backend,
+            blocks=config.blocks,
+            liger=liger,
+            loss=config.chunked_loss,
+            decoded=config.decoded_memory,
+        )
 
     def groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
         """Parameter groups of the optimizer; None for those of the trainer."""

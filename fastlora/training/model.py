@@ -357,19 +357,25 @@ def check_backend(backend: str) -> None:
 
 
 def accelerate(
-    model: nn.Module, backend: str, *, blocks: bool = False, liger: bool | str = False, loss: bool = False
+    model: nn.Module,
+    backend: str,
+    *,
+    blocks: bool = False,
+    liger: bool | str = False,
+    loss: bool = False,
+    decoded: float = 0.0,
 ) -> Any:
     """Fuses the LoRA layers of ``model`` and returns fastlora's report; None when ``backend`` is peft.
 
-    blocks, liger, loss: as for `fastlora.accelerate`. Raises UserError where Liger is missing or does not know the
-    model.
+    blocks, liger, loss, decoded: as for `fastlora.accelerate`. Raises UserError where Liger is missing or does not know
+    the model.
     """
     if backend == "peft":
         return None
     import fastlora
 
     try:
-        return fastlora.accelerate(model, backend=backend, blocks=blocks, liger=liger, loss=loss)
+        return fastlora.accelerate(model, backend=backend, blocks=blocks, liger=liger, loss=loss, decoded=decoded)
     except RuntimeError as error:
         raise UserError(f"backend: {first_line(error)}: set backend auto") from error
     except (ImportError, ValueError) as error:

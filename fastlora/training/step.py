@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fastlora import decoded
 from fastlora.tables import for_graphs
 from fastlora.training.attention import CAUSAL, use_causal_attention
 
@@ -64,6 +65,8 @@ class _Captured(NamedTuple):
     replay: Callable[[], torch.Tensor]
     """Makes the loss, and in place the gradients."""
     grads: dict[nn.Parameter, torch.Tensor]
+    copies: list[torch.Tensor]
+    """Dense weights that a replay reads, and which must outlive it."""
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, torch.Tensor]:
@@ -143,7 +146,7 @@ class CapturedStep:
                 # Without gradients to add to, the backward pass leaves those that it makes, which every replay makes
                 # again in the same place. A parameter that gets none keeps none: the optimizer then leaves it alone.
                 self._forget()
-                return _Captured(batch, self._record(batch), _gradients(self._parameters))
+                return _Captured(batch, self._record(batch), _gradients(self._parameters), decoded.held())
         finally:
             for parameter, grad in zip(self._parameters, before, strict=True):
                 parameter.grad = grad

@@ -46,7 +46,7 @@ def test_fused_by_default_where_that_can_be(tmp_path: Path) -> None:
     assert load(path) == config
     # What was not given is not kept from one backend to another.
     assert load(None, config.model_dump(exclude_unset=True) | {"backend": "auto"}).blocks
-    for name in ("blocks", "chunked_loss", "liger"):
+    for name in ("blocks", "chunked_loss", "liger", "decoded_memory"):
         with pytest.raises(UserError, match="backend peft has none"):
             load(None, NEEDED | {"backend": "peft", name: True})
 
@@ -67,6 +67,9 @@ def test_example_is_valid_and_names_every_field() -> None:
         ({"lora_alfa": 8}, ["lora_alfa", "did you mean lora_alpha"]),
         ({"quantization": "nf5"}, ["nf4, fp4, none", "did you mean nf4?"]),
         ({"blocksize": "65"}, ["blocksize", "64"]),
+        ({"decoded_memory": -1}, ["decoded_memory should be greater than or equal to 0"]),
+        ({"decoded_memory": "inf"}, ["decoded_memory"]),
+        ({"decoded_memory": 1, "quantization": "none"}, ["quantization none has no such weights"]),
         ({"eval_fraction": 1.5}, ["eval_fraction should be less than 1"]),
         ({"bf16": "maybe"}, ["bf16", "true, false, auto"]),
         ({"target_modules": " , "}, ["target_modules", "all-linear"]),

@@ -191,6 +191,7 @@ def test_the_command_under_its_launchers(
         ({}, {"step": "compile"}, "set step eager"),
         ({}, {"method": "vera", "distributed": "fsdp"}, "not under vera"),
         ({}, {"init": "pissa", "distributed": "fsdp"}, "init pissa changes base weights"),
+        ({}, {"decoded_memory": 1, "distributed": "fsdp"}, "keeps weights whole, which fsdp shards"),
         ({}, {"trainer": "trl", "distributed": "fsdp"}, "set trainer transformers"),
     ],
 )

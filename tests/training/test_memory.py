@@ -159,12 +159,26 @@ def test_a_step_with_chunks_and_kept_blocks_takes_what_is_predicted() -> None:
     assert predicted.peak - predicted.fixed - memory.LIBRARIES == pytest.approx(found.peak, rel=0.1)
 
 
-def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> None:
+def test_copies_count_as_far_as_they_fit() -> None:
+    config = config_of("llama-3-8b")
+    without = memory.predict(config, 2, 64, blocks=True)
+    assert without.copies == 0
+    weights = sum(t.numel() * 2 for kind, t in memory._states(memory.meta_model(config, r=8)) if kind == "packed")
+    for gib in (2 * weights / 2**30, 1):
+        predicted = memory.predict(config, 2, 64, blocks=True, decoded_memory=gib)
+        assert predicted.copies == pytest.approx(2 * weights, rel=0.01)
+        assert predicted.peak == without.peak + predicted.copies
+    half = memory.predict(config, 2, 64, blocks=True, decoded_memory=weights / 2**30).copies
+    assert 0.7 * weights < half <= weights
+
+
+@pytest.mark.parametrize("options", [[], ["--decoded-memory", "1"]])
+def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any, options: list[str]) -> None:
     pytest.importorskip("typer", reason="typer is missing (extra: train)")
     from fastlora.cli import main
 
     config_of("llama-3-8b").save_pretrained(tmp_path)
-    assert main(["explain", "--model", str(tmp_path), "--batch", "2", "--seq", "32", "--r", "8"]) == 0
+    assert main(["explain", "--model", str(tmp_path), "--batch", "2", "--seq", "32", "--r", "8", *options]) == 0
     lines = capsys.readouterr().out.strip().split("\n")
     values = {line[: line.rfind("  ")].strip(): float(line.split()[-2].replace(",", "")) for line in lines[:-1]}
     peak = values.pop("peak")
@@ -174,14 +188,15 @@ def test_report_adds_up(capsys: pytest.CaptureFixture[str], tmp_path: Any) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("decoded", [0.0, 4.0])
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_prediction_on_a_gpu(checkpointing: bool, chunked: bool) -> None:
+def test_prediction_on_a_gpu(checkpointing: bool, chunked: bool, decoded: float) -> None:
     config = models.config("llama-3-8b", 2, 32000)
     device = torch.device("cuda")
     others = torch.cuda.memory_allocated()  # what earlier tests of the process have left
     model = models.adapt(models.base(config, device), r=16).train()
-    fastlora.accelerate(model, loss=chunked)
+    fastlora.accelerate(model, loss=chunked, decoded=decoded)
     models.checkpoint(model, checkpointing, keep=int(chunked))
     parameters = [p for _, p in models.adapters(model)]
     optimizer = torch.optim.AdamW(parameters, fused=True)
@@ -194,6 +209,12 @@ def test_prediction_on_a_gpu(checkpointing: bool, chunked: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
     predicted = memory.predict(
-        config, 2, 2048, checkpointing=checkpointing, chunked_loss=chunked, kept_blocks=int(chunked)
+        config,
+        2,
+        2048,
+        checkpointing=checkpointing,
+        chunked_loss=chunked,
+        kept_blocks=int(chunked),
+        decoded_memory=decoded,
     )
     assert predicted.peak == pytest.approx(torch.cuda.max_memory_allocated() - others, rel=0.1)

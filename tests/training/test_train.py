@@ -278,3 +278,14 @@ def test_rows_keep_their_meaning(options: dict[str, Any], tmp_path: Path) -> Non
     path = tiny.write_rows(tmp_path / "pairs.jsonl", rows)
     result = run(options, data=str(path), packing=False, max_length=64, max_steps=2)
     assert result.eval_loss_after != result.eval_loss_before
+
+
+def test_weights_that_stay_decoded_change_nothing(
+    options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    losses = []
+    for gib in (0, 1):
+        values = {"backend": "torch", "decoded_memory": gib, "max_steps": 3, "output_dir": str(tmp_path / str(gib))}
+        losses.append(train(load(None, options | values)).losses)
+        assert ("14 of 14 packed weights kept dense" in capsys.readouterr().out) == bool(gib)
+    assert losses[0] == losses[1]

@@ -26,6 +26,7 @@ from fastlora.integrations.peft.layers import SLOT, Fused, forget
 from fastlora.integrations.peft.report import BlockReport
 from fastlora.integrations.peft.situation import _intact, situation
 from fastlora.linear import adapter_forward, compute_type
+from fastlora.nf4 import version
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names under which one module keeps projections of one x."""
@@ -87,7 +88,7 @@ def _same(new: Projection, old: Projection) -> bool:
 
 
 def _versions(p: Projection) -> tuple[int, ...]:
-    return tuple(ops.version(t) for t in (p.lora_a, p.lora_b, p.bias))
+    return tuple(version(t) for t in (p.lora_a, p.lora_b, p.bias))
 
 
 def _mode(x: torch.Tensor) -> tuple[Any, ...]:

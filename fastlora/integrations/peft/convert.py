@@ -15,9 +15,9 @@ from torch import nn
 from fastlora import backends
 from fastlora.integrations import converted
 from fastlora.integrations.peft import blocks as joint
+from fastlora.integrations.peft import copies, norms, rotary
 from fastlora.integrations.peft import liger as liger_kernels
 from fastlora.integrations.peft import loss as losses
-from fastlora.integrations.peft import norms, rotary
 from fastlora.integrations.peft.layers import FUSED, Fused, FusedMethod, convert, convertible, revert
 from fastlora.integrations.peft.report import BlockReport, Report, report_layer
 from fastlora.integrations.peft.situation import Situation, situation
@@ -41,7 +41,13 @@ def _situation(layer: Any) -> str | Situation:
 
 
 def accelerate(
-    model: nn.Module, backend: str = "auto", *, blocks: bool = False, liger: bool | str = False, loss: bool = False
+    model: nn.Module,
+    backend: str = "auto",
+    *,
+    blocks: bool = False,
+    liger: bool | str = False,
+    loss: bool = False,
+    decoded: float = 0.0,
 ) -> Report:
     """Turn every PEFT LoRA linear layer of ``model`` into a fused one, in place, sharing all its weights; so, too, the
     layers of VeRA and AdaLoRA.
@@ -54,15 +60,19 @@ def accelerate(
         all but the cross-entropy, which reads the number of labels on the host, so that a step can be a CUDA graph.
     loss: compute the cross-entropy of training some tokens at a time, as `fastlora.loss` does, instead of Liger's: the
         logits of all tokens never exist (an output has none), and nothing waits for the device.
+    decoded: GiB of the device's memory to keep dense copies of packed weights in, layer after layer as far as they
+        fit: what reads whole weights then does not decode them in each pass. Results are the same bits.
 
     Returns the report of every LoRA layer: fused, or left to PEFT and why; of every block; and of the loss. Raises
-    ValueError when the model has no PEFT LoRA layer, the backend or ``liger`` is unknown, or Liger has no kernels for
-    the model, RuntimeError when a named backend cannot run on these layers, ImportError when Liger is not installed;
-    the model is then unchanged.
+    ValueError when the model has no PEFT LoRA layer, the backend or ``liger`` is unknown, ``decoded`` is no amount, or
+    Liger has no kernels for the model, RuntimeError when a named backend cannot run on these layers, ImportError when
+    Liger is not installed; the model is then unchanged. Raises torch.OutOfMemoryError, the model being fused but
+    without copies, when the device has less memory than ``decoded``.
     """
     _check_backend(backend)
     if liger not in (True, False, "captured"):
         raise ValueError(f"liger is True, False or 'captured', not {liger!r}")
+    copies.check(decoded)
     if liger:
         liger_kernels.check(model)
     layers = list(_lora_layers(model))
@@ -96,7 +106,10 @@ def accelerate(
         joined += (BlockReport("", "rotary embedding", (rotary.FUNCTION,), reason),)
         if reason is None:
             rotary.apply(model)
-    report = Report(tuple(reports), joined, replaced, liger == "captured" and not own)
+    copies.drop(fusible)
+    fused = [layer for (_, layer), report in zip(layers, reports, strict=True) if report.reason is None]
+    kept = copies.keep(fused, decoded) if decoded else None
+    report = Report(tuple(reports), joined, replaced, liger == "captured" and not own, kept)
     if not report.replaced:
         warnings.warn(f"no layer was fused:\n{report}", stacklevel=2)
     return report
@@ -111,6 +124,7 @@ def restore(model: nn.Module) -> int:
     liger_kernels.undo(model)
     rotary.undo(model)  # after Liger, which puts back what it had found
     fused_layers = [layer for _, layer in _lora_layers(model) if isinstance(layer, Fused)]
+    copies.drop(fused_layers)
     for layer in fused_layers:
         revert(layer)
     return len(fused_layers)

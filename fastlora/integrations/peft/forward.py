@@ -12,7 +12,7 @@ from torch import nn
 
 from fastlora import dora, ops
 from fastlora.linear import _run, compute_type, factors_forward, lora_linear
-from fastlora.nf4 import NF4Weight, Weight
+from fastlora.nf4 import NF4Weight, Weight, version
 
 
 def _check(x: torch.Tensor, weight: Weight) -> None:
@@ -165,7 +165,7 @@ def _row_norms(layer: Any, packed: torch.Tensor, weight: Weight) -> torch.Tensor
     known = layer.__dict__.get("fastlora_weight")
     if known is None or known[2] is not weight:  # a dense weight, or one that a compiler traces
         return None
-    key = (weight, ops.version(packed), ops.version(known[1]))
+    key = (weight, version(packed), version(known[1]))
     norms = layer.__dict__.get("fastlora_norms")
     if norms is None or norms[0] != key:
         norms = layer.__dict__["fastlora_norms"] = (key, dora.row_norms(weight))

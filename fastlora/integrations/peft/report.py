@@ -8,6 +8,7 @@ from typing import Any
 
 from fastlora import backends
 from fastlora.backends import Problem
+from fastlora.integrations.peft.copies import Copies
 from fastlora.integrations.peft.situation import layer_weight
 from fastlora.nf4 import NF4Weight
 
@@ -54,6 +55,8 @@ class Report:
     """What Liger kernels replaced; empty where they were not asked for."""
     captured: bool = False
     """Whether Liger's cross-entropy was left out for the sake of CUDA graphs."""
+    copies: Copies | None = None
+    """The packed weights that are kept dense; None where that was not asked for."""
 
     @property
     def joined(self) -> list[BlockReport]:
@@ -82,6 +85,8 @@ class Report:
         if self.liger:
             loss = " (not its cross-entropy, which a CUDA graph cannot hold)" if self.captured else ""
             lines += ["", f"Liger kernels: {', '.join(self.liger)}{loss}"]
+        if self.copies:
+            lines += ["", str(self.copies)]
         return "\n".join(lines)
 
     def _blocks(self) -> list[str]:
