@@ -12,7 +12,7 @@ from typing import Any
 
 from fastlora.bench import layer, record, runs, timing
 from fastlora.bench.record import Row
-from fastlora.bench.train_step import PREDICTED
+from fastlora.bench.train_step import ALIKE, PREDICTED
 from fastlora.nf4 import NF4Weight
 
 Lines = list[dict[str, Any]]
@@ -307,11 +307,12 @@ def _value(found: dict[str, dict[str, Row]], stack: str, what: str) -> float | N
 
 
 def bars(rows: list[Row], title: str, stem: Path) -> None:
-    """Tokens a second and peak memory of every stack in every case, as PNG and SVG."""
+    """Tokens a second and peak memory of the stacks in every case, as PNG and SVG."""
     cases = _by_stack(rows)
     panels = {"tokens/s": "tokens a second", "peak memory GiB": "peak memory, GiB"}
     stacks = list(dict.fromkeys(stack for found in cases.values() for stack in found))
     stacks = [stack for stack in stacks if any(_value(found, stack, "tokens/s") for found in cases.values())]
+    stacks = [stack for stack in stacks if stack not in ALIKE]
     stacks.sort(key=lambda stack: stack.startswith("fastlora"))  # the peers first, whatever order they ran in
     colors = _colors(stacks)
     with _drawing() as pyplot:

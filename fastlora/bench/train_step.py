@@ -93,6 +93,8 @@ STACKS: dict[str, Stack] = {
     f"{LAYERS} + torch.compile": Stack("torch.compile", "layers", compiled=True),
     f"{BLOCKS} + torch.compile": Stack("torch.compile", "blocks", compiled=True),
 }
+ALIKE = (BLOCKS_LIGER, GRAPH, f"{LAYERS}, CUDA graph", f"{BLOCKS}, CUDA graph")
+"""Stacks that take what the one before them in the tables takes, or lie between two others: pictures leave them out."""
 CAPTURED_TOKENS = 4096
 """Steps of more tokens are hardly bound by their launches: only the fastest is measured as a CUDA graph."""
 FEW_BLOCKS = 8
@@ -714,7 +716,7 @@ class Part:
 def _matrix(model: str, blocks: int = 8) -> Part:
     sizes = ((1, 2048), (4, 2048), (1, 8192))
     cases = tuple(Case(model, blocks, *size, kept) for size in sizes for kept in (False, True))
-    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, LOSS_GRAPH, PEFT_LIGER, UNSLOTH), cases)
+    return Part((PEFT, LAYERS, BLOCKS, BLOCKS_LOSS, LOSS_GRAPH, COPIES, PEFT_LIGER, UNSLOTH), cases)
 
 
 _SMALL = tuple(case for case in GOALS if case.blocks == 8)
