@@ -82,4 +82,5 @@ def drop(weights: Sequence[NF4Weight]) -> None:
 
 def held() -> list[torch.Tensor]:
     """All copies: for who replays kernels that read them, and so must keep them alive."""
-    return list({id(copy.buffer): copy.buffer for copy in _copies.values()}.values())
+    copies = tuple(_copies.values())  # at once: a weight may go while a loop runs
+    return list({id(copy.buffer): copy.buffer for copy in copies}.values())

@@ -108,6 +108,15 @@ def test_dense_weights_and_kernels_for_cpus_have_no_copies(make_llama: Callable[
     assert accelerate(make_llama("4bit"), decoded=1).copies == copies.Copies(0, 0, 0)
 
 
+@pytest.mark.parametrize(("dtype", "packed"), [(torch.float16, LAYERS), (torch.float32, 0)])
+def test_types_whose_kernels_read_no_copy_have_none(
+    make_llama: Callable[..., Any], dtype: torch.dtype, packed: int
+) -> None:
+    kept = accelerate(make_llama("4bit", dtype), backend="triton", decoded=1).copies
+    assert kept is not None
+    assert kept.packed == kept.layers == packed
+
+
 @pytest.mark.parametrize("gib", [-1.0, math.nan])
 def test_what_is_no_amount_is_refused(make_llama: Callable[..., Any], gib: float) -> None:
     model = make_llama("4bit")

@@ -36,6 +36,12 @@ def check(gib: float) -> None:
         raise ValueError(f"decoded is the memory for dense copies of packed weights in GiB, 0 or more, not {gib!r}")
 
 
+def _dtype(layer: Any, weight: NF4Weight) -> torch.dtype:
+    """What the layer computes in where x does not decide."""
+    wanted = getattr(layer._modules["base_layer"], "compute_dtype", None)
+    return wanted if isinstance(wanted, torch.dtype) else weight.dtype
+
+
 def _packed(layer: Any) -> NF4Weight | None:
     """The weight that a fused layer multiplies by, where its kernels may read a copy of it."""
     try:
@@ -44,9 +50,11 @@ def _packed(layer: Any) -> NF4Weight | None:
         return None
     if not isinstance(weight, NF4Weight) or type(weight.w_packed) is not torch.Tensor:
         return None
-    # The kernels for CPUs decode what fits in a cache, as they multiply.
-    reads = weight.device.type != "cpu" or layer.fastlora_backend in ("torch", "triton")
-    return weight if reads else None
+    if layer.fastlora_backend == "torch":
+        return weight
+    # The kernels for CPUs decode what fits in a cache, as they multiply, and so do those of Triton in float32.
+    reads = weight.device.type != "cpu" or layer.fastlora_backend == "triton"
+    return weight if reads and _dtype(layer, weight).itemsize == 2 else None
 
 
 def _groups(layers: Iterable[Any]) -> Iterator[list[tuple[Any, NF4Weight]]]:
@@ -63,12 +71,6 @@ def _groups(layers: Iterable[Any]) -> Iterator[list[tuple[Any, NF4Weight]]]:
             yield found
         else:
             yield from ([pair] for pair in found)
-
-
-def _dtype(layer: Any, weight: NF4Weight) -> torch.dtype:
-    """What the layer computes in where x does not decide."""
-    wanted = getattr(layer._modules["base_layer"], "compute_dtype", None)
-    return wanted if isinstance(wanted, torch.dtype) else weight.dtype
 
 
 def keep(layers: Iterable[Any], gib: float) -> Copies:
