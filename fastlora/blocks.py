@@ -85,18 +85,19 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 class _Group(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Any, projections: Any, out_dtype: Any, form: Any, *tensors: Any) -> Any:
+    def forward(ctx: Any, x: Any, projections: Any, out_dtype: Any, form: Any, apart: Any, *tensors: Any) -> Any:
         _refuse_trained_base(projections)
         with ops.without_autocast(x.device.type):
             ys, kept = form.forward(x, projections, out_dtype)
-        needs = _needs(ctx.needs_input_grad[4:], ctx.needs_input_grad[0])
+        needs = _needs(ctx.needs_input_grad[5:], ctx.needs_input_grad[0])
         ctx.set_materialize_grads(False)
         ctx.kept = len(kept)
         ctx.save_for_backward(x if any(needs.da) else None, *(kept if any(needs.db) else [None] * len(kept)), *tensors)
         ctx.projections, ctx.form, ctx.dtype = [_without_tensors(p) for p in projections], form, x.dtype
         ctx.rows = x.shape[0]
+        apart = apart if any(ctx.needs_input_grad) else ()
         # ``data``: parts of one buffer that are versioned apart, so that a change of one in place leaves the others.
-        return tuple(y.data for y in ys)
+        return tuple(_alone(y) if i in apart else y.data for i, y in enumerate(ys))
 
     @staticmethod
     @_once
@@ -104,11 +105,11 @@ class _Group(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         kept, tensors = rest[: ctx.kept], rest[ctx.kept :]
         projections = _with_tensors(ctx.projections, tensors)
-        flags = ctx.needs_input_grad[4:]
+        flags = ctx.needs_input_grad[5:]
         needs = _needs(flags, ctx.needs_input_grad[0])
         some = next((dy for dy in dys if dy is not None), None)
         if some is None:
-            return (None,) * (4 + len(flags))
+            return (None,) * (5 + len(flags))
         parts = [
             some.new_zeros(ctx.rows, p.w.shape[0]) if dy is None else dy for dy, p in zip(dys, projections, strict=True)
         ]
@@ -116,7 +117,13 @@ class _Group(torch.autograd.Function):
         if needs.dx or any(needs.da) or any(needs.db):
             with ops.without_autocast(some.device.type):
                 dx, das, dbs = ctx.form.backward(parts, x, kept, projections, needs, ctx.dtype)
-        return dx, None, None, None, *_interleave(das, dbs, parts, projections, flags)
+        return dx, None, None, None, None, *_interleave(das, dbs, parts, projections, flags)
+
+
+def _alone(y: torch.Tensor) -> torch.Tensor:
+    """y in memory of its own."""
+    shared = y.untyped_storage().nbytes() > y.numel() * y.element_size()
+    return y.clone(memory_format=torch.contiguous_format) if shared else y.data
 
 
 def _without_tensors(p: Projection) -> Projection:
@@ -516,12 +523,16 @@ def lora_linears(
     *,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    apart: Sequence[int] = (),
 ) -> tuple[torch.Tensor, ...]:
     """``[x W_i^T + scale_i * (x A_i^T) B_i^T + bias_i]`` for projections that share x, as one node.
 
     x: (..., K), any strides. projections: one or more, each with its own base weight (N_i, K), packed or dense, its own
     adapter of any rank or none, and its own bias. The types are those of `fastlora.lora_linear`, ``out_dtype`` too.
     backend: as there; "triton" and "auto" stack the weights where that was measured to be faster, "torch" always.
+
+    apart: places of those whose result, where a gradient is wanted, is to have memory of its own: what keeps it for a
+    backward pass then does not keep the others with it.
 
     Returns one (..., N_i) for each, parts of one buffer where the weights are stacked. Raises ValueError for
     shapes, types or devices that do not fit, RuntimeError when the named backend cannot run.
@@ -538,7 +549,8 @@ def lora_linears(
         )
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     form = groups.form(rows, projections, backend)
-    ys = _Group.apply(rows, projections, out_dtype, form, *_tensors(projections))
+    apart = apart if torch.is_grad_enabled() else ()  # a node cannot see that from inside
+    ys = _Group.apply(rows, projections, out_dtype, form, apart, *_tensors(projections))
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 

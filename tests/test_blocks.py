@@ -607,3 +607,20 @@ def test_refused(device: str) -> None:
     trained.w.requires_grad_()
     with pytest.raises(RuntimeError, match="frozen"):
         lora_linears(x, [trained])
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_result_apart_keeps_no_other(backend: str, device: str, grad: bool) -> None:
+    x, inner, _ = small(device)
+    with torch.set_grad_enabled(grad):
+        together = lora_linears(x, inner, backend=backend)
+        ys = lora_linears(x, inner, backend=backend, apart=(1,))
+    assert all(torch.equal(a, b) for a, b in zip(together, ys, strict=True))
+    shared = together[1].untyped_storage().nbytes() > together[1].nbytes
+    assert shared == (backend in ("torch", "triton"))
+    owned = ys[1].untyped_storage().nbytes() == ys[1].nbytes
+    assert owned == (grad or not shared)
+    if grad:
+        every = leaves(inner)
+        wanted, found = (torch.autograd.grad(sum(y.square().sum() for y in out), every) for out in (together, ys))
+        assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))

@@ -84,6 +84,19 @@ def test_activations_of_a_fused_block_are_what_autograd_saves(name: str) -> None
     assert fused.adapters == apart.adapters
 
 
+@pytest.mark.parametrize(("name", "normed"), [("llama-3-8b", False), ("qwen3-8b", True)])
+def test_v_keeps_neither_q_nor_k(name: str, normed: bool) -> None:
+    """As parts of one matrix they take what they take alone; where norms may keep q and k, v stays where it is."""
+    ids = torch.zeros(2, 96, dtype=torch.long)
+    together, alone = (real(config_of(name), False, backend="torch", blocks=True) for _ in range(2))
+    for module in alone.modules():
+        if "q_proj" in module._modules:
+            for layer in module._modules.values():
+                layer.__dict__.pop("fastlora_group", None)
+    more = saved_bytes(together, ids) - saved_bytes(alone, ids)
+    assert more == (2 * 2 * 192 * (256 + 64) if normed else 0)
+
+
 def test_weights_are_counted_once_each() -> None:
     config = config_of("llama-3-8b")
     predicted = memory.predict(config, 1, 16, r=8)

@@ -129,8 +129,8 @@ class SharedInput:
     changed in between.
     """
 
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = list(layers)
+    def __init__(self, layers: Sequence[Any], apart: Sequence[int] = ()) -> None:
+        self.layers, self.apart = list(layers), tuple(apart)
         self.given_up = False
         self._misses = 0
         self._stacks: dict[Any, bool] = {}
@@ -188,7 +188,9 @@ class SharedInput:
             self._stacks[key] = blocks.stacks(computed, projections, layer.fastlora_backend)
             if not self._stacks[key]:
                 return None
-        ys = blocks.lora_linears(computed, projections, out_dtype=wide, backend=layer.fastlora_backend)
+        ys = blocks.lora_linears(
+            computed, projections, out_dtype=wide, backend=layer.fastlora_backend, apart=self.apart
+        )
         mine = None
         for member, y, p in zip(self.layers, ys, projections, strict=True):
             if member is layer:
@@ -362,17 +364,27 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def join(model: nn.Module) -> list[BlockReport]:
-    """Have the fused layers of ``model`` compute together where they can. Returns what was found, and why not."""
+def join(model: nn.Module, rotates: bool = False) -> list[BlockReport]:
+    """Have the fused layers of ``model`` compute together where they can. Returns what was found, and why not.
+
+    rotates: whether attention multiplies copies of q and k, rotated.
+    """
     separate(model)
     reports: list[BlockReport] = []
     for name, module in _walk(model):
         if any(isinstance(layer, Fused) for layer in module._modules.values()):
-            reports += _join(name, module)
+            reports += _join(name, module, rotates)
     return reports
 
 
-def _join(name: str, module: nn.Module) -> Iterator[BlockReport]:
+def _apart(module: nn.Module, names: Sequence[str]) -> tuple[int, ...]:
+    """The place of v, which attention keeps for its backward pass beside rotated copies of q and k, where q and k are
+    not kept themselves, by norms of theirs."""
+    normed = any("norm" in name for name in module._modules)
+    return (names.index("v_proj"),) if "v_proj" in names and not normed else ()
+
+
+def _join(name: str, module: nn.Module, rotates: bool) -> Iterator[BlockReport]:
     mlp = _mlp_layers(module)
     converted = False
     if mlp is not None:
@@ -395,7 +407,7 @@ def _join(name: str, module: nn.Module) -> Iterator[BlockReport]:
         if len(present) < 2:
             yield BlockReport(name, "shared input", tuple(present), "the others have no adapter")
             continue
-        shared = SharedInput(list(present.values()))
+        shared = SharedInput(list(present.values()), _apart(module, list(present)) if rotates else ())
         reason = _shared_reason(module)
         if len({layer.in_features for layer in shared.layers}) > 1:
             reason = "their inputs have different sizes"

@@ -92,7 +92,7 @@ def accelerate(
     joint.separate(model)
     norms.undo(model)
     rotary.undo(model)
-    joined = (*joint.join(model), *norms.fuse(model)) if blocks else ()
+    joined = (*joint.join(model, rotary.rotates(model)), *norms.fuse(model)) if blocks else ()
     losses.undo(model)
     if loss:
         reason = losses.reason(model)
