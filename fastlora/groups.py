@@ -145,7 +145,7 @@ class Library:
     def forward(
         self, x: torch.Tensor, projections: Sequence[Projection], out_dtype: torch.dtype | None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        w, u = self._stack(projections, x.dtype), self._project(x, projections)
+        w, u = backends.multiplier([p.w for p in projections], x.dtype), self._project(x, projections)
         dtype, narrow = out_dtype or x.dtype, self._narrow(u, projections)
         if x.is_cuda and x.dtype.itemsize == 2:
             # cuBLAS rounds a 16-bit product before it adds to it: its float32 sums are kept until all is in.
@@ -188,7 +188,7 @@ class Library:
         if needs.dx:
             adapters = [p.lora_a.to(dtype) for p in projections if p.lora_a is not None]
             dy = torch.cat(dys, 1) if len(dys) > 1 else dys[0]
-            w = self._stack(projections, dtype)
+            w = backends.multiplier([p.w for p in projections], dtype)
             dx = (du @ torch.cat(adapters)).addmm_(dy, w) if adapters else dy @ w
         das: list[torch.Tensor | None] = [None] * len(dys)
         dbs: list[torch.Tensor | None] = [None] * len(dys)
@@ -206,10 +206,6 @@ class Library:
                 for dy, u_i, p, need in zip(dys, narrow, projections, needs.db, strict=True)
             ]
         return dx, das, dbs
-
-    @staticmethod
-    def _stack(projections: Sequence[Projection], dtype: torch.dtype) -> torch.Tensor:
-        return backends.multiplier([p.w for p in projections], dtype)
 
     @staticmethod
     def _project(x: torch.Tensor, projections: Sequence[Projection]) -> torch.Tensor:

@@ -87,6 +87,9 @@ def test_without_it_copies_go(make_llama: Callable[..., Any]) -> None:
     assert accelerate(model, backend="torch").copies is None
     assert not decoded.held()
     accelerate(model, backend="torch", decoded=1)
+    assert accelerate(model).copies is None  # whose kernels read none here
+    assert not decoded.held()
+    accelerate(model, backend="torch", decoded=1)
     del model
     gc.collect()
     assert not decoded.held()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -76,11 +77,10 @@ def _groups(layers: Iterable[Any]) -> Iterator[list[tuple[Any, NF4Weight]]]:
 def keep(layers: Iterable[Any], gib: float) -> Copies:
     """Decode the packed weights of fused layers once, in their order, as far as they fit in ``gib`` GiB; all for inf.
 
-    Copies from before are dropped. Raises torch.OutOfMemoryError, with none kept, where the device has less memory.
+    Raises torch.OutOfMemoryError, with none kept, where the device has less memory.
     """
     groups = list(_groups(layers))
     packed = [weight for group in groups for _, weight in group]
-    decoded.drop(packed)
     taken, count = 0, 0
     try:
         for group in groups:
@@ -88,11 +88,11 @@ def keep(layers: Iterable[Any], gib: float) -> Copies:
             nbytes = sum(weight.numel() for weight in weights) * dtype.itemsize
             if taken + nbytes > gib * GIB:
                 continue
-            rows = [weight.shape[0] for weight in weights]
-            buffer = torch.empty(sum(rows), weights[0].shape[1], dtype=dtype, device=weights[0].device)
-            if buffer.device.type != "meta":
-                for weight, part in zip(weights, buffer.split(rows), strict=True):
-                    backends.dequantize(weight, dtype, part)
+            if weights[0].device.type == "meta":
+                rows = sum(weight.shape[0] for weight in weights)
+                buffer = torch.empty(rows, weights[0].shape[1], dtype=dtype, device="meta")
+            else:
+                buffer = backends.multiplier(weights, dtype)
             decoded.keep(weights, buffer)
             taken, count = taken + nbytes, count + len(group)
     except torch.OutOfMemoryError:
@@ -102,5 +102,10 @@ def keep(layers: Iterable[Any], gib: float) -> Copies:
 
 
 def drop(layers: Iterable[Any]) -> None:
-    """Undo `keep`."""
-    decoded.drop([weight for group in _groups(layers) for _, weight in group])
+    """Undo `keep`, whatever the layers have become since."""
+    if not decoded.held():
+        return
+    for layer in layers:
+        with contextlib.suppress(ValueError, AttributeError):
+            if isinstance(weight := layer_weight(layer), NF4Weight):
+                decoded.drop([weight])
